@@ -1,0 +1,1 @@
+"""Plain PyTorch references for tests: no vLLM, no paging, nothing fast."""

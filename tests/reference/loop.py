@@ -1,0 +1,91 @@
+"""Runs requests through the Denoiser with the dense model in place of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.reference.llada import DenseLlada
+from vllm_d2cache.canvas import Request
+from vllm_d2cache.config import ServerOptions
+from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.ops.rollout import push_back_map, rollout
+from vllm_d2cache.ops.row_stats import row_stats
+from vllm_d2cache.records import FamilyTraits, SamplingSpec
+
+
+@dataclass
+class Job:
+    """One request and what became of it."""
+
+    prompt: list[int]
+    canvas_length: int
+    options: dict[str, Any]
+    sampling: SamplingSpec = SamplingSpec()
+    steps: list[tuple[list[int] | None, list[tuple[int, int]]]] = field(default_factory=list)
+    output: list[int] = field(default_factory=list)
+    masked_left: int = -1
+
+
+def run_jobs(
+    models: list[DenseLlada], jobs: list[Job], server: ServerOptions | None = None, start_at: list[int] | None = None
+) -> None:
+    """Denoise all jobs in one batch; job i joins at step ``start_at[i]``. One model (cache) a job."""
+    server = server or ServerOptions({})
+    config = models[0].config
+    traits = FamilyTraits(config["mask_token_id"])
+    max_len = max(len(j.prompt) + j.canvas_length for j in jobs)
+    denoiser = Denoiser(len(jobs), max_len, torch.device("cpu"), traits, server)
+    start_at = start_at or [0] * len(jobs)
+    running: list[int] = []
+    for step in range(10_000):
+        for i, job in enumerate(jobs):
+            if start_at[i] == step:
+                options = server.resolve(job.options)
+                request = Request(f"r{i}", len(job.prompt), job.canvas_length, options, job.sampling)
+                denoiser.add(i, request, np.array(job.prompt))
+                models[i].reset(len(job.prompt) + job.canvas_length)
+                running.append(i)
+        if running:
+            _step(denoiser, models, jobs, running)
+        for i in [i for i in running if _is_done(jobs[i])]:
+            running.remove(i)
+            denoiser.remove(i)
+        if not running and step >= max(start_at):
+            return
+    raise AssertionError("did not finish")
+
+
+def _is_done(job: Job) -> bool:
+    return len(job.output) == job.canvas_length or bool(set(job.output) & set(job.sampling.stop_token_ids))
+
+
+def _step(denoiser: Denoiser, models: list[DenseLlada], jobs: list[Job], running: list[int]) -> None:
+    rows = denoiser.begin(torch.tensor(running), running)
+    hidden, importance = [], torch.zeros(len(running), rows.view.num_positions)
+    offset = 0
+    for r, (i, count) in enumerate(zip(running, rows.counts, strict=True)):
+        positions = rows.positions[offset : offset + count]
+        out, maps = models[i].forward(rows.input_ids[offset : offset + count].long(), positions)
+        hidden.append(out)
+        layers = [push_back_map(m) for m in reversed(maps)]
+        total = len(jobs[i].prompt) + jobs[i].canvas_length
+        importance[r, :total] = rollout(layers, positions, total)
+        offset += count
+    params, margin, entropy = denoiser.row_params(rows)
+    selected = torch.cat(hidden)[rows.logits_rows]
+    stats = row_stats(selected, models[0].lm_head, params, denoiser.traits.mask_token_id, margin, entropy)
+    result = denoiser.finish(rows, stats, importance)
+    offset = 0
+    for r, i in enumerate(running):
+        job = jobs[i]
+        positions = rows.positions[offset : offset + rows.counts[r]].tolist()
+        offset += rows.counts[r]
+        slots = result.committed[r].nonzero().flatten().tolist()
+        tokens = denoiser.canvas.tokens[i, len(job.prompt) :]
+        job.steps.append((None if rows.full[r] else positions, [(s, int(tokens[s])) for s in slots]))
+        job.output += result.tokens[r, : int(result.num_tokens[r])].tolist()
+        job.masked_left = int(result.masked[r].sum())

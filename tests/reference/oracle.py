@@ -1,0 +1,68 @@
+"""The traces of the published implementation, as requests this project understands (tests/data/oracle)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ORACLE = Path(__file__).resolve().parents[1] / "data" / "oracle"
+_ALG = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
+
+
+@dataclass(frozen=True)
+class OracleCase:
+    """One traced request of batch size one."""
+
+    name: str
+    prompt: list[int]
+    canvas_length: int
+    options: dict[str, Any]  # by plain option name
+    steps: list[tuple[list[int] | None, list[tuple[int, int]]]]  # refreshed, committed
+    final_tokens: list[int]
+
+
+def case_names(family: str = "llada") -> list[str]:
+    """Traces of this family whose policy and decoder exist here."""
+    names = []
+    for path in sorted((ORACLE / "traces").glob(f"{family}.*.json")):
+        raw = json.loads(path.read_text())
+        kwargs, cache = raw["generate_kwargs"], raw["cache"]
+        known = {"sigma", "strategy", "gen_length", "block_length", "threshold", "factor", "alg"}
+        if kwargs["strategy"] != "vanilla" or not set(kwargs) <= known:
+            continue
+        # Without the repair the search window is a different one by design (docs/architecture.md).
+        if cache is None or (cache["kind"] == "d2cache" and "block_mask" in raw["repairs"]):
+            names.append(path.stem)
+    return names
+
+
+def load_case(name: str) -> OracleCase:
+    """Read a trace and translate its options."""
+    raw = json.loads((ORACLE / "traces" / f"{name}.json").read_text())
+    kwargs, cache = raw["generate_kwargs"], raw["cache"]
+    length = kwargs["gen_length"]
+    options: dict[str, Any] = {
+        "policy": "d2cache" if cache else "full",
+        "window": kwargs.get("block_length", length) % length,
+        "sigma": kwargs.get("sigma", 0.0) or 0.0,
+        "score": _ALG[kwargs.get("alg", "maskgit_plus")],
+        "threshold": kwargs.get("threshold", 0.0) or 0.0,
+        "factor": kwargs.get("factor", 0.0) or 0.0,
+    }
+    if cache:
+        options |= {
+            "current_k": cache["current_k"],
+            "rollout_p": cache["rollout_p"],
+            "inflate_w": cache["inflate_w"],
+            "selection_sigma": cache["sigma"],
+            "confidence_memory": "latest" if "conf_cache" in raw["repairs"] else "first",
+        }
+    steps = []
+    for step in raw["steps"]:
+        active = step["active_positions"]
+        moves = step["transfer"][0]
+        pairs = list(zip(moves["positions"], moves["tokens"], strict=True))
+        steps.append((None if active is None else sorted(active[0]), sorted(pairs)))
+    return OracleCase(name, raw["input_ids"][0], length, options, steps, raw["final_tokens"][0])

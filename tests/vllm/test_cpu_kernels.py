@@ -1,0 +1,429 @@
+"""Each CPU twin against a scalar transcription of its Triton kernel's pointer arithmetic.
+
+The references below follow the kernels program by program and element by element, on flat memory. vLLM itself
+is not needed for them; that the twins still fit vLLM's kernels is test_cpu_runner.py's business.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_d2cache.compat import cpu_kernels as twins
+
+pytestmark = pytest.mark.vllm
+
+MAX_REQS = 11
+BATCHES = [[], [1], [5], [1, 1], [3, 1, 7], [32] * 8, [1, 130, 2, 17, 1, 64, 9]]
+SEEDS = range(4)
+I32, I64 = torch.int32, torch.int64
+Rng = np.random.Generator
+
+
+def ints(
+    rng: Rng, shape: int | tuple[int, ...], low: int, high: int, dtype: torch.dtype = I32
+) -> torch.Tensor:
+    return torch.from_numpy(rng.integers(low, high, shape)).to(dtype)
+
+
+def rows_of(rng: Rng, num_reqs: int) -> torch.Tensor:
+    return torch.from_numpy(rng.permutation(MAX_REQS)[:num_reqs].astype(np.int64))
+
+
+def starts_of(lengths: list[int], padding: int = 3) -> torch.Tensor:
+    total = np.cumsum([0, *lengths])
+    return torch.tensor([*total, *([total[-1]] * padding)], dtype=I32)
+
+
+def pointers(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.uint64)
+
+
+def assert_same(reference: Callable[..., None], twin: Callable[..., None], args: dict[str, Any]) -> None:
+    """Run both on their own copies and compare every tensor, written or not."""
+    copies = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+    reference(**copies)
+    twin(**args)
+    for name, value in args.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, copies[name]), name
+
+
+def prefill_reference(
+    input_ids_ptr: torch.Tensor,
+    next_prefill_tokens_ptr: torch.Tensor,
+    num_lookahead: int,
+    idx_mapping_ptr: torch.Tensor,
+    query_start_loc_ptr: torch.Tensor,
+    all_token_ids_ptr: torch.Tensor,
+    prefill_lens_ptr: torch.Tensor,
+    num_computed_tokens_ptr: torch.Tensor,
+) -> None:
+    tokens, ahead = all_token_ids_ptr.view(-1), next_prefill_tokens_ptr.view(-1)
+    for program in range(len(idx_mapping_ptr)):
+        row = int(idx_mapping_ptr[program])
+        limit, done = int(prefill_lens_ptr[row]), int(num_computed_tokens_ptr[row])
+        if done >= limit:
+            continue
+        start = int(query_start_loc_ptr[program])
+        length = int(query_start_loc_ptr[program + 1]) - start
+        request = row * all_token_ids_ptr.stride(0)
+        for i in range(length):
+            input_ids_ptr[start + i] = tokens[request + done + i]
+        for i in range(num_lookahead):
+            at = done + length + i
+            ahead[i * next_prefill_tokens_ptr.stride(0) + row] = tokens[request + at] if at < limit else 0
+
+
+@pytest.mark.parametrize("lengths", BATCHES)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_prepare_prefill_inputs(lengths: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_lookahead = 1 + seed % 3
+    args = {
+        "input_ids_ptr": ints(rng, 400, 0, 9),
+        "next_prefill_tokens_ptr": ints(rng, (num_lookahead, MAX_REQS), 0, 9),
+        "num_lookahead": num_lookahead,
+        "idx_mapping_ptr": rows_of(rng, len(lengths)),
+        "query_start_loc_ptr": starts_of(lengths),
+        "all_token_ids_ptr": ints(rng, (MAX_REQS, 300), 0, 999),
+        "prefill_lens_ptr": ints(rng, MAX_REQS, 1, 160),
+        "num_computed_tokens_ptr": ints(rng, MAX_REQS, 0, 140),
+    }
+    assert_same(prefill_reference, twins.prepare_prefill_inputs, args)
+
+
+def pos_reference(
+    pos_ptr: torch.Tensor,
+    seq_lens_ptr: torch.Tensor,
+    idx_mapping_ptr: torch.Tensor,
+    query_start_loc_ptr: torch.Tensor,
+    num_computed_tokens_ptr: torch.Tensor,
+    max_num_reqs: int,
+) -> None:
+    num_reqs = len(idx_mapping_ptr)
+    for program in range(num_reqs + 1):
+        if program == num_reqs:
+            for i in range(num_reqs, max_num_reqs):
+                seq_lens_ptr[i] = 0
+            continue
+        done = int(num_computed_tokens_ptr[idx_mapping_ptr[program]])
+        start, end = (int(query_start_loc_ptr[program + i]) for i in (0, 1))
+        seq_lens_ptr[program] = done + end - start
+        for i in range(end - start):
+            pos_ptr[start + i] = done + i
+
+
+@pytest.mark.parametrize("lengths", BATCHES)
+def test_prepare_pos_seq_lens(lengths: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    args = {
+        "pos_ptr": ints(rng, 400, -9, 0, I64),
+        "seq_lens_ptr": ints(rng, MAX_REQS, 1, 9),
+        "idx_mapping_ptr": rows_of(rng, len(lengths)),
+        "query_start_loc_ptr": starts_of(lengths),
+        "num_computed_tokens_ptr": ints(rng, MAX_REQS, 0, 500),
+        "max_num_reqs": MAX_REQS,
+    }
+    assert_same(pos_reference, twins.prepare_pos_seq_lens, args)
+
+
+def combine_reference(
+    input_ids_ptr: torch.Tensor,
+    idx_mapping_ptr: torch.Tensor,
+    last_sampled_tokens_ptr: torch.Tensor,
+    query_start_loc_ptr: torch.Tensor,
+    seq_lens_ptr: torch.Tensor,
+    prefill_len_ptr: torch.Tensor,
+    draft_tokens_ptr: torch.Tensor,
+    cu_num_logits_ptr: torch.Tensor,
+    logits_indices_ptr: torch.Tensor,
+    NUM_NEW_SAMPLED_TOKENS: int = 1,
+) -> None:
+    for program in range(len(idx_mapping_ptr)):
+        row = int(idx_mapping_ptr[program])
+        logits_at, logits_end = (int(cu_num_logits_ptr[program + i]) for i in (0, 1))
+        num_logits = logits_end - logits_at
+        num_drafts = num_logits - NUM_NEW_SAMPLED_TOKENS
+        query_end = int(query_start_loc_ptr[program + 1])
+        for i in range(num_logits):
+            logits_indices_ptr[logits_at + i] = query_end - num_logits + i
+        seq_len, limit = int(seq_lens_ptr[program]), int(prefill_len_ptr[row])
+        if seq_len <= limit:
+            continue
+        if NUM_NEW_SAMPLED_TOKENS > 0 and seq_len - num_logits >= limit:
+            input_ids_ptr[query_end - num_logits] = last_sampled_tokens_ptr.view(-1)[row]
+        for i in range(num_drafts):
+            draft = draft_tokens_ptr.view(-1)[row * draft_tokens_ptr.stride(0) + i]
+            input_ids_ptr[query_end - num_drafts + i] = draft
+
+
+@pytest.mark.parametrize("bonus", [0, 1])
+@pytest.mark.parametrize("max_drafts", [0, 5])
+@pytest.mark.parametrize("lengths", BATCHES)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_combine_sampled_and_draft_tokens(lengths: list[int], max_drafts: int, bonus: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_logits = [bonus + int(rng.integers(0, min(max_drafts, n - bonus) + 1)) for n in lengths]
+    args = {
+        "input_ids_ptr": ints(rng, 400, 0, 9),
+        "idx_mapping_ptr": rows_of(rng, len(lengths)),
+        "last_sampled_tokens_ptr": ints(rng, (MAX_REQS, 1), 100, 999, I64),
+        "query_start_loc_ptr": starts_of(lengths),
+        "seq_lens_ptr": ints(rng, len(lengths), 130, 150),
+        "prefill_len_ptr": ints(rng, MAX_REQS, 125, 150),
+        "draft_tokens_ptr": ints(rng, (MAX_REQS, max_drafts), 1000, 9999, I64),
+        "cu_num_logits_ptr": starts_of(num_logits, padding=0),
+        "logits_indices_ptr": torch.full((sum(num_logits),), -1, dtype=I64),
+        "NUM_NEW_SAMPLED_TOKENS": bonus,
+    }
+    assert_same(combine_reference, twins.combine_sampled_and_draft_tokens, args)
+
+
+def sampled_reference(
+    num_sampled_ptr: torch.Tensor,
+    num_rejected_ptr: torch.Tensor,
+    seq_lens_ptr: torch.Tensor,
+    cu_num_logits_ptr: torch.Tensor,
+    idx_mapping_ptr: torch.Tensor,
+    prefill_len_ptr: torch.Tensor,
+) -> None:
+    for program in range(len(idx_mapping_ptr)):
+        chunked = int(seq_lens_ptr[program]) < int(prefill_len_ptr[idx_mapping_ptr[program]])
+        sampled = 0 if chunked else int(num_sampled_ptr[program])
+        num_sampled_ptr[program] = sampled
+        num_logits = int(cu_num_logits_ptr[program + 1] - cu_num_logits_ptr[program])
+        num_rejected_ptr[program] = 0 if chunked else num_logits - sampled
+
+
+@pytest.mark.parametrize("num_reqs", [0, 1, 3, 8])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_get_num_sampled_and_rejected(num_reqs: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    args = {
+        "num_sampled_ptr": ints(rng, num_reqs, 0, 4),
+        "num_rejected_ptr": ints(rng, num_reqs, -9, 0),
+        "seq_lens_ptr": ints(rng, num_reqs, 5, 9),
+        "cu_num_logits_ptr": starts_of(rng.integers(0, 6, num_reqs).tolist(), padding=0),
+        "idx_mapping_ptr": rows_of(rng, num_reqs),
+        "prefill_len_ptr": ints(rng, MAX_REQS, 5, 9),
+    }
+    assert_same(sampled_reference, twins.get_num_sampled_and_rejected, args)
+
+
+def update_reference(
+    idx_mapping_ptr: torch.Tensor,
+    num_computed_tokens_ptr: torch.Tensor,
+    last_sampled_tokens_ptr: torch.Tensor,
+    output_bin_counts_ptr: torch.Tensor | None,
+    sampled_tokens_ptr: torch.Tensor,
+    num_sampled_ptr: torch.Tensor,
+    num_rejected_ptr: torch.Tensor,
+    query_start_loc_ptr: torch.Tensor | None,
+    all_token_ids_ptr: torch.Tensor,
+    total_len_ptr: torch.Tensor,
+    draft_tokens_ptr: torch.Tensor | None = None,
+    draft_tokens_out_ptr: torch.Tensor | None = None,
+    num_draft_tokens: int = 0,
+) -> None:
+    for program in range(len(idx_mapping_ptr)):
+        row = int(idx_mapping_ptr[program])
+        if row < 0:
+            continue
+        if draft_tokens_ptr is not None and draft_tokens_out_ptr is not None:
+            for i in range(num_draft_tokens):
+                draft = draft_tokens_ptr.view(-1)[program * num_draft_tokens + i]
+                draft_tokens_out_ptr.view(-1)[row * num_draft_tokens + i] = draft
+        total, sampled = int(total_len_ptr[row]), int(num_sampled_ptr[program])
+        line = sampled_tokens_ptr[program]
+        if sampled > 0:
+            last_sampled_tokens_ptr.view(-1)[row] = line[sampled - 1]
+            total_len_ptr[row] = total + sampled
+        for i in range(sampled):
+            all_token_ids_ptr.view(-1)[row * all_token_ids_ptr.stride(0) + total + i] = line[i]
+            if output_bin_counts_ptr is not None:
+                output_bin_counts_ptr.view(-1)[row * output_bin_counts_ptr.stride(0) + int(line[i])] += 1
+        length = 0
+        if query_start_loc_ptr is not None:
+            length = int(query_start_loc_ptr[program + 1] - query_start_loc_ptr[program])
+        num_computed_tokens_ptr[row] += length - int(num_rejected_ptr[program])
+
+
+@pytest.mark.parametrize("lengths", BATCHES)
+@pytest.mark.parametrize(
+    "variant", ["plain", "bins", "no query", "skipped rows", "0.33 drafts", "none sampled"]
+)
+def test_post_update(lengths: list[int], variant: str) -> None:
+    rng = np.random.default_rng(len(lengths))
+    num_reqs, width = len(lengths), 6
+    rows = rows_of(rng, num_reqs)
+    if variant == "skipped rows":
+        rows[::2] = -1
+    args = {
+        "idx_mapping_ptr": rows,
+        "num_computed_tokens_ptr": ints(rng, MAX_REQS, 0, 99),
+        "last_sampled_tokens_ptr": ints(rng, (MAX_REQS, 1), 0, 9, I64),
+        "output_bin_counts_ptr": ints(rng, (MAX_REQS, 7), 0, 9) if variant == "bins" else None,
+        "sampled_tokens_ptr": ints(rng, (num_reqs, width), 0, 7, I64),
+        "num_sampled_ptr": ints(rng, num_reqs, 0, 1 if variant == "none sampled" else width + 1),
+        "num_rejected_ptr": ints(rng, num_reqs, 0, 3),
+        "query_start_loc_ptr": None if variant == "no query" else starts_of(lengths),
+        "all_token_ids_ptr": ints(rng, (MAX_REQS, 60), 100, 999),
+        "total_len_ptr": ints(rng, MAX_REQS, 0, 54),
+    }
+    if variant == "0.33 drafts":
+        args["draft_tokens_ptr"] = ints(rng, (num_reqs, 4), 0, 9, I64)
+        args["draft_tokens_out_ptr"] = ints(rng, (MAX_REQS, 4), 10, 19, I64)
+        args["num_draft_tokens"] = 4
+    assert_same(update_reference, twins.post_update, args)
+
+
+def test_post_update_refuses_to_write_past_a_request() -> None:
+    # The Triton kernel would write into the next request's tokens, or past the buffer.
+    def one() -> torch.Tensor:
+        return torch.ones(1, dtype=I32)
+
+    row, tokens = torch.zeros(1, dtype=I64), torch.zeros(2, 8, dtype=I32)
+    full = torch.tensor([8, 0], dtype=I32)
+    with pytest.raises(IndexError):
+        twins.post_update(row, one(), one(), None, one().view(1, 1), one(), one(), None, tokens, full)
+
+
+@pytest.mark.parametrize("lengths", BATCHES)
+def test_post_update_num_computed_tokens(lengths: list[int]) -> None:
+    rng = np.random.default_rng(1)
+    rows, starts = rows_of(rng, len(lengths)), starts_of(lengths)
+    computed = ints(rng, MAX_REQS, 0, 99)
+    expected = computed.clone()
+    for program, length in enumerate(lengths):
+        expected[rows[program]] += length
+    twins.post_update_num_computed_tokens(rows, computed, starts)
+    assert torch.equal(computed, expected)
+
+
+@pytest.mark.parametrize("counts", [[], [0], [3], [0, 0], [1, 0, 4, 2], [32] * 8])
+@pytest.mark.parametrize("dtype", [I32, I64])
+def test_expand_idx_mapping(counts: list[int], dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(2)
+    rows, bounds = rows_of(rng, len(counts)).to(dtype), starts_of(counts, padding=0)
+    expanded, local = torch.full((sum(counts),), -1, dtype=dtype), torch.full((sum(counts),), -1, dtype=I32)
+    twins.expand_idx_mapping(rows, expanded, local, bounds)
+    assert expanded.tolist() == [int(rows[i]) for i, n in enumerate(counts) for _ in range(n)]
+    assert local.tolist() == [i for n in counts for i in range(n)]
+
+
+# --- staged writes and block tables: raw pointers -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [I32, I64, torch.float32])
+@pytest.mark.parametrize("shape", [(MAX_REQS, 40), (MAX_REQS,)])
+@pytest.mark.parametrize("num_writes", [0, 1, 2, 9])
+def test_apply_write(num_writes: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(num_writes)
+    output = torch.zeros(shape, dtype=dtype)
+    rows = rng.permutation(MAX_REQS)[:num_writes]
+    starts = rng.integers(0, 20, num_writes) if len(shape) == 2 else np.zeros(num_writes, dtype=int)
+    lengths = rng.integers(0, 20, num_writes) if len(shape) == 2 else np.ones(num_writes, dtype=int)
+    ends = lengths.cumsum()
+    contents = ints(rng, int(lengths.sum()), 1, 99, dtype)
+    expected = output.clone()
+    for program in range(num_writes):
+        for i in range(lengths[program]):
+            at = rows[program] * output.stride(0) + starts[program] + i
+            expected.view(-1)[at] = contents[ends[program] - lengths[program] + i]
+    as_i32 = [torch.from_numpy(x.astype(np.int32)) for x in (rows, starts, ends)]
+    twins.apply_write(output, output.stride(0), as_i32[0], as_i32[1], contents, as_i32[2], None, False)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("num_writes", [0, 1, 7])
+def test_apply_write_of_several_groups(num_writes: int) -> None:
+    rng = np.random.default_rng(num_writes)
+    outputs = [torch.zeros(MAX_REQS, width, dtype=I32) for width in (9, 16, 33)]
+    expected = [t.clone() for t in outputs]
+    groups, rows = ints(rng, num_writes, 0, 3), ints(rng, num_writes, 0, MAX_REQS)
+    starts, lengths = ints(rng, num_writes, 0, 4), rng.integers(0, 5, num_writes)
+    contents = ints(rng, int(lengths.sum()), 1, 99)
+    at = 0
+    for program, length in enumerate(lengths.tolist()):
+        group, row, start = (int(x[program]) for x in (groups, rows, starts))
+        for i in range(length):
+            expected[group][row, start + i] = contents[at + i]
+        at += length
+    strides = torch.tensor([t.stride(0) for t in outputs])
+    ends = torch.from_numpy(lengths.cumsum().astype(np.int32))
+    twins.apply_write(pointers(outputs), strides, rows, starts, contents, ends, groups, True)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+@pytest.mark.parametrize("reach", [None, (0, 0), (3, 40)])
+@pytest.mark.parametrize("num_reqs", [0, 1, 4, MAX_REQS])
+def test_gather_block_tables(num_reqs: int, reach: tuple[int, int] | None) -> None:
+    rng = np.random.default_rng(num_reqs)
+    widths, sizes = (5, 12), (16, 32)
+    sources = [ints(rng, (MAX_REQS, w), 1, 99) for w in widths]
+    targets = [ints(rng, (MAX_REQS, w), 100, 199) for w in widths]
+    rows = rows_of(rng, num_reqs)
+    counts = torch.stack([ints(rng, MAX_REQS, 0, w + 1) for w in widths])
+    computed = ints(rng, MAX_REQS, 0, 200)
+    expected = [t.clone() for t in targets]
+    for group in range(2):
+        for program in range(num_reqs):
+            row = int(rows[program])
+            null = 0
+            if reach and reach[group] > 0:
+                null = max(int(computed[row]) - reach[group], 0) // sizes[group]
+            for i in range(int(counts[group, row])):
+                expected[group][program, i] = sources[group][row, i] if i >= null else 0
+    more = {}
+    if reach:
+        more = {
+            "num_computed_tokens_ptr": computed,
+            "sliding_window_reach_ptr": torch.tensor(reach, dtype=I32),
+            "block_sizes_ptr": torch.tensor(sizes, dtype=I32),
+            "MASK_SLIDING_WINDOW": True,
+        }
+    strides = torch.tensor(widths)
+    twins.gather_block_tables(rows, pointers(sources), pointers(targets), strides, counts, num_reqs, **more)
+    assert all(torch.equal(a, b) for a, b in zip(targets, expected, strict=True))
+
+
+@pytest.mark.parametrize("dummies", [False, True])
+@pytest.mark.parametrize("kernel_sizes", [None, (8, 4)])
+@pytest.mark.parametrize("lengths", BATCHES)
+def test_compute_slot_mappings(
+    lengths: list[int], kernel_sizes: tuple[int, int] | None, dummies: bool
+) -> None:
+    rng = np.random.default_rng(len(lengths))
+    num_reqs, capacity, sizes, enabled = len(lengths), 400, (16, 4, 7), (True, True, False)
+    tables = [ints(rng, (MAX_REQS, 640 // s), 1, 10**6) for s in sizes]
+    rows, starts = rows_of(rng, num_reqs), starts_of(lengths)
+    if dummies:
+        rows[1::2] = -1
+    positions = ints(rng, capacity, 0, 300, I64)
+    mappings = ints(rng, (3, capacity), -99, -50, I64)
+    used = (*kernel_sizes, 7) if kernel_sizes else sizes
+    expected = torch.full_like(mappings, -1)
+    for group in range(3):
+        for program in range(num_reqs):
+            row = int(rows[program])
+            for i in range(int(starts[program]), int(starts[program + 1])):
+                position = int(positions[i])
+                if enabled[group] and row >= 0:
+                    at = row * tables[group].stride(0) + position // used[group]
+                    block = int(tables[group].view(-1)[at])
+                    expected[group, i] = block * used[group] + position % used[group]
+    twins.compute_slot_mappings(
+        capacity, rows, starts, positions, pointers(tables), torch.tensor([t.stride(0) for t in tables]),
+        torch.tensor(sizes, dtype=I32), torch.tensor(enabled), mappings, 1, -1,
+        torch.tensor(used, dtype=I32) if kernel_sizes else None,
+    )  # fmt: skip
+    assert torch.equal(mappings, expected)
+
+
+def test_context_parallelism_is_refused() -> None:
+    none = torch.zeros(1, dtype=I64)
+    with pytest.raises(NotImplementedError, match="context parallelism"):
+        twins.compute_slot_mappings(1, none, none, none, none, none, none, none, none, CP_SIZE=2, PAD_ID=-1)

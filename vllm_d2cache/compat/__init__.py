@@ -1,0 +1,1 @@
+"""Every private vLLM name the plugin touches, and every runtime patch; see patches/README.md."""

@@ -1,0 +1,400 @@
+"""PyTorch/NumPy twins of the bookkeeping Triton kernels of vLLM's Model Runner V2, for CPUs without Triton.
+
+A twin does what all programs of one launch of the Triton kernel do together. It names its parameters as the
+kernel does and takes only those it needs, so that one body serves every vLLM release of the supported range
+(`cpu_runner.bind` matches the launch arguments by name). All tensors live in host memory, where a NumPy call
+on a small array costs a fraction of a torch operator: the twins work on NumPy views of what they are handed.
+
+`cpu_runner` registers them; vLLM itself is not imported here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Twin = Callable[..., None]
+
+
+class _RawMemory:
+    """Lets NumPy view `shape` elements of type `typestr` at an address (the kernels' pointer arguments)."""
+
+    def __init__(self, address: int, shape: tuple[int, ...], typestr: str) -> None:
+        self.__array_interface__ = {
+            "data": (address, False), "shape": shape, "typestr": typestr, "version": 3,
+        }  # fmt: skip
+
+
+def _int32_at(address: int, *shape: int) -> Array:
+    """A writable view, not a copy; the caller vouches for the memory as the Triton kernel's caller does."""
+    return np.asarray(_RawMemory(address, shape, "<i4"))
+
+
+def _flat(tensor: torch.Tensor) -> Array:
+    """The elements in memory order; raises for a tensor of which that is no view (writes would be lost)."""
+    return tensor.numpy() if tensor.ndim == 1 else tensor.view(-1).numpy()
+
+
+def _ragged(starts: Array, lengths: Array, total: int) -> Array:
+    """concatenate([arange(s, s + n) for s, n in zip(starts, lengths)]), which is `total` long, vectorised."""
+    if len(lengths) == 1:
+        return np.arange(starts[0], starts[0] + total)
+    before = lengths.cumsum() - lengths
+    return np.arange(total) + np.repeat(starts - before, lengths)
+
+
+# --- buffer_utils -------------------------------------------------------------------------------------------
+
+
+def apply_write(
+    output_ptr: torch.Tensor,
+    output_stride: int | torch.Tensor,
+    write_indices_ptr: torch.Tensor,
+    write_starts_ptr: torch.Tensor,
+    write_contents_ptr: torch.Tensor,
+    write_cu_lens_ptr: torch.Tensor,
+    write_group_ids_ptr: torch.Tensor | None,
+    MULTI_GROUP: bool,
+) -> None:
+    """Write each staged run of elements at its (row, start) of the output, or of its group's output."""
+    rows = write_indices_ptr.numpy().astype(np.int64)
+    starts, ends, contents = write_starts_ptr.numpy(), write_cu_lens_ptr.numpy(), write_contents_ptr.numpy()
+    if len(rows) == 0:
+        return
+    if not MULTI_GROUP:
+        lengths = np.diff(ends, prepend=0)
+        total = int(ends[-1])
+        _flat(output_ptr)[_ragged(rows * output_stride + starts, lengths, total)] = contents[:total]
+        return
+    assert write_group_ids_ptr is not None and isinstance(output_stride, torch.Tensor)
+    addresses, strides = output_ptr.tolist(), output_stride.tolist()
+    begin = 0
+    for group, row, start, end in zip(
+        write_group_ids_ptr.tolist(), rows.tolist(), starts.tolist(), ends.tolist(), strict=True
+    ):
+        # One write per request and group that got new blocks: a handful, on few steps.
+        offset = row * strides[group] + start
+        _int32_at(addresses[group] + 4 * offset, end - begin)[:] = contents[begin:end]
+        begin = end
+
+
+# --- block_table --------------------------------------------------------------------------------------------
+
+
+def gather_block_tables(
+    batch_idx_to_req_idx: torch.Tensor,
+    src_block_table_ptrs: torch.Tensor,
+    dst_block_table_ptrs: torch.Tensor,
+    block_table_strides: torch.Tensor,
+    num_blocks_ptr: torch.Tensor,
+    num_reqs: int,
+    num_computed_tokens_ptr: torch.Tensor | None = None,
+    sliding_window_reach_ptr: torch.Tensor | None = None,
+    block_sizes_ptr: torch.Tensor | None = None,
+    MASK_SLIDING_WINDOW: bool = False,
+) -> None:
+    """Copy the used part of each request's block-table row into the row of the batch.
+
+    The Triton kernel also zeroes rows past `num_reqs`; their number is in the launch grid alone, which vLLM's
+    override registry does not hand on. Only CUDA graphs and data parallelism pad a batch with such rows.
+    """
+    if num_reqs == 0:
+        return
+    rows = batch_idx_to_req_idx.numpy()[:num_reqs]
+    top = int(rows.max()) + 1
+    counts = num_blocks_ptr.numpy()
+    sources, targets = src_block_table_ptrs.tolist(), dst_block_table_ptrs.tolist()
+    for group, stride in enumerate(block_table_strides.tolist()):
+        used = counts[group, rows]
+        width = int(used.max())
+        columns = np.arange(width)
+        blocks = _int32_at(sources[group], top, stride)[rows, :width]
+        if MASK_SLIDING_WINDOW:
+            assert num_computed_tokens_ptr is not None
+            assert sliding_window_reach_ptr is not None and block_sizes_ptr is not None
+            reach = int(sliding_window_reach_ptr[group])
+            if reach > 0:
+                below = np.maximum(num_computed_tokens_ptr.numpy()[rows] - reach, 0)
+                blocks[columns < (below // int(block_sizes_ptr[group]))[:, None]] = 0
+        target = _int32_at(targets[group], num_reqs, stride)[:, :width]
+        np.copyto(target, blocks, where=columns < used[:, None])
+
+
+def compute_slot_mappings(
+    max_num_tokens: int,
+    idx_mapping: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    pos: torch.Tensor,
+    block_table_ptrs: torch.Tensor,
+    block_table_strides: torch.Tensor,
+    block_sizes: torch.Tensor,
+    slot_mapping_enabled: torch.Tensor,
+    slot_mappings_ptr: torch.Tensor,
+    CP_SIZE: int,
+    PAD_ID: int,
+    kernel_block_sizes: torch.Tensor | None = None,  # vLLM 0.31
+) -> None:
+    """Slot (block * block size + offset) of every token's position; PAD_ID for the rest of the buffer."""
+    if CP_SIZE != 1:
+        raise NotImplementedError("context parallelism is not supported on CPU")
+    rows = idx_mapping.numpy()
+    num_reqs = len(rows)
+    bounds = query_start_loc.numpy()[: num_reqs + 1]
+    begin, end = int(bounds[0]), int(bounds[-1])
+    positions = pos.numpy()[begin:end]
+    sizes = (block_sizes if kernel_block_sizes is None else kernel_block_sizes).tolist()
+    addresses, strides = block_table_ptrs.tolist(), block_table_strides.tolist()
+    enabled = slot_mapping_enabled.tolist()
+    mappings = slot_mappings_ptr.numpy()
+    lengths = bounds[1:] - bounds[:-1]
+    top = int(rows.max()) + 1 if num_reqs else 0
+    all_real = bool(num_reqs == 0 or rows.min() >= 0)
+    token_rows = np.repeat(rows, lengths)
+    for group, size in enumerate(sizes):
+        slots = mappings[group]
+        slots[end:max_num_tokens] = PAD_ID
+        if not enabled[group] or top == 0:
+            slots[begin:end] = PAD_ID
+            continue
+        # A row of -1 is a dummy request that owns no blocks; it reads row 0 here and is overwritten below.
+        rows_read = token_rows if all_real else np.maximum(token_rows, 0)
+        columns = positions // size
+        blocks = _int32_at(addresses[group], top * strides[group]).take(rows_read * strides[group] + columns)
+        slots[begin:end] = positions + (blocks - columns) * size
+        if not all_real:
+            slots[begin:end][token_rows < 0] = PAD_ID
+
+
+# --- input_batch --------------------------------------------------------------------------------------------
+
+
+def prepare_prefill_inputs(
+    input_ids_ptr: torch.Tensor,
+    next_prefill_tokens_ptr: torch.Tensor,
+    num_lookahead: int,
+    idx_mapping_ptr: torch.Tensor,
+    query_start_loc_ptr: torch.Tensor,
+    all_token_ids_ptr: torch.Tensor,
+    prefill_lens_ptr: torch.Tensor,
+    num_computed_tokens_ptr: torch.Tensor,
+) -> None:
+    """Copy each prefilling request's next tokens into the batch, and those after them into the look-ahead."""
+    rows = idx_mapping_ptr.numpy()
+    prefill, computed = prefill_lens_ptr.numpy()[rows], num_computed_tokens_ptr.numpy()[rows]
+    chosen = np.flatnonzero(computed < prefill)
+    if len(chosen) == 0:
+        return
+    bounds = query_start_loc_ptr.numpy()
+    ids, tokens, ahead = input_ids_ptr.numpy(), all_token_ids_ptr.numpy(), next_prefill_tokens_ptr.numpy()
+    for i in chosen.tolist():  # one plain copy per request beats index arrays as long as its prompt
+        row, done, limit = int(rows[i]), int(computed[i]), int(prefill[i])
+        start, end = int(bounds[i]), int(bounds[i + 1])
+        after = done + end - start
+        ids[start:end] = tokens[row, done:after]
+        known = max(0, min(num_lookahead, limit - after))
+        ahead[:known, row] = tokens[row, after : after + known]
+        ahead[known:num_lookahead, row] = 0
+
+
+def prepare_pos_seq_lens(
+    pos_ptr: torch.Tensor,
+    seq_lens_ptr: torch.Tensor,
+    idx_mapping_ptr: torch.Tensor,
+    query_start_loc_ptr: torch.Tensor,
+    num_computed_tokens_ptr: torch.Tensor,
+    max_num_reqs: int,
+) -> None:
+    """Contiguous positions from the number of computed tokens on, and the sequence lengths after the step."""
+    rows = idx_mapping_ptr.numpy()
+    num_reqs = len(rows)
+    seq_lens = seq_lens_ptr.numpy()
+    seq_lens[num_reqs:max_num_reqs] = 0
+    if num_reqs == 0:
+        return
+    bounds = query_start_loc_ptr.numpy()[: num_reqs + 1]
+    computed = num_computed_tokens_ptr.numpy()[rows]
+    lengths = bounds[1:] - bounds[:-1]
+    np.add(computed, lengths, out=seq_lens[:num_reqs])
+    begin, end = int(bounds[0]), int(bounds[-1])
+    pos_ptr.numpy()[begin:end] = _ragged(computed, lengths, end - begin)
+
+
+def combine_sampled_and_draft_tokens(
+    input_ids_ptr: torch.Tensor,
+    idx_mapping_ptr: torch.Tensor,
+    last_sampled_tokens_ptr: torch.Tensor,
+    query_start_loc_ptr: torch.Tensor,
+    seq_lens_ptr: torch.Tensor,
+    prefill_len_ptr: torch.Tensor,
+    draft_tokens_ptr: torch.Tensor,
+    cu_num_logits_ptr: torch.Tensor,
+    logits_indices_ptr: torch.Tensor,
+    NUM_NEW_SAMPLED_TOKENS: int = 1,
+) -> None:
+    """Rows of the batch to compute logits for, and the sampled and draft tokens among this step's inputs."""
+    rows = idx_mapping_ptr.numpy()
+    num_reqs = len(rows)
+    if num_reqs == 0:
+        return
+    query_ends = query_start_loc_ptr.numpy()[1 : num_reqs + 1]
+    bounds = cu_num_logits_ptr.numpy()[: num_reqs + 1]
+    num_logits = bounds[1:] - bounds[:-1]
+    begin, end = int(bounds[0]), int(bounds[-1])
+    first_logits = query_ends - num_logits
+    if end > begin:
+        logits_indices_ptr.numpy()[begin:end] = _ragged(first_logits, num_logits, end - begin)
+
+    seq_lens = seq_lens_ptr.numpy()[:num_reqs]
+    prefill = prefill_len_ptr.numpy()[rows]
+    decoding = seq_lens > prefill
+    if not decoding.any():
+        return
+    ids = input_ids_ptr.numpy()
+    if NUM_NEW_SAMPLED_TOKENS > 0:
+        # Slots of the prompt's tail stay; only those of generated tokens are rewritten.
+        chosen = decoding & (seq_lens - num_logits >= prefill)
+        ids[first_logits[chosen]] = _flat(last_sampled_tokens_ptr)[rows[chosen]]
+    num_drafts = num_logits - NUM_NEW_SAMPLED_TOKENS
+    chosen = decoding & (num_drafts > 0)
+    if chosen.any():
+        counts = num_drafts[chosen]
+        total = int(counts.sum())
+        targets = _ragged(query_ends[chosen] - counts, counts, total)
+        columns = _ragged(np.zeros_like(counts), counts, total)
+        ids[targets] = draft_tokens_ptr.numpy()[np.repeat(rows[chosen], counts), columns]
+
+
+def get_num_sampled_and_rejected(
+    num_sampled_ptr: torch.Tensor,
+    num_rejected_ptr: torch.Tensor,
+    seq_lens_ptr: torch.Tensor,
+    cu_num_logits_ptr: torch.Tensor,
+    idx_mapping_ptr: torch.Tensor,
+    prefill_len_ptr: torch.Tensor,
+) -> None:
+    """A request still in its prefill samples and rejects nothing; else what was not sampled was rejected."""
+    rows = idx_mapping_ptr.numpy()
+    num_reqs = len(rows)
+    finished = seq_lens_ptr.numpy()[:num_reqs] >= prefill_len_ptr.numpy()[rows]
+    sampled = num_sampled_ptr.numpy()[:num_reqs]
+    sampled *= finished
+    bounds = cu_num_logits_ptr.numpy()[: num_reqs + 1]
+    num_rejected_ptr.numpy()[:num_reqs] = (bounds[1:] - bounds[:-1] - sampled) * finished
+
+
+def post_update(
+    idx_mapping_ptr: torch.Tensor,
+    num_computed_tokens_ptr: torch.Tensor,
+    last_sampled_tokens_ptr: torch.Tensor,
+    output_bin_counts_ptr: torch.Tensor | None,
+    sampled_tokens_ptr: torch.Tensor,
+    num_sampled_ptr: torch.Tensor,
+    num_rejected_ptr: torch.Tensor,
+    query_start_loc_ptr: torch.Tensor | None,
+    all_token_ids_ptr: torch.Tensor,
+    total_len_ptr: torch.Tensor,
+    draft_tokens_ptr: torch.Tensor | None = None,  # the last three: vLLM 0.33
+    draft_tokens_out_ptr: torch.Tensor | None = None,
+    num_draft_tokens: int = 0,
+) -> None:
+    """Append the sampled tokens to their requests and advance the numbers of computed tokens.
+
+    Where the Triton kernel would write past a request's row of token ids, this raises IndexError.
+    """
+    all_rows = idx_mapping_ptr.numpy()
+    batch = np.flatnonzero(all_rows >= 0)  # a negative row is skipped
+    if len(batch) == 0:
+        return
+    rows = all_rows[batch]
+    if draft_tokens_ptr is not None:
+        assert draft_tokens_out_ptr is not None
+        drafts = draft_tokens_ptr.numpy()[batch, :num_draft_tokens]
+        draft_tokens_out_ptr.numpy()[rows, :num_draft_tokens] = drafts
+
+    delta = -num_rejected_ptr.numpy()[batch]
+    if query_start_loc_ptr is not None:
+        bounds = query_start_loc_ptr.numpy()
+        delta += bounds[batch + 1] - bounds[batch]
+    num_computed_tokens_ptr.numpy()[rows] += delta
+
+    counts = num_sampled_ptr.numpy()[batch]
+    if not counts.any():
+        return
+    emitting = counts > 0
+    batch, rows, counts = batch[emitting], rows[emitting], counts[emitting]
+    tokens, total_len = sampled_tokens_ptr.numpy(), total_len_ptr.numpy()
+    _flat(last_sampled_tokens_ptr)[rows] = tokens[batch, counts - 1]
+    lengths, total = total_len[rows], int(counts.sum())
+    columns = _ragged(np.zeros_like(counts), counts, total)
+    emitted = tokens[np.repeat(batch, counts), columns]
+    token_rows = np.repeat(rows, counts)
+    all_token_ids_ptr.numpy()[token_rows, np.repeat(lengths, counts) + columns] = emitted
+    total_len[rows] = lengths + counts
+    if output_bin_counts_ptr is not None:
+        # Not +=, which would count a repeated token once.
+        np.add.at(output_bin_counts_ptr.numpy(), (token_rows, emitted), 1)
+
+
+def post_update_num_computed_tokens(
+    idx_mapping_ptr: torch.Tensor, num_computed_tokens_ptr: torch.Tensor, query_start_loc_ptr: torch.Tensor
+) -> None:
+    """Advance the numbers of computed tokens by the query lengths."""
+    rows = idx_mapping_ptr.numpy()
+    bounds = query_start_loc_ptr.numpy()[: len(rows) + 1]
+    num_computed_tokens_ptr.numpy()[rows] += bounds[1:] - bounds[:-1]
+
+
+def expand_idx_mapping(
+    idx_mapping_ptr: torch.Tensor,
+    expanded_idx_mapping_ptr: torch.Tensor,
+    expanded_local_pos_ptr: torch.Tensor,
+    cu_num_logits_ptr: torch.Tensor,
+) -> None:
+    """Request row of every logit, and its index within the request."""
+    rows = idx_mapping_ptr.numpy()
+    bounds = cu_num_logits_ptr.numpy()[: len(rows) + 1]
+    begin, end = int(bounds[0]), int(bounds[-1])
+    if end == begin:
+        return
+    counts = bounds[1:] - bounds[:-1]
+    expanded_idx_mapping_ptr.numpy()[begin:end] = np.repeat(rows, counts)
+    expanded_local_pos_ptr.numpy()[begin:end] = _ragged(np.zeros_like(counts), counts, end - begin)
+
+
+# --- by kernel -------------------------------------------------------------------------------------------
+
+_PACKAGE = "vllm.v1.worker.gpu"
+TWINS: dict[str, Twin] = {
+    f"{_PACKAGE}.buffer_utils._apply_write_kernel": apply_write,
+    f"{_PACKAGE}.block_table._gather_block_tables_kernel": gather_block_tables,
+    f"{_PACKAGE}.block_table._compute_slot_mappings_kernel": compute_slot_mappings,
+    f"{_PACKAGE}.input_batch._prepare_prefill_inputs_kernel": prepare_prefill_inputs,
+    f"{_PACKAGE}.input_batch._prepare_pos_seq_lens_kernel": prepare_pos_seq_lens,
+    f"{_PACKAGE}.input_batch._combine_sampled_and_draft_tokens_kernel": combine_sampled_and_draft_tokens,
+    f"{_PACKAGE}.input_batch._get_num_sampled_and_rejected_kernel": get_num_sampled_and_rejected,
+    f"{_PACKAGE}.input_batch._post_update_kernel": post_update,
+    f"{_PACKAGE}.input_batch._post_update_num_computed_tokens_kernel": post_update_num_computed_tokens,
+    f"{_PACKAGE}.input_batch._expand_idx_mapping_kernel": expand_idx_mapping,
+}
+# Kernel parameters without a say in the result: tile sizes, and strides that a tensor carries itself. A
+# parameter in neither this list nor the twin's signature is news from an unknown vLLM release, and refused.
+IGNORED = frozenset(
+    {
+        "BLOCK_SIZE",
+        "LOOKAHEAD_BLOCK",
+        "TRITON_BLOCK_SIZE",
+        "all_token_ids_stride",
+        "draft_tokens_stride",
+        "next_prefill_tokens_stride",
+        "num_blocks_stride",
+        "output_bin_counts_stride",
+        "sampled_tokens_stride",
+        "slot_mappings_stride",
+        # Context parallelism only (CP_SIZE != 1 is refused).
+        "CP_INTERLEAVE",
+        "cp_rank",
+        "dcp_sharded",
+    }
+)

@@ -1,0 +1,118 @@
+"""Statistics of logits rows: which token a masked position would take, and how sure the model is of it.
+
+The spec is d2cache.md, section 2, step 4. Everything is computed in fp32, whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+# Rows whose logits exist at one time: bounds the transient to ROWS_PER_TILE x vocabulary, whatever the batch.
+ROWS_PER_TILE = 64
+
+
+@dataclass(frozen=True)
+class RowParams:
+    """Sampling parameters of each row; ``plain`` says that no row needs anything but greedy argmax."""
+
+    temperature: torch.Tensor  # [n] float32, 0 = greedy
+    top_p: torch.Tensor  # [n] float32, 1 = off
+    top_k: torch.Tensor  # [n] int64, 0 = off
+    draw: torch.Tensor  # [n] float64 uniform numbers for sampling
+    samples: bool  # some row has a temperature
+    filters: bool  # some row has a top_p or top_k
+
+    def tile(self, i: int, j: int) -> RowParams:
+        """The parameters of rows i to j."""
+        return RowParams(
+            self.temperature[i:j],
+            self.top_p[i:j],
+            self.top_k[i:j],
+            self.draw[i:j],
+            self.samples,
+            self.filters,
+        )
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """Statistics of n rows; margin and entropy only where some request ranks by them."""
+
+    token: torch.Tensor  # [n] int64
+    confidence: torch.Tensor  # [n] float32: probability of ``token``
+    margin: torch.Tensor | None  # [n] float32: top probability minus the second
+    entropy: torch.Tensor | None  # [n] float32, nats, >= 0
+
+
+def row_stats(
+    hidden: torch.Tensor,
+    lm_head: Callable[[torch.Tensor], torch.Tensor],
+    params: RowParams,
+    mask_token_id: int,
+    want_margin: bool,
+    want_entropy: bool,
+) -> RowStats:
+    """Statistics of the logits of ``hidden``, computed a tile of rows at a time.
+
+    Args:
+        hidden: [n, d] final hidden states.
+        lm_head: maps [m, d] to [m, vocab] logits.
+        mask_token_id: never chosen, though it keeps its share of the softmax.
+    """
+    tiles = []
+    for i in range(0, hidden.shape[0], ROWS_PER_TILE):
+        j = min(i + ROWS_PER_TILE, hidden.shape[0])
+        logits = lm_head(hidden[i:j]).float()
+        tiles.append(_tile_stats(logits, params.tile(i, j), mask_token_id, want_margin, want_entropy))
+    if not tiles:
+        none = torch.empty(0, device=hidden.device)
+        return RowStats(none.long(), none, none if want_margin else None, none if want_entropy else None)
+    if len(tiles) == 1:
+        return tiles[0]
+    return RowStats(
+        torch.cat([t.token for t in tiles]),
+        torch.cat([t.confidence for t in tiles]),
+        torch.cat([t.margin for t in tiles]) if want_margin else None,
+        torch.cat([t.entropy for t in tiles]) if want_entropy else None,
+    )
+
+
+def _tile_stats(
+    logits: torch.Tensor, params: RowParams, mask_token_id: int, want_margin: bool, want_entropy: bool
+) -> RowStats:
+    """Statistics of [m, vocab] fp32 logits, which are overwritten."""
+    if params.samples:
+        logits /= torch.where(params.temperature > 0, params.temperature, 1.0).unsqueeze(1)
+    if params.filters:
+        logits = _filter(logits, params.top_p, params.top_k)
+    probs = torch.softmax(logits, dim=-1)
+    margin = entropy = None
+    if want_margin:
+        top = probs.topk(2, dim=-1).values
+        margin = top[:, 0] - top[:, 1]
+    if want_entropy:
+        entropy = -(probs * (probs + 1e-10).log()).sum(-1)
+    probs[:, mask_token_id] = 0.0
+    confidence, token = probs.max(-1)
+    if params.samples:
+        cumulative = probs.double().cumsum(-1)
+        target = params.draw.unsqueeze(1) * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.shape[1] - 1)
+        token = torch.where(params.temperature > 0, drawn.squeeze(1), token)
+        confidence = probs.gather(1, token.unsqueeze(1)).squeeze(1)
+    return RowStats(token, confidence, margin, entropy)
+
+
+def _filter(logits: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
+    """Nucleus, then top-k: the smallest head of the sorted vocabulary whose mass first exceeds top_p is kept."""
+    ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+    before = torch.softmax(ordered, dim=-1).cumsum(-1).roll(1, dims=-1)
+    before[:, 0] = 0.0
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    keep = (before <= top_p.unsqueeze(1)) | (top_p.unsqueeze(1) >= 1.0)
+    keep &= (rank < top_k.unsqueeze(1)) | (top_k.unsqueeze(1) <= 0)
+    keep[:, 0] = True
+    return logits.masked_fill(~torch.empty_like(keep).scatter_(1, index, keep), torch.finfo(logits.dtype).min)

@@ -1,0 +1,165 @@
+"""d2Cache's two-stage choice: masked positions about to be decided, and context that receives attention.
+
+d2cache.md, sections 3.3 to 3.7, as published but for the decisions recorded in docs/architecture.md: each request
+stands alone (no top-up, no batch-wide maxima), and the search window goes by the window's own length.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vllm_d2cache.canvas import canvas_to_positions, positions_to_canvas
+from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.ops.density import certainty_density
+from vllm_d2cache.policies.base import CachePolicy
+from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
+
+
+class D2CachePolicy(CachePolicy):
+    """Certainty density chooses masked positions, attention rollout chooses the rest."""
+
+    name = "d2cache"
+    reads_importance = True
+
+    def __init__(
+        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
+    ) -> None:
+        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
+        self.memory = torch.zeros(num_slots, max_len, device=device)  # confidence by canvas slot
+        # Positions chosen in an earlier step that the refresh budget put off.
+        self.waiting = None
+        if refresh_budget is not None:
+            self.waiting = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)
+
+    @staticmethod
+    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
+        """current_k masked positions, the last commits, the rollout's share, and what inflation adds.
+
+        The share: a prefix of a descending list with mass at most p cannot be longer than p times the list.
+        """
+        total = prompt_len + canvas_len
+        commits = options.window_length(canvas_len) if options.commits_many else options.tokens_per_step
+        chosen = min(options.current_k, canvas_len) + min(commits, canvas_len)
+        rows = min(total, chosen + max(1, math.ceil(options.rollout_p * total)))
+        if options.inflate_w > 1:
+            rows = min(total, rows * options.inflate_w)
+        return rows if refresh_budget is None else min(rows, refresh_budget)
+
+    def first_plan(self, view: CanvasView) -> StepPlan:
+        """Everything, with the confidence of every slot: it is what the memory starts from."""
+        if self.waiting is not None:
+            self.waiting[view.slots] = False
+        return StepPlan(view.in_text, view.masked)
+
+    def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
+        """Stage 1, the commits of this step, stage 2, inflation, and the budget if there is one."""
+        assert outcome.importance is not None
+        selected = self._select_masked(view, outcome)
+        certain = canvas_to_positions(selected, view, self.logit_shift) | canvas_to_positions(outcome.committed, view)
+        share = _rollout_share(outcome.importance, view.in_text & ~certain)
+        chosen = certain | _head_of_mass(share, view.options.rollout_p)
+        if self.logit_shift:
+            chosen = self._assign_last_prompt_position(chosen, selected, view)
+        refresh = _inflate(chosen, view.options.inflate_w)
+        if self.waiting is not None:
+            refresh = self._fit_budget(refresh, chosen, certain, share, view, outcome)
+        predictable = positions_to_canvas(refresh, view, self.logit_shift) & view.masked
+        observe = predictable & view.options.latest_memory.unsqueeze(1)
+        return StepPlan(refresh, observe)
+
+    def _select_masked(self, view: CanvasView, outcome: StepOutcome) -> torch.Tensor:
+        """Stage 1 [R, G]: the current_k masked slots with the best confidence times density (section 3.3)."""
+        options = view.options
+        width = view.masked.shape[1]
+        memory = self._remember(view, outcome)
+        known = ~view.masked & view.in_canvas
+        score = memory * certainty_density(known, view.canvas_len, options.selection_sigma)
+        score = score.masked_fill(~view.in_canvas, 0.0)
+        start = outcome.window_start.unsqueeze(1)
+        length = options.window.unsqueeze(1)
+        slot = view.slot_index
+        # A bonus of the best score puts the current window's slots before all others.
+        in_window = (slot >= start) & (slot < start + length)
+        score = score + in_window * score.amax(1, keepdim=True)
+
+        remaining = view.masked & view.live
+        k = options.current_k.unsqueeze(1)
+        # The search window ends with the window that holds the k-th remaining slot.
+        kth = (remaining.cumsum(1) < k).sum(1, keepdim=True).clamp(max=width - 1)
+        end = (kth // length + 1) * length - 1
+        eligible = remaining & (slot >= start) & (slot <= end)
+        index = score.masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        best = (slot < k).expand_as(index)
+        return torch.zeros_like(eligible).scatter_(1, index, best) & eligible
+
+    def _remember(self, view: CanvasView, outcome: StepOutcome) -> torch.Tensor:
+        """[R, G] float32: the confidence memory after this step (section 3.7)."""
+        width = view.masked.shape[1]
+        update = outcome.predicted & (outcome.first | view.options.latest_memory).unsqueeze(1)
+        previous = self.memory[view.slots, :width].masked_fill(outcome.first.unsqueeze(1), 0.0)
+        memory = torch.where(update, outcome.score, previous)
+        self.memory[view.slots, :width] = memory
+        return memory
+
+    def _assign_last_prompt_position(
+        self, chosen: torch.Tensor, selected: torch.Tensor, view: CanvasView
+    ) -> torch.Tensor:
+        """Shifted families: the last prompt position serves slot 0 alone (section 3.5, point 3)."""
+        last = (view.prompt_len - 1).unsqueeze(1)
+        position = torch.arange(chosen.shape[1], device=chosen.device).unsqueeze(0)
+        return torch.where(position == last, selected[:, :1], chosen)
+
+    def _fit_budget(
+        self,
+        refresh: torch.Tensor,
+        chosen: torch.Tensor,
+        certain: torch.Tensor,
+        share: torch.Tensor,
+        view: CanvasView,
+        outcome: StepOutcome,
+    ) -> torch.Tensor:
+        """Keep the ``refresh_budget`` most urgent positions; chosen ones that do not fit wait for the next step.
+
+        Order: commits and their arrears, then stage 1, then stage 2 by importance, then inflation.
+        """
+        width = refresh.shape[1]
+        committed = canvas_to_positions(outcome.committed, view)
+        waiting = self.waiting[view.slots, :width] & view.in_text
+        urgency = share + chosen.float() + 2.0 * certain.float() + 4.0 * (committed | waiting).float()
+        urgency = urgency.masked_fill(~(refresh | waiting), -1.0)
+        index = urgency.argsort(dim=1, descending=True, stable=True)
+        rank = torch.arange(width, device=refresh.device).unsqueeze(0).expand_as(index)
+        kept = torch.zeros_like(refresh).scatter_(1, index, rank < self.refresh_budget) & (urgency >= 0)
+        canvas = canvas_to_positions(view.masked, view)
+        # A masked position is chosen afresh every step; only known text is owed a refresh.
+        self.waiting[view.slots, :width] = (chosen | waiting) & ~kept & ~canvas
+        return kept
+
+
+def _rollout_share(importance: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """[R, T] float32: importance as a share of the candidates' total, 0 elsewhere (section 3.5, point 2)."""
+    mass = torch.where(candidates, importance, 0.0)
+    # A running sum adds in position order, so that padding does not change the rounding.
+    total = mass.cumsum(1)[:, -1:]
+    return mass / (total + 1e-9)
+
+
+def _head_of_mass(share: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """[R, T] bool: the longest head of the descending list with mass at most p, and at least one position."""
+    ordered, index = share.sort(dim=1, descending=True, stable=True)
+    head = ordered.cumsum(1) <= p.unsqueeze(1)
+    head |= (p >= 1).unsqueeze(1)
+    head[:, 0] = True
+    head &= ordered > 0
+    return torch.zeros_like(head).scatter_(1, index, head)
+
+
+def _inflate(chosen: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
+    """[R, T] bool with gaps of at most ``width`` [R] between consecutive members filled (section 3.5, point 4)."""
+    position = torch.arange(chosen.shape[1], device=chosen.device).unsqueeze(0)
+    far = 1 << 30
+    before = torch.where(chosen, position, -far).cummax(1).values
+    after = torch.where(chosen, position, far).flip(1).cummin(1).values.flip(1)
+    return chosen | (after - before <= width.unsqueeze(1))

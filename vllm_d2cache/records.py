@@ -1,0 +1,154 @@
+"""Small records passed between the stages of a step. Shapes: R rows (requests in this step), T positions, G slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True)
+class FamilyTraits:
+    """What the decoding loop must know of a model family (d2cache.md, section 9).
+
+    Attributes:
+        mask_token_id: the token a canvas starts from.
+        logit_shift: canvas slot g reads the logits of position P + g - logit_shift.
+    """
+
+    mask_token_id: int
+    logit_shift: int = 0
+
+
+@dataclass(frozen=True)
+class SamplingSpec:
+    """The part of a request's sampling parameters that the row statistics need."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()  # end-of-text included unless the request ignores it
+
+
+class OptionColumns(NamedTuple):
+    """Per-request numbers of the rows in this step, each [R]; see config.RequestOptions for their meaning."""
+
+    window: torch.Tensor  # int64, already resolved to a length in 1..G
+    tokens_per_step: torch.Tensor  # int64
+    threshold: torch.Tensor  # float32, 0 = off
+    factor: torch.Tensor  # float32, 0 = off
+    score: torch.Tensor  # int64, index into config.SCORES
+    sigma: torch.Tensor  # float32
+    selection_sigma: torch.Tensor  # float32
+    current_k: torch.Tensor  # int64
+    rollout_p: torch.Tensor  # float32
+    inflate_w: torch.Tensor  # int64
+    latest_memory: torch.Tensor  # bool
+
+
+@dataclass(frozen=True)
+class CanvasView:
+    """The canvases of the rows in this step. Columns past a row's own T or G are padding and False."""
+
+    slots: torch.Tensor  # [R] int64, row -> slot
+    prompt_len: torch.Tensor  # [R] int64
+    canvas_len: torch.Tensor  # [R] int64
+    masked: torch.Tensor  # [R, G] bool, canvas slots that still hold the mask
+    live: torch.Tensor  # [R, G] bool, canvas slots before the first committed stop token
+    window_start: torch.Tensor  # [R] int64, first slot of the current window
+    num_positions: int  # T, the widest of the batch
+    options: OptionColumns
+
+    @property
+    def slot_index(self) -> torch.Tensor:
+        """[1, G] int64."""
+        return torch.arange(self.masked.shape[1], device=self.masked.device).unsqueeze(0)
+
+    @property
+    def in_canvas(self) -> torch.Tensor:
+        """[R, G] bool: the column is one of the row's own slots."""
+        return self.slot_index < self.canvas_len.unsqueeze(1)
+
+    @property
+    def in_text(self) -> torch.Tensor:
+        """[R, T] bool: the column is one of the row's own positions."""
+        position = torch.arange(self.num_positions, device=self.masked.device).unsqueeze(0)
+        return position < (self.prompt_len + self.canvas_len).unsqueeze(1)
+
+    @property
+    def in_window(self) -> torch.Tensor:
+        """[R, G] bool: the slot lies in the current window."""
+        start = self.window_start.unsqueeze(1)
+        inside = (self.slot_index >= start) & (self.slot_index < start + self.options.window.unsqueeze(1))
+        return inside & self.in_canvas
+
+    def select(self, rows: torch.Tensor) -> CanvasView:
+        """The view of some rows only."""
+        return CanvasView(
+            self.slots[rows],
+            self.prompt_len[rows],
+            self.canvas_len[rows],
+            self.masked[rows],
+            self.live[rows],
+            self.window_start[rows],
+            self.num_positions,
+            OptionColumns(*(column[rows] for column in self.options)),
+        )
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step found out and did; filled by the denoiser, read by the cache policy."""
+
+    committed: torch.Tensor  # [R, G] bool
+    predicted: torch.Tensor  # [R, G] bool, slots whose row statistics exist
+    score: torch.Tensor  # [R, G] float32, the ranking statistic without prior; only where predicted
+    window_start: torch.Tensor  # [R] int64, the window in which this step committed
+    first: torch.Tensor  # [R] bool, the request's first step
+    importance: torch.Tensor | None  # [R, T] float32, attention rollout; None where no policy reads it
+
+    def select(self, rows: torch.Tensor) -> StepOutcome:
+        """The outcome of some rows only."""
+        return StepOutcome(
+            self.committed[rows],
+            self.predicted[rows],
+            self.score[rows],
+            self.window_start[rows],
+            self.first[rows],
+            None if self.importance is None else self.importance[rows],
+        )
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a cache policy wants of the next step."""
+
+    refresh: torch.Tensor  # [R, T] bool, positions whose K and V are recomputed
+    observe: torch.Tensor  # [R, G] bool, slots whose statistics the policy wants besides the window's
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows that go through the network in this step: ragged, request by request, ascending positions."""
+
+    view: CanvasView
+    counts: list[int]  # rows of each request
+    full: list[bool]  # every position of the request is refreshed
+    reads_importance: list[bool]  # the request's policy wants the attention rollout
+    positions: torch.Tensor  # [N] int64, absolute
+    input_ids: torch.Tensor  # [N] int32
+    request: torch.Tensor  # [N] int64, row of the batch each belongs to
+    predicted: torch.Tensor  # [R, G] bool, slots whose statistics are taken
+    logits_rows: torch.Tensor  # [n] int64 into N, one for each predicted slot in row-major order
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the engine is told after a step."""
+
+    tokens: torch.Tensor  # [R, G] int64, newly contiguous tokens, left-aligned
+    num_tokens: torch.Tensor  # [R] int32, how many of them
+    committed: torch.Tensor  # [R, G] bool
+    masked: torch.Tensor  # [R, G] bool, after the commits
