@@ -20,6 +20,7 @@ class Request:
     canvas_len: int
     options: RequestOptions
     sampling: SamplingSpec
+    row_budget: int = 0  # rows the scheduler reserves for each step after the first
 
 
 class CanvasStates:

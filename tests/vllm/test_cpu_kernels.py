@@ -5,6 +5,7 @@ is not needed for them; that the twins still fit vLLM's kernels is test_cpu_runn
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,40 +42,33 @@ def pointers(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.uint64)
 
 
-def assert_same(reference: Callable[..., None], twin: Callable[..., None], args: dict[str, Any]) -> None:
+def assert_same(
+    reference: Callable[[SimpleNamespace], None], twin: Callable[..., None], args: dict[str, Any]
+) -> None:
     """Run both on their own copies and compare every tensor, written or not."""
     copies = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
-    reference(**copies)
+    reference(SimpleNamespace(**copies))
     twin(**args)
     for name, value in args.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, copies[name]), name
 
 
-def prefill_reference(
-    input_ids_ptr: torch.Tensor,
-    next_prefill_tokens_ptr: torch.Tensor,
-    num_lookahead: int,
-    idx_mapping_ptr: torch.Tensor,
-    query_start_loc_ptr: torch.Tensor,
-    all_token_ids_ptr: torch.Tensor,
-    prefill_lens_ptr: torch.Tensor,
-    num_computed_tokens_ptr: torch.Tensor,
-) -> None:
-    tokens, ahead = all_token_ids_ptr.view(-1), next_prefill_tokens_ptr.view(-1)
-    for program in range(len(idx_mapping_ptr)):
-        row = int(idx_mapping_ptr[program])
-        limit, done = int(prefill_lens_ptr[row]), int(num_computed_tokens_ptr[row])
+def prefill_reference(a: SimpleNamespace) -> None:
+    tokens, ahead = a.all_token_ids_ptr.view(-1), a.next_prefill_tokens_ptr.view(-1)
+    for program in range(len(a.idx_mapping_ptr)):
+        row = int(a.idx_mapping_ptr[program])
+        limit, done = int(a.prefill_lens_ptr[row]), int(a.num_computed_tokens_ptr[row])
         if done >= limit:
             continue
-        start = int(query_start_loc_ptr[program])
-        length = int(query_start_loc_ptr[program + 1]) - start
-        request = row * all_token_ids_ptr.stride(0)
+        start = int(a.query_start_loc_ptr[program])
+        length = int(a.query_start_loc_ptr[program + 1]) - start
+        request = row * a.all_token_ids_ptr.stride(0)
         for i in range(length):
-            input_ids_ptr[start + i] = tokens[request + done + i]
-        for i in range(num_lookahead):
+            a.input_ids_ptr[start + i] = tokens[request + done + i]
+        for i in range(a.num_lookahead):
             at = done + length + i
-            ahead[i * next_prefill_tokens_ptr.stride(0) + row] = tokens[request + at] if at < limit else 0
+            ahead[i * a.next_prefill_tokens_ptr.stride(0) + row] = tokens[request + at] if at < limit else 0
 
 
 @pytest.mark.parametrize("lengths", BATCHES)
@@ -95,25 +89,18 @@ def test_prepare_prefill_inputs(lengths: list[int], seed: int) -> None:
     assert_same(prefill_reference, twins.prepare_prefill_inputs, args)
 
 
-def pos_reference(
-    pos_ptr: torch.Tensor,
-    seq_lens_ptr: torch.Tensor,
-    idx_mapping_ptr: torch.Tensor,
-    query_start_loc_ptr: torch.Tensor,
-    num_computed_tokens_ptr: torch.Tensor,
-    max_num_reqs: int,
-) -> None:
-    num_reqs = len(idx_mapping_ptr)
+def pos_reference(a: SimpleNamespace) -> None:
+    num_reqs = len(a.idx_mapping_ptr)
     for program in range(num_reqs + 1):
         if program == num_reqs:
-            for i in range(num_reqs, max_num_reqs):
-                seq_lens_ptr[i] = 0
+            for i in range(num_reqs, a.max_num_reqs):
+                a.seq_lens_ptr[i] = 0
             continue
-        done = int(num_computed_tokens_ptr[idx_mapping_ptr[program]])
-        start, end = (int(query_start_loc_ptr[program + i]) for i in (0, 1))
-        seq_lens_ptr[program] = done + end - start
+        done = int(a.num_computed_tokens_ptr[a.idx_mapping_ptr[program]])
+        start, end = (int(a.query_start_loc_ptr[program + i]) for i in (0, 1))
+        a.seq_lens_ptr[program] = done + end - start
         for i in range(end - start):
-            pos_ptr[start + i] = done + i
+            a.pos_ptr[start + i] = done + i
 
 
 @pytest.mark.parametrize("lengths", BATCHES)
@@ -130,34 +117,23 @@ def test_prepare_pos_seq_lens(lengths: list[int]) -> None:
     assert_same(pos_reference, twins.prepare_pos_seq_lens, args)
 
 
-def combine_reference(
-    input_ids_ptr: torch.Tensor,
-    idx_mapping_ptr: torch.Tensor,
-    last_sampled_tokens_ptr: torch.Tensor,
-    query_start_loc_ptr: torch.Tensor,
-    seq_lens_ptr: torch.Tensor,
-    prefill_len_ptr: torch.Tensor,
-    draft_tokens_ptr: torch.Tensor,
-    cu_num_logits_ptr: torch.Tensor,
-    logits_indices_ptr: torch.Tensor,
-    NUM_NEW_SAMPLED_TOKENS: int = 1,
-) -> None:
-    for program in range(len(idx_mapping_ptr)):
-        row = int(idx_mapping_ptr[program])
-        logits_at, logits_end = (int(cu_num_logits_ptr[program + i]) for i in (0, 1))
+def combine_reference(a: SimpleNamespace) -> None:
+    for program in range(len(a.idx_mapping_ptr)):
+        row = int(a.idx_mapping_ptr[program])
+        logits_at, logits_end = (int(a.cu_num_logits_ptr[program + i]) for i in (0, 1))
         num_logits = logits_end - logits_at
-        num_drafts = num_logits - NUM_NEW_SAMPLED_TOKENS
-        query_end = int(query_start_loc_ptr[program + 1])
+        num_drafts = num_logits - a.NUM_NEW_SAMPLED_TOKENS
+        query_end = int(a.query_start_loc_ptr[program + 1])
         for i in range(num_logits):
-            logits_indices_ptr[logits_at + i] = query_end - num_logits + i
-        seq_len, limit = int(seq_lens_ptr[program]), int(prefill_len_ptr[row])
+            a.logits_indices_ptr[logits_at + i] = query_end - num_logits + i
+        seq_len, limit = int(a.seq_lens_ptr[program]), int(a.prefill_len_ptr[row])
         if seq_len <= limit:
             continue
-        if NUM_NEW_SAMPLED_TOKENS > 0 and seq_len - num_logits >= limit:
-            input_ids_ptr[query_end - num_logits] = last_sampled_tokens_ptr.view(-1)[row]
+        if a.NUM_NEW_SAMPLED_TOKENS > 0 and seq_len - num_logits >= limit:
+            a.input_ids_ptr[query_end - num_logits] = a.last_sampled_tokens_ptr.view(-1)[row]
         for i in range(num_drafts):
-            draft = draft_tokens_ptr.view(-1)[row * draft_tokens_ptr.stride(0) + i]
-            input_ids_ptr[query_end - num_drafts + i] = draft
+            draft = a.draft_tokens_ptr.view(-1)[row * a.draft_tokens_ptr.stride(0) + i]
+            a.input_ids_ptr[query_end - num_drafts + i] = draft
 
 
 @pytest.mark.parametrize("bonus", [0, 1])
@@ -182,20 +158,13 @@ def test_combine_sampled_and_draft_tokens(lengths: list[int], max_drafts: int, b
     assert_same(combine_reference, twins.combine_sampled_and_draft_tokens, args)
 
 
-def sampled_reference(
-    num_sampled_ptr: torch.Tensor,
-    num_rejected_ptr: torch.Tensor,
-    seq_lens_ptr: torch.Tensor,
-    cu_num_logits_ptr: torch.Tensor,
-    idx_mapping_ptr: torch.Tensor,
-    prefill_len_ptr: torch.Tensor,
-) -> None:
-    for program in range(len(idx_mapping_ptr)):
-        chunked = int(seq_lens_ptr[program]) < int(prefill_len_ptr[idx_mapping_ptr[program]])
-        sampled = 0 if chunked else int(num_sampled_ptr[program])
-        num_sampled_ptr[program] = sampled
-        num_logits = int(cu_num_logits_ptr[program + 1] - cu_num_logits_ptr[program])
-        num_rejected_ptr[program] = 0 if chunked else num_logits - sampled
+def sampled_reference(a: SimpleNamespace) -> None:
+    for program in range(len(a.idx_mapping_ptr)):
+        chunked = int(a.seq_lens_ptr[program]) < int(a.prefill_len_ptr[a.idx_mapping_ptr[program]])
+        sampled = 0 if chunked else int(a.num_sampled_ptr[program])
+        a.num_sampled_ptr[program] = sampled
+        num_logits = int(a.cu_num_logits_ptr[program + 1] - a.cu_num_logits_ptr[program])
+        a.num_rejected_ptr[program] = 0 if chunked else num_logits - sampled
 
 
 @pytest.mark.parametrize("num_reqs", [0, 1, 3, 8])
@@ -213,42 +182,28 @@ def test_get_num_sampled_and_rejected(num_reqs: int, seed: int) -> None:
     assert_same(sampled_reference, twins.get_num_sampled_and_rejected, args)
 
 
-def update_reference(
-    idx_mapping_ptr: torch.Tensor,
-    num_computed_tokens_ptr: torch.Tensor,
-    last_sampled_tokens_ptr: torch.Tensor,
-    output_bin_counts_ptr: torch.Tensor | None,
-    sampled_tokens_ptr: torch.Tensor,
-    num_sampled_ptr: torch.Tensor,
-    num_rejected_ptr: torch.Tensor,
-    query_start_loc_ptr: torch.Tensor | None,
-    all_token_ids_ptr: torch.Tensor,
-    total_len_ptr: torch.Tensor,
-    draft_tokens_ptr: torch.Tensor | None = None,
-    draft_tokens_out_ptr: torch.Tensor | None = None,
-    num_draft_tokens: int = 0,
-) -> None:
-    for program in range(len(idx_mapping_ptr)):
-        row = int(idx_mapping_ptr[program])
+def update_reference(a: SimpleNamespace) -> None:
+    for program in range(len(a.idx_mapping_ptr)):
+        row = int(a.idx_mapping_ptr[program])
         if row < 0:
             continue
-        if draft_tokens_ptr is not None and draft_tokens_out_ptr is not None:
-            for i in range(num_draft_tokens):
-                draft = draft_tokens_ptr.view(-1)[program * num_draft_tokens + i]
-                draft_tokens_out_ptr.view(-1)[row * num_draft_tokens + i] = draft
-        total, sampled = int(total_len_ptr[row]), int(num_sampled_ptr[program])
-        line = sampled_tokens_ptr[program]
+        if getattr(a, "draft_tokens_ptr", None) is not None:
+            for i in range(a.num_draft_tokens):
+                draft = a.draft_tokens_ptr.view(-1)[program * a.num_draft_tokens + i]
+                a.draft_tokens_out_ptr.view(-1)[row * a.num_draft_tokens + i] = draft
+        total, sampled = int(a.total_len_ptr[row]), int(a.num_sampled_ptr[program])
+        line = a.sampled_tokens_ptr[program]
         if sampled > 0:
-            last_sampled_tokens_ptr.view(-1)[row] = line[sampled - 1]
-            total_len_ptr[row] = total + sampled
+            a.last_sampled_tokens_ptr.view(-1)[row] = line[sampled - 1]
+            a.total_len_ptr[row] = total + sampled
         for i in range(sampled):
-            all_token_ids_ptr.view(-1)[row * all_token_ids_ptr.stride(0) + total + i] = line[i]
-            if output_bin_counts_ptr is not None:
-                output_bin_counts_ptr.view(-1)[row * output_bin_counts_ptr.stride(0) + int(line[i])] += 1
+            a.all_token_ids_ptr.view(-1)[row * a.all_token_ids_ptr.stride(0) + total + i] = line[i]
+            if a.output_bin_counts_ptr is not None:
+                a.output_bin_counts_ptr.view(-1)[row * a.output_bin_counts_ptr.stride(0) + int(line[i])] += 1
         length = 0
-        if query_start_loc_ptr is not None:
-            length = int(query_start_loc_ptr[program + 1] - query_start_loc_ptr[program])
-        num_computed_tokens_ptr[row] += length - int(num_rejected_ptr[program])
+        if a.query_start_loc_ptr is not None:
+            length = int(a.query_start_loc_ptr[program + 1] - a.query_start_loc_ptr[program])
+        a.num_computed_tokens_ptr[row] += length - int(a.num_rejected_ptr[program])
 
 
 @pytest.mark.parametrize("lengths", BATCHES)

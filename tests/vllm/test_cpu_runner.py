@@ -4,7 +4,6 @@ import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,14 +15,15 @@ pytest.importorskip("vllm")
 import vllm.config.vllm as config_module
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
-from vllm.triton_utils import HAS_TRITON
+from vllm.triton_utils import HAS_TRITON, dispatcher
 
 from vllm_d2cache.compat import cpu_runner
 from vllm_d2cache.compat.cpu_kernels import IGNORED, TWINS
 
 OURS = frozenset({"OurModel"})
-STOCK_VALIDATION = VllmConfig._validate_v2_model_runner
+STOCK_VALIDATION = inspect.unwrap(VllmConfig._validate_v2_model_runner)
 STOCK_VALIDATION_ASKS = "HAS_TRITON" in STOCK_VALIDATION.__code__.co_names  # vLLM 0.33 no longer does
+HOOK = "register_triton_kernel_overrides"
 PATCHED = ("use_v2_model_runner", "_validate_v2_model_runner")
 pytestmark = [
     pytest.mark.vllm,
@@ -36,17 +36,17 @@ def attributes(owner: type, names: tuple[str, ...]) -> list[Any]:
 
 
 @pytest.fixture
-def pristine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A process without the patches; those of the test are gone at its end."""
-    assert not cpu_runner._state.installed, "run in a process where the plugin was not registered"
+def pristine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """vLLM without the patches, even if another test had the plugin registered; restored at the end."""
+    platform = type(current_platform)
+    hook = inspect.getattr_static(platform, HOOK).__func__
     monkeypatch.setattr(cpu_runner, "_state", cpu_runner._State())
-    for name in PATCHED:  # remembers the original, restores it at the end
-        monkeypatch.setattr(VllmConfig, name, inspect.getattr_static(VllmConfig, name))
-    hook = inspect.getattr_static(type(current_platform), "register_triton_kernel_overrides")
-    monkeypatch.setattr(type(current_platform), "register_triton_kernel_overrides", hook)
-    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    monkeypatch.setattr(VllmConfig, PATCHED[0], property(inspect.unwrap(VllmConfig.use_v2_model_runner.fget)))
+    monkeypatch.setattr(VllmConfig, PATCHED[1], STOCK_VALIDATION)
+    monkeypatch.setattr(platform, HOOK, classmethod(inspect.unwrap(hook)))
     monkeypatch.setattr(VllmConfig, "_get_v2_model_runner_unsupported_features", lambda self: [])
-    yield monkeypatch
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    return monkeypatch
 
 
 def config_for(*architectures: str) -> VllmConfig:
@@ -140,11 +140,13 @@ def test_a_worker_is_prepared_for_ours_only(pristine: pytest.MonkeyPatch) -> Non
 
 
 def kernel(name: str) -> Any:
+    """vLLM's own, even if another test of this process prepared a worker."""
     module, _, attribute = name.rpartition(".")
-    return getattr(import_module(module), attribute)
+    found = getattr(import_module(module), attribute)
+    return dispatcher._registry[name][0] if isinstance(found, dispatcher.KernelOverride) else found
 
 
-def test_this_vllm_can_be_patched() -> None:
+def test_this_vllm_can_be_patched(pristine: pytest.MonkeyPatch) -> None:
     assert cpu_runner.find_problem(VllmConfig, type(current_platform)) is None
 
 

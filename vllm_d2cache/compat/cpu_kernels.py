@@ -22,9 +22,8 @@ class _RawMemory:
     """Lets NumPy view `shape` elements of type `typestr` at an address (the kernels' pointer arguments)."""
 
     def __init__(self, address: int, shape: tuple[int, ...], typestr: str) -> None:
-        self.__array_interface__ = {
-            "data": (address, False), "shape": shape, "typestr": typestr, "version": 3,
-        }  # fmt: skip
+        data = (address, False)
+        self.__array_interface__ = {"data": data, "shape": shape, "typestr": typestr, "version": 3}
 
 
 def _int32_at(address: int, *shape: int) -> Array:

@@ -8,6 +8,7 @@ Models of other architectures see none of this: their configuration is answered 
 worker is prepared only once the configuration of a model of ours is asked in it.
 """
 
+import functools
 import importlib
 import inspect
 import types
@@ -124,6 +125,7 @@ def _patch_use_v2_model_runner(config_cls: type["VllmConfig"]) -> None:
         return
     patched = _believing_in_triton(stock.fget)
 
+    @functools.wraps(stock.fget)
     def use_v2_model_runner(self: "VllmConfig") -> bool:
         if not _is_ours(self):
             return stock.fget(self)
@@ -144,6 +146,7 @@ def _patch_validation(config_cls: type["VllmConfig"]) -> None:
         return
     patched = _believing_in_triton(stock)  # type: ignore[arg-type]
 
+    @functools.wraps(stock)
     def _validate_v2_model_runner(self: "VllmConfig") -> None:
         return (patched if _is_ours(self) else stock)(self)
 
@@ -159,6 +162,7 @@ def _patch_worker_hook(platform_cls: Any) -> None:
     # Remove when: as above.
     stock = inspect.getattr_static(platform_cls, "register_triton_kernel_overrides")
 
+    @functools.wraps(stock.__func__)
     def register_triton_kernel_overrides(cls: Any) -> None:
         stock.__func__(cls)
         _state.in_worker = True

@@ -1,0 +1,76 @@
+"""The private vLLM names the plugin reads or writes, one small function each.
+
+tests/vllm/test_contract.py checks both halves: that these functions do what they say, and that vLLM still has what
+they touch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.states import RequestState
+
+OLDEST = Version("0.31")
+NEWEST = Version("0.34")  # exclusive
+
+
+def unsupported_version() -> str | None:
+    """Why the installed vLLM is outside the tested window, or None."""
+    import vllm
+
+    found = Version(vllm.__version__.split("+")[0])
+    if OLDEST <= Version(found.base_version) < NEWEST:
+        return None
+    return f"vllm-d2cache works with vLLM >= {OLDEST} and < {NEWEST}; this is {vllm.__version__}"
+
+
+def register_config_class(model_type: str, cls: type) -> None:
+    """Let vLLM read a config.json of this type without remote code, also when it carries an auto_map."""
+    from transformers import AutoConfig
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    AutoConfig.register(model_type, cls, exist_ok=True)
+    # Membership here is what makes vLLM ignore the checkpoint's auto_map.
+    _CONFIG_REGISTRY[model_type] = cls
+
+
+def register_config_hook(architecture: str, hook: type) -> None:
+    """Have vLLM call ``hook`` while it builds the configuration for this architecture."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    MODELS_CONFIG_MAP[architecture] = hook
+
+
+def append_canvas(request: Request, mask_token_id: int, length: int) -> None:
+    """Make the scheduler see prompt + canvas as the tokens to compute; the output stays empty."""
+    request._all_token_ids.extend([mask_token_id] * length)
+
+
+def place_output_token(request: Request, token_id: int) -> None:
+    """Put the next output token where its mask stands."""
+    request._all_token_ids[request.num_prompt_tokens + len(request._output_token_ids)] = token_id
+    request._output_token_ids.append(token_id)
+
+
+def settle_request_state(req_states: RequestState, slot: int, num_written: int, num_computed: int) -> None:
+    """After a request's first step: where output goes, and that later rows are no longer a prefill.
+
+    vLLM appends output tokens at ``total_len`` and takes rows below ``prefill_len`` for prefill; both start at T.
+
+    Args:
+        num_written: prompt tokens plus tokens emitted before a preemption.
+        num_computed: the count the scheduler rolls back to.
+    """
+    req_states.total_len.gpu[slot] = num_written
+    req_states.prefill_len.np[slot] = num_computed
+    req_states.prefill_len.copy_to_uva()
+
+
+def set_logits_rows(input_batch: InputBatch, rows: Any) -> None:
+    """Which hidden rows the runner hands to the sampler."""
+    input_batch.logits_indices = rows

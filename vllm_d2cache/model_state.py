@@ -1,0 +1,188 @@
+"""The conductor of a step: vLLM's ModelState hooks, each a few calls into the modules that do the work.
+
+Order within a step, as Model Runner V2 calls it: add_request, preprocess_state, prepare_attn, prepare_inputs,
+forward, sampler (runner_sampler.py). It computes nothing itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_d2cache.attention import D2CacheMetadata
+from vllm_d2cache.attention.capture import ImportanceCapture, MapPool
+from vllm_d2cache.canvas import Request
+from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
+from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
+from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.ops.paged_attention import PagedLayout
+from vllm_d2cache.policies import POLICY_CLASSES
+from vllm_d2cache.records import SamplingSpec, StepRows
+from vllm_d2cache.runner_sampler import D2CacheSampler
+from vllm_d2cache.trace import TraceRecorder
+
+
+class D2CacheModelState(ModelState):
+    """State of all running requests of one worker."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: torch.device
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        additional = vllm_config.additional_config
+        self.options = parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
+        self.denoiser = Denoiser(self.max_num_reqs, self.max_model_len, device, model.traits, self.options)
+        # Every rank computes the same; one of them writes.
+        writes = self.options.trace_dir is not None and vllm_config.parallel_config.rank == 0
+        self.tracer = TraceRecorder(self.options.trace_dir) if writes and self.options.trace_dir else None
+        self.rows: StepRows | None = None  # of the step under way
+        self.capture: ImportanceCapture | None = None
+        self._pool = MapPool()
+        self._slots: dict[str, int] = {}
+        self._first_block: dict[int, int] = {}
+        self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
+        """Replace vLLM's sampler; there is no rejection sampler."""
+        return D2CacheSampler(self, sampler), None
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """Start a request, or start it over after a preemption: the result is the same, its cached K and V are gone."""
+        params = new_req_data.sampling_params
+        if params is None or new_req_data.req_id.startswith("_warmup_"):
+            return
+        prompt, text = new_req_data.prompt_token_ids, new_req_data.prefill_token_ids
+        assert prompt is not None and text is not None
+        options = self.options.resolve(parse_request_options(params.extra_args))
+        canvas_len = len(text) - len(prompt)
+        seed = self.vllm_config.model_config.seed
+        request = Request(
+            new_req_data.req_id,
+            len(prompt),
+            canvas_len,
+            options,
+            _sampling_spec(params, new_req_data.req_id, seed),
+            POLICY_CLASSES[options.policy].max_rows(options, len(prompt), canvas_len, self.options.refresh_budget),
+        )
+        mask = self.denoiser.traits.mask_token_id
+        canvas = np.asarray(text[len(prompt) :])
+        # Only tokens already emitted stand in a resumed canvas, and they stand at its left end.
+        emitted = int((canvas != mask).sum())
+        self.denoiser.add(req_index, request, np.asarray(prompt), emitted)
+        blocks = new_req_data.block_ids[0]
+        consecutive = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
+        self._first_block[req_index] = blocks[0] if consecutive else -1
+        self._slots[request.req_id] = req_index
+        self._unsettled[req_index] = emitted
+        if self.tracer:
+            self.tracer.start(req_index, request, list(prompt))
+
+    def remove_request(self, req_id: str) -> None:
+        """Forget a finished, aborted or preempted request."""
+        slot = self._slots.pop(req_id, None)
+        if slot is not None:
+            if self.tracer:
+                self.tracer.finish(slot, "abort")
+            self._unsettled.pop(slot, None)
+            self.denoiser.remove(slot)
+
+    def preprocess_state(
+        self,
+        input_batch: InputBatch,
+        block_tables: tuple[torch.Tensor, ...],
+        kv_cache_config: KVCacheConfig,
+        num_computed_tokens: torch.Tensor,
+    ) -> None:
+        """Put the refresh set where the runner has contiguous positions."""
+        slots = input_batch.idx_mapping_np.tolist()
+        if any(slot not in self.denoiser.canvas.requests for slot in slots):
+            return  # vLLM's own warm-up batch
+        rows = self.denoiser.begin(input_batch.idx_mapping, slots)
+        count = rows.positions.shape[0]
+        if count > input_batch.num_tokens:
+            raise RuntimeError(f"the refresh sets have {count} rows, more than the {input_batch.num_tokens} reserved")
+        input_batch.positions[:count] = rows.positions
+        input_batch.input_ids[:count] = rows.input_ids
+        set_logits_rows(input_batch, rows.logits_rows)
+        self.rows = rows
+        self.model.head_in_sampler = True
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[Any],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+    ) -> dict[str, Any]:
+        """Where the fresh K and V go, and where each request's keys lie."""
+        if self.rows is None:
+            return None  # type: ignore[return-value]  # a dummy run: attention does nothing
+        rows, table = self.rows, block_tables[0]
+        group = kv_cache_config.kv_cache_groups[0]
+        block_size = group.kv_cache_spec.block_size
+        page = rows.positions.div(block_size, rounding_mode="floor")
+        slots = table[rows.request, page].long() * block_size + rows.positions - page * block_size
+        requests = [self.denoiser.canvas.requests[s] for s in input_batch.idx_mapping_np.tolist()]
+        layout = PagedLayout(
+            rows.counts,
+            [r.prompt_len + r.canvas_len for r in requests],
+            table,
+            [self._first_block[s] for s in input_batch.idx_mapping_np.tolist()],
+            slots,
+        )
+        self.capture = ImportanceCapture(layout, rows.reads_importance, rows.positions, self._pool)
+        metadata = D2CacheMetadata(layout, self.capture)
+        return dict.fromkeys((name for g in kv_cache_config.kv_cache_groups for name in g.layer_names), metadata)
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+        """Give the model the rows of the refresh sets alone: what was reserved beyond them costs nothing."""
+        if self.rows is None:
+            return {}
+        for slot in input_batch.idx_mapping_np.tolist():
+            if slot in self._unsettled:
+                request = self.denoiser.canvas.requests[slot]
+                computed = request.prompt_len + request.canvas_len - request.row_budget
+                settle_request_state(req_states, slot, request.prompt_len + self._unsettled.pop(slot), computed)
+        count = self.rows.positions.shape[0]
+        return {"input_ids": input_batch.input_ids[:count], "positions": input_batch.positions[:count]}
+
+    def finish_step(self) -> None:
+        """Called by the sampler at its end."""
+        self.rows, self.capture = None, None
+        self.model.head_in_sampler = False
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        """Nothing beyond vLLM's own dummy inputs."""
+        return {}
+
+    def prepare_inputs_embeds(
+        self, scheduled_encoder_inputs: dict[str, list[int]], input_batch: InputBatch, req_states: RequestState
+    ) -> None:
+        """Token ids only."""
+
+
+def _sampling_spec(params: SamplingParams, req_id: str, engine_seed: int) -> SamplingSpec:
+    stop = list(params.stop_token_ids or ())
+    if params.eos_token_id is not None:
+        stop.append(params.eos_token_id)
+    seed = params.seed
+    if seed is None:
+        # The same on every rank, different for every request.
+        digest = hashlib.blake2b(f"{engine_seed}:{req_id}".encode(), digest_size=8).digest()
+        seed = int.from_bytes(digest, "little", signed=True)
+    return SamplingSpec(params.temperature, params.top_p, max(0, params.top_k), seed, tuple(dict.fromkeys(stop)))

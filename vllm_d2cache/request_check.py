@@ -1,0 +1,76 @@
+"""Refuses, before a request is admitted, what would otherwise be ignored: unknown options and unsupported fields.
+
+vLLM calls ``validate_params`` of every configured logits processor for each request, in the front end, and turns a
+ValueError into HTTP 400 (or raises it from ``LLM.generate``). This processor does nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
+
+from vllm_d2cache.config import ServerOptions, parse_request_options
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+
+# Field -> the values that mean "not used".
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+    "min_p": (0.0,),
+    "min_tokens": (0,),
+    "logprobs": (None,),
+    "prompt_logprobs": (None,),
+    "prompt_logprob_token_ids": (None,),
+    "logprob_token_ids": (None,),
+    "structured_outputs": (None,),
+    "logit_bias": (None, {}),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "repetition_detection": (None,),
+    "thinking_token_budget": (None,),
+    "trace_decode_token_ids": (None, []),
+}
+
+
+def check_sampling_params(params: SamplingParams) -> None:
+    """Raise ValueError naming the first field that a diffusion model cannot honour.
+
+    Raises:
+        ValueError: a field or option is unsupported, unknown or out of range.
+    """
+    for field, unused in _UNSUPPORTED.items():
+        value = getattr(params, field, None)
+        if not any(value is u or (u is not None and not hasattr(value, "shape") and value == u) for u in unused):
+            allowed = " or ".join(repr(u) for u in unused)
+            raise ValueError(
+                f"{field}: not supported for this diffusion language model, got {value!r}; leave it out ({allowed})"
+            )
+    if params.max_tokens is None:
+        raise ValueError("max_tokens: must be an integer >= 1 (the length of the canvas), got None")
+    ServerOptions({}).resolve(parse_request_options(params.extra_args))
+
+
+class RequestCheck(LogitsProcessor):
+    """Named in ``ModelConfig.logits_processors`` by the config hook."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """See :func:`check_sampling_params`."""
+        check_sampling_params(sampling_params)
+
+    def __init__(self, vllm_config: VllmConfig, req_states: Any) -> None:
+        pass
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """It modifies no logits."""
+        return False
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+        """It modifies no logits."""
+        return logits

@@ -1,0 +1,73 @@
+"""vLLM's sampler call, turned into row statistics, commits and the tokens to emit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from vllm_d2cache.ops.row_stats import row_stats
+
+if TYPE_CHECKING:
+    from vllm_d2cache.model_state import D2CacheModelState
+
+
+class _NoPenalties:
+    """What vLLM's runner reads from a sampler's penalty state: no counts to update."""
+
+    output_bin_counts = None
+
+
+class D2CacheSampler:
+    """Stands in for vLLM's Sampler; the model hands it hidden states in place of logits.
+
+    Args:
+        state: whose step this ends.
+        base: vLLM's own sampler; its per-request tables are not used.
+    """
+
+    penalties_state = _NoPenalties()
+    compute_nans = False
+
+    def __init__(self, state: D2CacheModelState, base: Any) -> None:
+        self.state = state
+        self.sampling_states = base.sampling_states
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> None:
+        """The model state has the request already."""
+
+    def apply_staged_writes(self) -> None:
+        """Nothing is staged."""
+
+    def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
+        """End the step.
+
+        Args:
+            logits: [n, d] hidden states of the predicted slots; in a dummy run [R, vocab] logits.
+        """
+        state = self.state
+        if state.rows is None:
+            return _nothing(input_batch.num_reqs, logits.device)
+        assert state.capture is not None
+        rows, denoiser = state.rows, state.denoiser
+        params, margin, entropy = denoiser.row_params(rows)
+        head = state.model.lm_logits
+        stats = row_stats(logits, head, params, denoiser.traits.mask_token_id, margin, entropy)
+        importance = state.capture.importance(rows.view.num_positions)
+        result = denoiser.finish(rows, stats, importance)
+        slots = input_batch.idx_mapping_np.tolist()
+        if state.tracer:
+            state.tracer.step(slots, rows, result, denoiser.canvas)
+        # The worker's computed count stays where the scheduler rolls it back to.
+        budgets = [denoiser.canvas.requests[s].row_budget for s in slots]
+        rejected = torch.tensor(budgets, dtype=torch.int32, device=logits.device)
+        state.finish_step()
+        return SamplerOutput(result.tokens, None, None, result.num_tokens, rejected)
+
+
+def _nothing(num_reqs: int, device: torch.device) -> SamplerOutput:
+    """No tokens for any request."""
+    zero = torch.zeros(num_reqs, dtype=torch.int32, device=device)
+    return SamplerOutput(torch.zeros(num_reqs, 1, dtype=torch.int64, device=device), None, None, zero, zero)

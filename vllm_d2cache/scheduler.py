@@ -1,0 +1,123 @@
+"""How many rows each request gets in a step; admission, and placing output where its masks stood.
+
+A request enters with its canvas appended, so that stock scheduling computes all T positions in one step and
+allocates every KV block the request will need. After each scheduling its computed count is rolled back by its row
+budget: every later step is then an extension by that many rows, whatever the worker answers, so asynchronous
+scheduling works unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_d2cache.compat.internals import append_canvas, place_output_token
+from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
+from vllm_d2cache.policies import POLICY_CLASSES
+
+logger = init_logger(__name__)
+
+
+class D2CacheScheduler(AsyncScheduler):
+    """Serves synchronous and asynchronous scheduling alike."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        additional = self.vllm_config.additional_config
+        self.options = parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
+        self.mask_token_id: int = self.vllm_config.model_config.hf_config.mask_token_id
+        # A canvas position needs no further slot behind the last one, unlike a sampled token.
+        self.num_sampled_tokens_per_step = 0
+        self._most_active = self.max_num_active_reqs
+        self._budgets: dict[str, int] = {}
+
+    def add_request(self, request: Request) -> None:
+        """Append the canvas and work out the row budget."""
+        room = self.max_model_len - request.num_prompt_tokens
+        if request.max_tokens > room:
+            logger.warning(
+                "Request %s: a canvas of max_tokens=%d does not fit behind a prompt of %d within max_model_len=%d; "
+                "it gets %d positions.",
+                request.request_id,
+                request.max_tokens,
+                request.num_prompt_tokens,
+                self.max_model_len,
+                room,
+            )
+            request.max_tokens = room
+        params = request.sampling_params
+        assert params is not None
+        options = self.options.resolve(parse_request_options(params.extra_args))
+        append_canvas(request, self.mask_token_id, request.max_tokens)
+        self._budgets[request.request_id] = POLICY_CLASSES[options.policy].max_rows(
+            options, request.num_prompt_tokens, request.max_tokens, self.options.refresh_budget
+        )
+        super().add_request(request)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Stock scheduling, admitting only as many requests as can all get their rows from now on."""
+        self.max_num_active_reqs = min(self._most_active, len(self.running) + self._admissible())
+        return super().schedule(throttle_prefills)
+
+    def _admissible(self) -> int:
+        """How many waiting requests, in queue order, fit the token budget now and in every later step.
+
+        A running request's rows must never be cut short, so what it will need is counted, not what it needs now.
+        """
+        later = now = sum(self._budgets[r.request_id] for r in self.running)
+        limit = self.max_num_scheduled_tokens
+        count = 0
+        for request in self.waiting:
+            later += self._budgets[request.request_id]
+            now += request.num_tokens
+            if later > limit or now > limit:
+                break
+            count += 1
+        return count
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        # AsyncScheduler would add placeholders for sampled tokens; a step here emits any number of tokens or none.
+        Scheduler._update_after_schedule(self, scheduler_output)
+        for req_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests[req_id]
+            request.num_computed_tokens = request.num_tokens - self._budgets[req_id]
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        for count, token_id in enumerate(new_token_ids, 1):
+            place_output_token(request, token_id)
+            if self._stops(request, token_id):
+                del new_token_ids[count:]
+                return new_token_ids, True
+        return new_token_ids, False
+
+    @staticmethod
+    def _stops(request: Request, token_id: int) -> bool:
+        """vLLM's own rules, but for the one that counts the canvas as text already."""
+        params = request.sampling_params
+        assert params is not None
+        if token_id == params.eos_token_id:
+            request.status = RequestStatus.FINISHED_STOPPED
+        elif token_id in (params.stop_token_ids or ()):
+            request.status = RequestStatus.FINISHED_STOPPED
+            request.stop_reason = token_id
+        elif request.num_output_tokens >= request.max_tokens:
+            request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+        return request.is_finished()
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        self._budgets.pop(request.request_id, None)
+        return super()._free_request(request, delay_free_blocks=delay_free_blocks)
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """There are no draft tokens."""
+
+    def update_draft_token_ids_in_output(self, draft_token_ids: DraftTokenIds, *args: Any) -> None:
+        """There are no draft tokens."""

@@ -1,0 +1,86 @@
+"""Writes one JSON-lines file a request: what was refreshed and committed in every step. Off by default."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from vllm_d2cache.canvas import CanvasStates, Request
+from vllm_d2cache.records import StepResult, StepRows
+
+
+class TraceRecorder:
+    """Records the requests of one worker (docs/tracing.md has the format).
+
+    Args:
+        directory: made if it does not exist.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._files: dict[int, IO[str]] = {}
+        self._output: dict[int, list[int]] = {}
+        self._steps: dict[int, int] = {}
+
+    def start(self, slot: int, request: Request, prompt: list[int]) -> None:
+        """Begin a file; a request that starts over after a preemption begins it anew."""
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in request.req_id)
+        self._files[slot] = (self.directory / f"{name}.jsonl").open("w")
+        self._output[slot] = []
+        self._steps[slot] = 0
+        self._write(
+            slot,
+            {
+                "request_id": request.req_id,
+                "prompt_token_ids": prompt,
+                "canvas_length": request.canvas_len,
+                "options": asdict(request.options),
+            },
+        )
+
+    def step(self, slots: list[int], rows: StepRows, result: StepResult, canvas: CanvasStates) -> None:
+        """Add a line to each request of the step, and the last one where it is complete."""
+        offset = 0
+        for r, slot in enumerate(slots):
+            count = rows.counts[r]
+            positions = rows.positions[offset : offset + count]
+            offset += count
+            if slot not in self._files:
+                continue
+            request = canvas.requests[slot]
+            committed = result.committed[r].nonzero().flatten().tolist()
+            tokens = canvas.tokens[slot, request.prompt_len :]
+            self._write(
+                slot,
+                {
+                    "step": self._steps[slot],
+                    "refreshed": None if rows.full[r] else positions.tolist(),
+                    "committed": [[s, int(tokens[s])] for s in committed],
+                    "masked_left": int(result.masked[r].sum()),
+                },
+            )
+            self._steps[slot] += 1
+            self._extend(slot, request, result.tokens[r, : int(result.num_tokens[r])].tolist())
+
+    def _extend(self, slot: int, request: Request, tokens: list[int]) -> None:
+        """Add emitted tokens, up to the one that ends the request."""
+        for token in tokens:
+            self._output[slot].append(token)
+            if token in request.sampling.stop_token_ids:
+                return self.finish(slot, "stop")
+            if len(self._output[slot]) == request.canvas_len:
+                return self.finish(slot, "length")
+        return None
+
+    def finish(self, slot: int, reason: str) -> None:
+        """Write the last line, if it has not been written yet."""
+        if slot in self._files:
+            self._write(slot, {"output_token_ids": self._output.pop(slot), "finish_reason": reason})
+            self._files.pop(slot).close()
+
+    def _write(self, slot: int, record: dict[str, Any]) -> None:
+        self._files[slot].write(json.dumps(record) + "\n")
+        self._files[slot].flush()
