@@ -91,7 +91,11 @@ def _configure(config: VllmConfig) -> None:
     scheduler.enable_chunked_prefill = False
     scheduler.long_prefill_token_threshold = 0
     if scheduler.max_num_batched_tokens < max_len:
-        logger.info("max_num_batched_tokens raised from %d to max_model_len=%d.", scheduler.max_num_batched_tokens, max_len)
+        logger.info(
+            "max_num_batched_tokens raised from %d to max_model_len=%d.",
+            scheduler.max_num_batched_tokens,
+            max_len,
+        )
         scheduler.max_num_batched_tokens = max_len
     scheduler.scheduler_cls = SCHEDULER
     if not config.model_config.enforce_eager:

@@ -171,7 +171,10 @@ class D2CacheModelState(ModelState):
         return {}
 
     def prepare_inputs_embeds(
-        self, scheduled_encoder_inputs: dict[str, list[int]], input_batch: InputBatch, req_states: RequestState
+        self,
+        scheduled_encoder_inputs: dict[str, list[int]],
+        input_batch: InputBatch,
+        req_states: RequestState,
     ) -> None:
         """Token ids only."""
 

@@ -24,14 +24,17 @@ class Job:
     prompt: list[int]
     canvas_length: int
     options: dict[str, Any]
-    sampling: SamplingSpec = SamplingSpec()
+    sampling: SamplingSpec = field(default_factory=SamplingSpec)
     steps: list[tuple[list[int] | None, list[tuple[int, int]]]] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     masked_left: int = -1
 
 
 def run_jobs(
-    models: list[DenseLlada], jobs: list[Job], server: ServerOptions | None = None, start_at: list[int] | None = None
+    models: list[DenseLlada],
+    jobs: list[Job],
+    server: ServerOptions | None = None,
+    start_at: list[int] | None = None,
 ) -> None:
     """Denoise all jobs in one batch; job i joins at step ``start_at[i]``. One model (cache) a job."""
     server = server or ServerOptions({})

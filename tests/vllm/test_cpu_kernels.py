@@ -23,9 +23,7 @@ I32, I64 = torch.int32, torch.int64
 Rng = np.random.Generator
 
 
-def ints(
-    rng: Rng, shape: int | tuple[int, ...], low: int, high: int, dtype: torch.dtype = I32
-) -> torch.Tensor:
+def ints(rng: Rng, shape: int | tuple[int, ...], low: int, high: int, dtype: torch.dtype = I32) -> torch.Tensor:
     return torch.from_numpy(rng.integers(low, high, shape)).to(dtype)
 
 
@@ -42,9 +40,7 @@ def pointers(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.uint64)
 
 
-def assert_same(
-    reference: Callable[[SimpleNamespace], None], twin: Callable[..., None], args: dict[str, Any]
-) -> None:
+def assert_same(reference: Callable[[SimpleNamespace], None], twin: Callable[..., None], args: dict[str, Any]) -> None:
     """Run both on their own copies and compare every tensor, written or not."""
     copies = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
     reference(SimpleNamespace(**copies))
@@ -207,9 +203,7 @@ def update_reference(a: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("lengths", BATCHES)
-@pytest.mark.parametrize(
-    "variant", ["plain", "bins", "no query", "skipped rows", "0.33 drafts", "none sampled"]
-)
+@pytest.mark.parametrize("variant", ["plain", "bins", "no query", "skipped rows", "0.33 drafts", "none sampled"])
 def test_post_update(lengths: list[int], variant: str) -> None:
     rng = np.random.default_rng(len(lengths))
     num_reqs, width = len(lengths), 6
@@ -348,9 +342,7 @@ def test_gather_block_tables(num_reqs: int, reach: tuple[int, int] | None) -> No
 @pytest.mark.parametrize("dummies", [False, True])
 @pytest.mark.parametrize("kernel_sizes", [None, (8, 4)])
 @pytest.mark.parametrize("lengths", BATCHES)
-def test_compute_slot_mappings(
-    lengths: list[int], kernel_sizes: tuple[int, int] | None, dummies: bool
-) -> None:
+def test_compute_slot_mappings(lengths: list[int], kernel_sizes: tuple[int, int] | None, dummies: bool) -> None:
     rng = np.random.default_rng(len(lengths))
     num_reqs, capacity, sizes, enabled = len(lengths), 400, (16, 4, 7), (True, True, False)
     tables = [ints(rng, (MAX_REQS, 640 // s), 1, 10**6) for s in sizes]

@@ -161,14 +161,10 @@ def test_ignored_parameters_are_no_twins_parameters() -> None:
 
 
 def test_an_unknown_kernel_parameter_is_refused() -> None:
-    def changed(
-        idx_mapping_ptr: Any, num_computed_tokens_ptr: Any, query_start_loc_ptr: Any, more: Any
-    ) -> None: ...
+    def changed(idx_mapping_ptr: Any, num_computed_tokens_ptr: Any, query_start_loc_ptr: Any, more: Any) -> None: ...
 
     with pytest.raises(RuntimeError, match=r"unknown parameters \['more'\]"):
-        cpu_runner.bind(
-            changed, TWINS["vllm.v1.worker.gpu.input_batch._post_update_num_computed_tokens_kernel"]
-        )
+        cpu_runner.bind(changed, TWINS["vllm.v1.worker.gpu.input_batch._post_update_num_computed_tokens_kernel"])
 
 
 WORKER = """
@@ -232,9 +228,7 @@ def test_this_vllm_has_no_triton_on_cpu() -> None:
 
 
 def test_vllm_ships_no_twins_of_its_own() -> None:
-    stock = inspect.getsource(
-        import_module("vllm.platforms.cpu").CpuPlatform.register_triton_kernel_overrides
-    )
+    stock = inspect.getsource(import_module("vllm.platforms.cpu").CpuPlatform.register_triton_kernel_overrides)
     assert "vllm.v1.worker.gpu." not in stock, "vLLM replaces the kernels itself: drop compat/cpu_kernels.py"
     for name in TWINS:
         assert inspect.isfunction(kernel(name)), f"{name} is no bare Triton kernel any more: drop its twin"

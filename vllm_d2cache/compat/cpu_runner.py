@@ -108,9 +108,7 @@ def _believing_in_triton(function: types.FunctionType) -> types.FunctionType:
     A copy, as setting vllm.config.vllm.HAS_TRITON would change the answer for every model of the process.
     """
     names = {**function.__globals__, "HAS_TRITON": True}
-    copy = types.FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
-    )
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 

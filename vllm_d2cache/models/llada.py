@@ -26,11 +26,16 @@ from vllm_d2cache.attention import D2CacheAttentionBackend
 from vllm_d2cache.models.configs import LLaDAConfig
 from vllm_d2cache.records import FamilyTraits
 
+
 class LLaDAAttention(nn.Module):
     """Self-attention over all positions."""
 
     def __init__(
-        self, config: LLaDAConfig, cache_config: CacheConfig, quant_config: QuantizationConfig | None, prefix: str
+        self,
+        config: LLaDAConfig,
+        cache_config: CacheConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
     ) -> None:
         super().__init__()
         head_size = config.d_model // config.n_heads
@@ -86,7 +91,11 @@ class LLaDABlock(nn.Module):
     """Attention and a gated MLP, each behind an RMS norm."""
 
     def __init__(
-        self, config: LLaDAConfig, cache_config: CacheConfig, quant_config: QuantizationConfig | None, prefix: str
+        self,
+        config: LLaDAConfig,
+        cache_config: CacheConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
     ) -> None:
         super().__init__()
         self.self_attn = LLaDAAttention(config, cache_config, quant_config, f"{prefix}.self_attn")
@@ -98,7 +107,11 @@ class LLaDABlock(nn.Module):
             prefix=f"{prefix}.gate_up_proj",
         )
         self.ff_out = RowParallelLinear(
-            config.mlp_hidden_size, config.d_model, bias=False, quant_config=quant_config, prefix=f"{prefix}.ff_out"
+            config.mlp_hidden_size,
+            config.d_model,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.ff_out",
         )
         self.act = SiluAndMul()
         self.attn_norm = RMSNorm(config.d_model, eps=config.rms_norm_eps)
@@ -153,7 +166,10 @@ class LLaDAModelLM(nn.Module):
         self.traits = FamilyTraits(config.mask_token_id)
         # embedding_size may exceed vocab_size; the rows beyond it are padding and never predicted.
         self.wte = VocabParallelEmbedding(
-            config.embedding_size, config.d_model, quant_config=quant_config, prefix=maybe_prefix(prefix, "wte")
+            config.embedding_size,
+            config.d_model,
+            quant_config=quant_config,
+            prefix=maybe_prefix(prefix, "wte"),
         )
         self.blocks = nn.ModuleList(
             LLaDABlock(config, vllm_config.cache_config, quant_config, maybe_prefix(prefix, f"blocks.{i}"))
@@ -161,7 +177,10 @@ class LLaDAModelLM(nn.Module):
         )
         self.ln_f = RMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.lm_head = ParallelLMHead(
-            config.embedding_size, config.d_model, quant_config=quant_config, prefix=maybe_prefix(prefix, "lm_head")
+            config.embedding_size,
+            config.d_model,
+            quant_config=quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
         )
         if config.weight_tying:
             self.lm_head = self.lm_head.tie_weights(self.wte)
@@ -228,7 +247,17 @@ class LLaDAModelLM(nn.Module):
 
 
 _HEAD = "model.transformer.ff_out.weight"
-_BLOCK_TENSORS = ("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out")
+_BLOCK_TENSORS = (
+    "attn_norm",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "attn_out",
+    "ff_norm",
+    "ff_proj",
+    "up_proj",
+    "ff_out",
+)
 
 
 def expected_tensors(config: LLaDAConfig) -> set[str]:

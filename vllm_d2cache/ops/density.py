@@ -31,9 +31,7 @@ def certainty_density(known: torch.Tensor, canvas_len: torch.Tensor, sigma: torc
     slot = torch.arange(-reach, width + reach, device=known.device).unsqueeze(0)
     inside = known.gather(1, slot.clamp(0, width - 1).expand(rows, -1))
     last = known.gather(1, (length - 1).clamp(min=0))
-    extended = torch.where(
-        slot < 0, slot >= -length, torch.where(slot < length, inside, last & (slot < 2 * length))
-    )
+    extended = torch.where(slot < 0, slot >= -length, torch.where(slot < length, inside, last & (slot < 2 * length)))
 
     distance = torch.arange(-reach, reach + 1, device=known.device, dtype=torch.float64)
     safe_sigma = sigma.double().clamp(min=1e-6).unsqueeze(1)
@@ -42,8 +40,7 @@ def certainty_density(known: torch.Tensor, canvas_len: torch.Tensor, sigma: torc
     windows = extended.double().unfold(1, 2 * reach + 1, 1)  # [R, G, 2 * reach + 1], a view
     step = max(1, _TILE_ELEMENTS // max(1, width * (2 * reach + 1)))
     tiles = [
-        torch.bmm(windows[i : i + step], kernel[i : i + step].unsqueeze(2)).squeeze(2)
-        for i in range(0, rows, step)
+        torch.bmm(windows[i : i + step], kernel[i : i + step].unsqueeze(2)).squeeze(2) for i in range(0, rows, step)
     ]
     density = (torch.cat(tiles) / norm).float()
     density = torch.where(sigma.unsqueeze(1) > 0, density, 1.0)

@@ -52,10 +52,8 @@ def read_kv(kv_cache: torch.Tensor, layout: PagedLayout, r: int) -> tuple[torch.
     length = layout.lengths[r]
     num_blocks = -(-length // block_size)
     start = layout.first_block[r]
-    if start >= 0:
-        pages = kv_cache[start : start + num_blocks]
-    else:
-        pages = kv_cache[layout.block_table[r, :num_blocks].long()]
+    blocks = slice(start, start + num_blocks) if start >= 0 else layout.block_table[r, :num_blocks].long()
+    pages = kv_cache[blocks]
     heads = pages.shape[1]
     text = pages.transpose(0, 1).reshape(heads, num_blocks * block_size, 2 * head_size)[:, :length]
     return text[..., :head_size], text[..., head_size:]

@@ -1,0 +1,58 @@
+# Everything runs in a virtual environment that tools/make_env.py builds and keeps up to date; `make help` lists all.
+#   PYTHON   a Python 3.11, 3.12 or 3.13 to build it with (default: the first of python3, python3.13, ... that is one)
+#   VENV     its directory (default: .venv)
+#   BACKEND  auto, cpu or cuda: the build of vLLM (default: auto, by the GPU)
+
+VENV ?= .venv
+BACKEND ?= auto
+ifndef PYTHON
+  supported := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+  PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c '$(supported)' 2>/dev/null && { command -v "$$p"; break; }; done)
+endif
+
+bin := $(VENV)/bin
+# Tests need no network and little memory for the KV cache. Serving is left to the user's own settings.
+test_env := HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 DO_NOT_TRACK=1 VLLM_NO_USAGE_STATS=1
+pytest := $(test_env) $(bin)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test unit lint format bench eval train clean
+
+help:  ## show this list
+	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv] [BACKEND=auto|cpu|cuda]'
+	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
+
+env:  ## build the environment, or bring it up to date (no effect when nothing has changed)
+	@test -n "$(PYTHON)" || { echo 'No Python 3.11 to 3.13 found; name one: make env PYTHON=/path/to/python3.12' >&2; exit 1; }
+	@"$(PYTHON)" tools/make_env.py --backend $(BACKEND) $(VENV)
+
+demo: env  ## serve the tiny checkpoint with `vllm serve` and compare d2Cache with full recompute
+	@$(bin)/python tools/demo.py
+
+test: lint unit  ## all tests: lint, unit tests, tests inside vLLM, end to end (minutes)
+	$(pytest) tests/vllm tests/e2e
+
+unit: env  ## tests that need neither vLLM nor a GPU (under a minute)
+	$(pytest) tests/unit tests/ops -m "not vllm and not gpu"
+
+lint: env  ## ruff: errors, import order, format
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+
+format: env  ## apply ruff's fixes and format
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+bench: env  ## CPU benchmark of a step
+	$(test_env) $(bin)/python benchmarks/cpu/step_speed.py
+
+eval: env  ## accuracy and cost of the tiny checkpoint on held-out problems
+	$(test_env) $(bin)/python benchmarks/eval_tiny.py
+
+train: env  ## train the tiny checkpoint anew, on CPU (an hour or more)
+	$(bin)/python tools/train_tiny.py --out models/tiny-llada --steps 6000
+
+clean:  ## remove caches and build outputs; the environment stays
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

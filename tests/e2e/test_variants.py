@@ -1,0 +1,53 @@
+"""Other engine settings give the same results. Runs last: one process holds one engine at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Engine, assert_same
+
+pytestmark = [pytest.mark.vllm, pytest.mark.engine]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_engine_closed(engine: Engine, alone: list[Any]) -> None:
+    """Take the shared engine's results, then make room."""
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_gpu_blocks_override": 5}, {"max_num_batched_tokens": 4096, "max_num_seqs": 3}, {"block_size": 32}],
+    ids=["five-kv-blocks", "three-places", "small-pages"],
+)
+def test_scarce_memory_changes_nothing(
+    settings: dict[str, Any], requests: list[Any], alone: list[Any], tmp_path: Path
+) -> None:
+    other = Engine(tmp_path, max_model_len=512, **settings)
+    try:
+        assert_same(other.run(requests), alone)
+    finally:
+        other.close()
+
+
+def test_asynchronous_scheduling_changes_nothing(
+    requests: list[Any], alone: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    stock = CpuPlatform.check_and_update_config.__func__
+
+    def keep_async(cls: type, vllm_config: Any) -> None:
+        stock(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True  # the CPU platform switches it off
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_async))
+    other = Engine(tmp_path)
+    try:
+        assert other.llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        assert_same(other.run(requests), alone)
+    finally:
+        other.close()
