@@ -12,9 +12,9 @@ ifndef PYTHON
 endif
 
 bin := $(VENV)/bin
-# Tests need no network and little memory for the KV cache. Serving is left to the user's own settings.
+# Tests need no network, little memory for the KV cache, and one thread: the models are tiny. Serving has none of this.
 test_env := HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 DO_NOT_TRACK=1 VLLM_NO_USAGE_STATS=1
-pytest := $(test_env) $(bin)/python -m pytest
+pytest := $(test_env) OMP_NUM_THREADS=1 $(bin)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test unit lint format bench eval train clean

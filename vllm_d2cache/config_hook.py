@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from vllm_d2cache.compat import cpu_runner
+from vllm_d2cache.compat import cpu_runner, front_end
 from vllm_d2cache.compat.internals import unsupported_version
 from vllm_d2cache.config import SECTION, parse_server_options
 
@@ -36,6 +36,7 @@ class DiffusionConfigHook:
         unsupported = model_config.hf_config.unsupported()
         if unsupported:
             raise ValueError("this checkpoint is not supported by vllm-d2cache: " + "; ".join(unsupported))
+        front_end.install_length_check(frozenset(model_config.architectures))
         processors = list(model_config.logits_processors or [])
         if REQUEST_CHECK not in processors:
             model_config.logits_processors = [*processors, REQUEST_CHECK]

@@ -10,7 +10,7 @@ def register_all() -> None:
     """Register configurations, models, the config hook and the patches of patches/README.md."""
     from vllm import ModelRegistry
 
-    from vllm_d2cache.compat import cpu_runner, defaults
+    from vllm_d2cache.compat import cpu_runner, front_end
     from vllm_d2cache.compat.internals import register_config_class, register_config_hook
     from vllm_d2cache.config_hook import DiffusionConfigHook
     from vllm_d2cache.models.configs import LLaDAConfig
@@ -20,4 +20,4 @@ def register_all() -> None:
         ModelRegistry.register_model(architecture, path)
         register_config_hook(architecture, DiffusionConfigHook)
     cpu_runner.install(frozenset(ARCHITECTURES))
-    defaults.install(frozenset(ARCHITECTURES))
+    front_end.install(frozenset(ARCHITECTURES))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -20,8 +19,6 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_d2cache.compat.internals import append_canvas, place_output_token
 from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
 from vllm_d2cache.policies import POLICY_CLASSES
-
-logger = init_logger(__name__)
 
 
 class D2CacheScheduler(AsyncScheduler):
@@ -39,18 +36,6 @@ class D2CacheScheduler(AsyncScheduler):
 
     def add_request(self, request: Request) -> None:
         """Append the canvas and work out the row budget."""
-        room = self.max_model_len - request.num_prompt_tokens
-        if request.max_tokens > room:
-            logger.warning(
-                "Request %s: a canvas of max_tokens=%d does not fit behind a prompt of %d within max_model_len=%d; "
-                "it gets %d positions.",
-                request.request_id,
-                request.max_tokens,
-                request.num_prompt_tokens,
-                self.max_model_len,
-                room,
-            )
-            request.max_tokens = room
         params = request.sampling_params
         assert params is not None
         options = self.options.resolve(parse_request_options(params.extra_args))

@@ -26,7 +26,7 @@ def certainty_density(known: torch.Tensor, canvas_len: torch.Tensor, sigma: torc
         [R, G] float32, 0 past a row's canvas.
     """
     rows, width = known.shape
-    reach = min(math.ceil(_REACH_IN_SIGMAS * float(sigma.max())), 2 * width) if rows else 0
+    reach = math.ceil(min(_REACH_IN_SIGMAS * float(sigma.max()), 2 * width))
     length = canvas_len.unsqueeze(1)
     slot = torch.arange(-reach, width + reach, device=known.device).unsqueeze(0)
     inside = known.gather(1, slot.clamp(0, width - 1).expand(rows, -1))
@@ -36,6 +36,8 @@ def certainty_density(known: torch.Tensor, canvas_len: torch.Tensor, sigma: torc
     distance = torch.arange(-reach, reach + 1, device=known.device, dtype=torch.float64)
     safe_sigma = sigma.double().clamp(min=1e-6).unsqueeze(1)
     kernel = torch.exp(-0.5 * (distance / safe_sigma) ** 2)  # [R, 2 * reach + 1]
+    # A wider row of the batch must not lend its reach to the others.
+    kernel *= distance.abs() <= _REACH_IN_SIGMAS * safe_sigma
     norm = _normaliser(length, safe_sigma)
     windows = extended.double().unfold(1, 2 * reach + 1, 1)  # [R, G, 2 * reach + 1], a view
     step = max(1, _TILE_ELEMENTS // max(1, width * (2 * reach + 1)))
@@ -49,7 +51,7 @@ def certainty_density(known: torch.Tensor, canvas_len: torch.Tensor, sigma: torc
 
 def _normaliser(length: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """[R, 1] float64: the kernel's sum over distances -3G .. 3G - 1."""
-    half = min(int(3 * length.max()), math.ceil(_REACH_IN_SIGMAS * float(sigma.max())) + 1)
+    half = math.ceil(min(_REACH_IN_SIGMAS * float(sigma.max()), int(3 * length.max())))
     d = torch.arange(-half, half + 1, device=sigma.device, dtype=torch.float64)
     terms = torch.exp(-0.5 * (d / sigma) ** 2) * ((d >= -3 * length) & (d < 3 * length))
     return terms.sum(1, keepdim=True).clamp(min=1e-8)

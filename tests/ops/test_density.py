@@ -1,0 +1,107 @@
+"""Certainty density against the double loop of d2cache.md, section 3.2."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vllm_d2cache.ops.density import certainty_density
+
+LENGTHS = [1, 2, 7, 33]
+SIGMAS = [0.5, 1.0, 3.0, 10.0, 50.0]
+
+
+def density_by_loop(known: list[bool], sigma: float) -> list[float]:
+    """The definition: G known slots on the left, copies of the last flag on the right, one constant normaliser."""
+    g = len(known)
+    extended = [1.0] * g + [float(k) for k in known] + [float(known[-1])] * g
+    phi = [math.exp(-(d**2) / (2 * sigma**2)) for d in range(-3 * g, 3 * g)]
+    norm = max(1e-8, math.fsum(phi))
+
+    def term(slot: int, j: int) -> float:
+        return math.exp(-((slot - j) ** 2) / (2 * sigma**2)) * extended[j + g]
+
+    return [math.fsum(term(slot, j) for j in range(-g, 2 * g)) / norm for slot in range(g)]
+
+
+def random_known(length: int, last: bool) -> torch.Tensor:
+    known = torch.rand(length) < 0.4
+    known[-1] = last
+    return known
+
+
+def alone(known: torch.Tensor, sigma: float) -> torch.Tensor:
+    return certainty_density(known.unsqueeze(0), torch.tensor([known.numel()]), torch.tensor([sigma]))[0]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["last_masked", "last_known"])
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_density_matches_the_double_loop(length: int, sigma: float, last: bool) -> None:
+    known = random_known(length, last)
+    want = torch.tensor(density_by_loop(known.tolist(), sigma), dtype=torch.float64)
+    torch.testing.assert_close(alone(known, sigma).double(), want, rtol=1e-6, atol=1e-9)
+
+
+def test_far_slots_keep_their_order() -> None:
+    """Fifteen sigmas from any text an FFT would return noise; the sum still falls off with the distance."""
+    known = torch.zeros(64, dtype=torch.bool)
+    density = alone(known, 3.0)[:36]
+    assert (density[:-1] > density[1:]).all()
+
+
+def test_never_negative_and_at_most_about_one() -> None:
+    for sigma in SIGMAS:
+        density = alone(random_known(33, True), sigma)
+        assert (density >= 0).all()
+        assert (density <= 1 + 1e-5).all()
+
+
+def test_everything_known_is_nearly_one_in_the_middle() -> None:
+    assert alone(torch.ones(33, dtype=torch.bool), 2.0).sub(1).abs().max() < 1e-5
+
+
+def test_sigma_zero_is_one_inside_the_canvas_and_zero_outside() -> None:
+    known = torch.zeros(2, 5, dtype=torch.bool)
+    density = certainty_density(known, torch.tensor([5, 3]), torch.tensor([0.0, 0.0]))
+    assert density.tolist() == [[1.0] * 5, [1.0] * 3 + [0.0] * 2]
+
+
+def test_rows_padded_together_are_bitwise_the_rows_alone() -> None:
+    cases = [(g, s, last) for g in (*LENGTHS, 64) for s in (*SIGMAS, 0.0, 0.05) for last in (False, True)]
+    rows = [random_known(g, last) for g, _, last in cases]
+    lengths = torch.tensor([g for g, _, _ in cases])
+    sigma = torch.tensor([s for _, s, _ in cases])
+    padded = torch.rand(len(rows), 80) < 0.5  # what lies past a row's canvas must not matter
+    for r, known in enumerate(rows):
+        padded[r, : known.numel()] = known
+    together = certainty_density(padded, lengths, sigma)
+    for r, known in enumerate(rows):
+        want = alone(known, float(sigma[r]))
+        assert torch.equal(together[r, : known.numel()], want), cases[r]
+        assert (together[r, known.numel() :] == 0).all()
+
+
+def test_a_wider_mate_adds_no_far_terms() -> None:
+    """Farther than the kernel reaches the density is zero, also where a mate's kernel reaches farther."""
+    known = torch.zeros(2, 300, dtype=torch.bool)
+    together = certainty_density(known, torch.tensor([300, 300]), torch.tensor([10.0, 80.0]))
+    assert torch.equal(together[0], alone(known[0], 10.0))
+    assert together[0, 200] == 0 < together[1, 200]
+
+
+def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = torch.rand(7, 33) < 0.4
+    lengths, sigma = torch.full((7,), 33), torch.linspace(0.5, 20, 7)
+    want = certainty_density(known, lengths, sigma)
+    monkeypatch.setattr("vllm_d2cache.ops.density._TILE_ELEMENTS", 1)
+    assert torch.equal(certainty_density(known, lengths, sigma), want)
+
+
+@pytest.mark.parametrize("sigma", [1e-30, 1e6, 3e38, float("inf")])
+def test_any_width_that_options_allow_gives_finite_numbers(sigma: float) -> None:
+    density = alone(random_known(33, False), sigma)
+    assert density.isfinite().all()
+    assert (density >= 0).all()

@@ -1,0 +1,302 @@
+"""Serve the tiny checkpoint with `vllm serve` and compare d2Cache with full recompute on real chat requests.
+
+    python tools/demo.py          # or: make demo
+
+Starts the server on a free port, sends the same questions twice (d2Cache, then every position recomputed in every
+step) with the OpenAI client, one request at a time, and prints answers, steps, recomputed rows and times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+from rich.console import Console
+from rich.markup import escape
+from rich.rule import Rule
+from rich.table import Table
+from tiny_tasks import Problem, held_out
+from traces import Trace, find
+
+ROOT = Path(__file__).resolve().parent.parent
+POLICIES = {"d2cache": "d2Cache", "full": "full recompute"}
+KINDS = ("word", "reverse", "add", "range", "count", "fewshot")
+STARTUP_SECONDS = 420
+
+
+class DemoError(Exception):
+    """The demo cannot go on. The message says why."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One response and what it cost."""
+
+    text: str
+    tokens: int
+    seconds: float
+    trace: Trace
+
+
+# --- the server ---------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def settings() -> dict[str, str]:
+    """Environment variables of the server that the user has not set."""
+    ours = {"VLLM_NO_USAGE_STATS": "1"}
+    if not Path("/proc/driver/nvidia/version").exists():
+        ours["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; the default of vLLM's CPU build is half the machine's memory
+    return {name: value for name, value in ours.items() if name not in os.environ}
+
+
+def serve_command(model: str, port: int, traces: Path) -> list[str]:
+    """The command line. The trace directory is only there for this demo's table."""
+    config = json.dumps({"d2cache": {"trace_dir": str(traces)}})
+    return ["vllm", "serve", model, "--port", str(port), "--additional-config", config]
+
+
+def healthy(url: str) -> bool:
+    """Whether the server answers."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, console: Console) -> float:
+    """Wait for /health; returns the seconds it took."""
+    begin = time.monotonic()
+    with console.status("") as status:
+        while not healthy(url):
+            seconds = time.monotonic() - begin
+            if process.poll() is not None:
+                raise DemoError(f"the server stopped with exit code {process.returncode} before it was ready")
+            if seconds > STARTUP_SECONDS:
+                raise DemoError(f"the server was not ready after {STARTUP_SECONDS} s")
+            status.update(f"vLLM starts (about a minute on two CPU cores) ... {seconds:.0f} s")
+            time.sleep(0.5)
+    return time.monotonic() - begin
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the server to end as Ctrl-C does; whatever is left of its process group after 20 s is killed."""
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # engine and worker processes that outlived the server
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.contextmanager
+def server(model: str, traces: Path, console: Console) -> Iterator[str]:
+    """A running server; yields its base URL. Prints the end of its log if anything fails."""
+    port = free_port()
+    command, env = serve_command(model, port, traces), settings()
+    names = [f"{name}={value}" for name, value in env.items() if name == "VLLM_CPU_KVCACHE_SPACE"]
+    shown = " ".join([*names, *command[:5]])
+    console.print(Rule("server", align="left"))
+    console.print(f"$ [bold]{escape(shown)}[/bold]")
+    console.print("[dim](plus a trace directory, from which the table below takes steps and rows)[/dim]")
+    executable = Path(sys.executable).parent / command[0]
+    if not executable.exists():
+        raise DemoError(f"{executable} is missing; build the environment with `make env`")
+    log = traces / "server.log"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [str(executable), *command[1:]],
+            cwd=ROOT,
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that Ctrl-C reaches the demo alone, which then ends the server in order
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        console.print(f"ready after {wait_until_ready(process, url, console):.0f} s: {url}/v1")
+        yield url
+    except (Exception, KeyboardInterrupt) as error:
+        if not isinstance(error, KeyboardInterrupt):
+            console.print(Rule("end of the server's log", style="red", align="left"))
+            tail = log.read_text(errors="replace").splitlines()[-40:]
+            console.print("\n".join(tail), markup=False, highlight=False)
+        raise
+    finally:
+        with console.status("stopping the server ..."):
+            stop(process)
+
+
+# --- the requests -------------------------------------------------------------------------------------------------
+
+
+class Asker:
+    """Sends one chat request at a time."""
+
+    def __init__(self, url: str, traces: Path) -> None:
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0)
+        self.model = self.client.models.list().data[0].id
+        self.traces = traces
+
+    def ask(self, problem: Problem, policy: str, on_text: Callable[[str], None] | None = None) -> Answer:
+        """One question under one cache policy; streamed if `on_text` is given. d2Cache is the server's default."""
+        request = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": problem.prompt}],
+            "max_tokens": problem.canvas,
+            "extra_body": {} if policy == "d2cache" else {"vllm_xargs": {"d2cache_policy": policy}},
+        }
+        begin = time.perf_counter()
+        if on_text is None:
+            response = self.client.chat.completions.create(**request)
+            identity, usage = response.id, response.usage
+            text = response.choices[0].message.content or ""
+        else:
+            text = ""
+            stream = self.client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True})
+            for chunk in stream:
+                identity, usage = chunk.id, chunk.usage
+                piece = (chunk.choices[0].delta.content or "") if chunk.choices else ""
+                text += piece
+                on_text(piece)
+        seconds = time.perf_counter() - begin
+        return Answer(text, usage.completion_tokens, seconds, find(self.traces, identity))
+
+
+def ask_all(asker: Asker, problems: list[Problem], console: Console) -> list[dict[str, Answer]]:
+    """Every question under every policy, the first one streamed. A request a policy goes before, untimed."""
+    with console.status("warm-up requests ..."):
+        for policy in POLICIES:
+            asker.ask(held_out(1, seed=5, kinds=("upper",))[0], policy)
+    console.print(Rule("one streamed request", align="left"))
+    console.print(f"[bold]{escape(problems[0].prompt)}[/bold]")
+
+    def show(piece: str) -> None:
+        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+
+    # Streamed under both policies, so that the times compare.
+    answers = [{"d2cache": asker.ask(problems[0], "d2cache", show)}]
+    console.print()
+    answers[0]["full"] = asker.ask(problems[0], "full", lambda piece: None)
+    with console.status("") as status:
+        for number, problem in enumerate(problems[1:], 2):
+            status.update(f"request {number} of {len(problems)} ...")
+            answers.append({policy: asker.ask(problem, policy) for policy in POLICIES})
+    return answers
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def mark(text: str, problem: Problem) -> str:
+    """Right or wrong, for the table."""
+    return "[green]right[/green]" if text.strip() == problem.answer else "[red]wrong[/red]"
+
+
+def short(text: str, limit: int = 160) -> str:
+    """The end of a long text, which holds the question of a prompt with solved examples."""
+    return escape(text if len(text) <= limit else "... " + text[-limit:])
+
+
+def costs(tokens: int, steps: int, rows: int, seconds: float) -> tuple[str, ...]:
+    """Cells of one policy."""
+    return str(tokens), str(steps), f"{rows:,}", f"{seconds:.2f}", f"{tokens / seconds:.0f}"
+
+
+def table(problems: list[Problem], answers: list[dict[str, Answer]]) -> Table:
+    """One row a question, one line a policy in it, and the totals."""
+    grid = Table(show_lines=True, header_style="bold", expand=False)
+    grid.add_column("question", ratio=3, min_width=16)
+    grid.add_column("answer", ratio=2, min_width=10)
+    for name in ("", "tokens", "steps", "rows", "s", "tok/s"):
+        grid.add_column(name, justify="right" if name else "left", no_wrap=True)
+    totals = {policy: [0, 0, 0, 0.0] for policy in POLICIES}
+    right = dict.fromkeys(POLICIES, 0)
+    for problem, by_policy in zip(problems, answers, strict=True):
+        lines = []
+        for policy, answer in by_policy.items():
+            numbers = (answer.tokens, answer.trace.steps, answer.trace.rows, answer.seconds)
+            totals[policy] = [total + number for total, number in zip(totals[policy], numbers, strict=True)]
+            right[policy] += answer.text.strip() == problem.answer
+            lines.append((f"{POLICIES[policy]} {mark(answer.text, problem)}", *costs(*numbers)))
+        texts = dict.fromkeys(answer.text.strip() for answer in by_policy.values())
+        cells = ["\n".join(column) for column in zip(*lines, strict=True)]
+        grid.add_row(short(problem.prompt), "\n".join(map(short, texts)), *cells)
+    lines = [
+        (f"{name} {right[policy]}/{len(problems)}", *costs(*totals[policy]))  # type: ignore[arg-type]
+        for policy, name in POLICIES.items()
+    ]
+    grid.add_row("[bold]all[/bold]", "", *["\n".join(column) for column in zip(*lines, strict=True)])
+    return grid
+
+
+def summary(answers: list[dict[str, Answer]]) -> str:
+    """One sentence on the totals."""
+    rows = {p: sum(by_policy[p].trace.rows for by_policy in answers) for p in POLICIES}
+    seconds = {p: sum(by_policy[p].seconds for by_policy in answers) for p in POLICIES}
+    same = sum(by_policy["d2cache"].text == by_policy["full"].text for by_policy in answers)
+    return (
+        f"d2Cache recomputed {rows['d2cache'] / rows['full']:.0%} of the rows of full recompute and took "
+        f"{seconds['d2cache'] / seconds['full']:.0%} of its time; {same} of {len(answers)} answers are the same. "
+        "Rows: positions sent through the network, added up over the steps. On a model this small a step's time is "
+        "mostly the engine's own."
+    )
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--model", default="models/tiny-llada", help="checkpoint (default: models/tiny-llada)")
+    parser.add_argument("--seed", type=int, default=0, help="which held-out questions (default: 0)")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the server then, too
+    console = Console()
+    if not (ROOT / args.model / "model.safetensors").exists():
+        console.print(f"no checkpoint in {args.model}; `make train` trains one", style="red", markup=False)
+        return 1
+    problems = held_out(len(KINDS), seed=args.seed, kinds=KINDS)
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="d2cache-demo-") as scratch:
+        try:
+            with server(args.model, Path(scratch), console) as url:
+                answers = ask_all(Asker(url, Path(scratch)), problems, console)
+        except KeyboardInterrupt:
+            console.print("interrupted; the server has been stopped")
+            return 130
+        except (DemoError, openai.OpenAIError, FileNotFoundError) as error:
+            console.print(str(error), style="red", markup=False)
+            return 1
+    console.print(Rule("both policies, one request at a time", align="left"))
+    console.print(table(problems, answers))
+    console.print(summary(answers))
+    console.print(f"[dim]{time.monotonic() - begin:.0f} s in all[/dim]")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
