@@ -24,7 +24,8 @@ help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
 
 env:  ## build the environment, or bring it up to date (no effect when nothing has changed)
-	@test -n "$(PYTHON)" || { echo 'No Python 3.11 to 3.13 found; name one: make env PYTHON=/path/to/python3.12' >&2; exit 1; }
+	@test -n "$(PYTHON)" || \
+	  { echo 'No Python 3.11 to 3.13 found; name one: make env PYTHON=/path/to/python3.12' >&2; exit 1; }
 	@"$(PYTHON)" tools/make_env.py --backend $(BACKEND) $(VENV)
 
 demo: env  ## serve the tiny checkpoint with `vllm serve` and compare d2Cache with full recompute

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,11 +30,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.rule import Rule
 from rich.table import Table
+
 from tiny_tasks import Problem, held_out
 from traces import Trace, find
 
 ROOT = Path(__file__).resolve().parent.parent
-POLICIES = {"d2cache": "d2Cache", "full": "full recompute"}
+POLICIES = {"d2cache": "d2Cache", "full": "full"}
 KINDS = ("word", "reverse", "add", "range", "count", "fewshot")
 STARTUP_SECONDS = 420
 
@@ -100,17 +102,26 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, console: Consol
     return time.monotonic() - begin
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the server to end as Ctrl-C does; whatever is left of its process group after 20 s is killed."""
+def stop(process: subprocess.Popen[bytes], patience: float) -> None:
+    """Ask the server to end as Ctrl-C does; what is left of its process group after `patience` seconds is killed."""
     try:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.wait(20)
+            process.wait(patience)
     finally:
         with contextlib.suppress(ProcessLookupError):  # engine and worker processes that outlived the server
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def print_log(log: Path, console: Console) -> None:
+    """The end of the server's log, and before it the errors: the cause is often further up, in another process."""
+    lines = log.read_text(errors="replace").splitlines()
+    errors = dict.fromkeys(line for line in lines if re.search(r"\b\w+(Error|Exception): ", line))
+    for title, part in (("errors in the server's log", list(errors)[-12:]), ("end of the server's log", lines[-40:])):
+        console.print(Rule(title, style="red", align="left"))
+        console.print("\n".join(part), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -137,19 +148,18 @@ def server(model: str, traces: Path, console: Console) -> Iterator[str]:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that Ctrl-C reaches the demo alone, which then ends the server in order
         )
+    patience = 3.0  # a server that is still starting does not heed the signal
     try:
         url = f"http://127.0.0.1:{port}"
         console.print(f"ready after {wait_until_ready(process, url, console):.0f} s: {url}/v1")
+        patience = 20.0
         yield url
-    except (Exception, KeyboardInterrupt) as error:
-        if not isinstance(error, KeyboardInterrupt):
-            console.print(Rule("end of the server's log", style="red", align="left"))
-            tail = log.read_text(errors="replace").splitlines()[-40:]
-            console.print("\n".join(tail), markup=False, highlight=False)
+    except Exception:
+        print_log(log, console)
         raise
     finally:
         with console.status("stopping the server ..."):
-            stop(process)
+            stop(process, patience)
 
 
 # --- the requests -------------------------------------------------------------------------------------------------
@@ -213,14 +223,19 @@ def ask_all(asker: Asker, problems: list[Problem], console: Console) -> list[dic
 # --- the table ----------------------------------------------------------------------------------------------------
 
 
-def mark(text: str, problem: Problem) -> str:
-    """Right or wrong, for the table."""
-    return "[green]right[/green]" if text.strip() == problem.answer else "[red]wrong[/red]"
+def question(problem: Problem) -> str:
+    """The question for the table; of a prompt with solved examples, its last line."""
+    *examples, last = problem.prompt.splitlines()
+    shown = f"({len(examples) // 2} solved examples) {last}" if examples else last
+    return f"[bold]{escape(shown)}[/bold]"
 
 
-def short(text: str, limit: int = 160) -> str:
-    """The end of a long text, which holds the question of a prompt with solved examples."""
-    return escape(text if len(text) <= limit else "... " + text[-limit:])
+def replies(by_policy: dict[str, Answer]) -> str:
+    """The answer for the table, or one a policy where they differ."""
+    texts = {policy: escape(answer.text.strip()) for policy, answer in by_policy.items()}
+    if len(set(texts.values())) == 1:
+        return f"[dim]both:[/dim] {texts['d2cache']}"
+    return "\n".join(f"[dim]{POLICIES[policy]}:[/dim] {text}" for policy, text in texts.items())
 
 
 def costs(tokens: int, steps: int, rows: int, seconds: float) -> tuple[str, ...]:
@@ -230,11 +245,10 @@ def costs(tokens: int, steps: int, rows: int, seconds: float) -> tuple[str, ...]
 
 def table(problems: list[Problem], answers: list[dict[str, Answer]]) -> Table:
     """One row a question, one line a policy in it, and the totals."""
-    grid = Table(show_lines=True, header_style="bold", expand=False)
-    grid.add_column("question", ratio=3, min_width=16)
-    grid.add_column("answer", ratio=2, min_width=10)
-    for name in ("", "tokens", "steps", "rows", "s", "tok/s"):
-        grid.add_column(name, justify="right" if name else "left", no_wrap=True)
+    grid = Table(show_lines=True, header_style="bold")
+    grid.add_column("question and answer", overflow="fold")
+    for name in ("policy", "right", "tokens", "steps", "rows", "s", "tok/s"):
+        grid.add_column(name, justify="left" if name in ("policy", "right") else "right", no_wrap=True)
     totals = {policy: [0, 0, 0, 0.0] for policy in POLICIES}
     right = dict.fromkeys(POLICIES, 0)
     for problem, by_policy in zip(problems, answers, strict=True):
@@ -242,16 +256,17 @@ def table(problems: list[Problem], answers: list[dict[str, Answer]]) -> Table:
         for policy, answer in by_policy.items():
             numbers = (answer.tokens, answer.trace.steps, answer.trace.rows, answer.seconds)
             totals[policy] = [total + number for total, number in zip(totals[policy], numbers, strict=True)]
-            right[policy] += answer.text.strip() == problem.answer
-            lines.append((f"{POLICIES[policy]} {mark(answer.text, problem)}", *costs(*numbers)))
-        texts = dict.fromkeys(answer.text.strip() for answer in by_policy.values())
+            correct = answer.text.strip() == problem.answer
+            right[policy] += correct
+            verdict = "[green]yes[/green]" if correct else "[red]no[/red]"
+            lines.append((POLICIES[policy], verdict, *costs(*numbers)))
         cells = ["\n".join(column) for column in zip(*lines, strict=True)]
-        grid.add_row(short(problem.prompt), "\n".join(map(short, texts)), *cells)
-    lines = [
-        (f"{name} {right[policy]}/{len(problems)}", *costs(*totals[policy]))  # type: ignore[arg-type]
-        for policy, name in POLICIES.items()
-    ]
-    grid.add_row("[bold]all[/bold]", "", *["\n".join(column) for column in zip(*lines, strict=True)])
+        grid.add_row(question(problem) + "\n" + replies(by_policy), *cells)
+    lines = []
+    for policy, (tokens, steps, rows, seconds) in totals.items():
+        score = f"{right[policy]}/{len(problems)}"
+        lines.append((POLICIES[policy], score, *costs(int(tokens), int(steps), int(rows), seconds)))
+    grid.add_row("all", *["\n".join(column) for column in zip(*lines, strict=True)], style="bold")
     return grid
 
 
@@ -263,8 +278,8 @@ def summary(answers: list[dict[str, Answer]]) -> str:
     return (
         f"d2Cache recomputed {rows['d2cache'] / rows['full']:.0%} of the rows of full recompute and took "
         f"{seconds['d2cache'] / seconds['full']:.0%} of its time; {same} of {len(answers)} answers are the same. "
-        "Rows: positions sent through the network, added up over the steps. On a model this small a step's time is "
-        "mostly the engine's own."
+        "Rows: positions sent through the network, added up over the steps. With a model this small, much of a step's "
+        "time is the engine's own."
     )
 
 

@@ -10,6 +10,9 @@ import torch
 from vllm_d2cache.config import CONFIDENCE_MEMORIES, SCORES, RequestOptions
 from vllm_d2cache.records import CanvasView, FamilyTraits, OptionColumns, SamplingSpec
 
+# Wider than any text, and still exact in float32.
+_WIDEST_GAP = 1 << 20
+
 
 @dataclass
 class Request:
@@ -136,7 +139,7 @@ def positions_to_canvas(mask: torch.Tensor, view: CanvasView, shift: int = 0) ->
 def _option_numbers(options: RequestOptions, canvas_len: int) -> list[float]:
     return [
         options.window_length(canvas_len),
-        options.tokens_per_step,
+        min(options.tokens_per_step, canvas_len),
         options.threshold,
         options.factor,
         SCORES.index(options.score),
@@ -144,7 +147,7 @@ def _option_numbers(options: RequestOptions, canvas_len: int) -> list[float]:
         options.selection_sigma,
         min(options.current_k, canvas_len),
         options.rollout_p,
-        options.inflate_w,
+        min(options.inflate_w, _WIDEST_GAP),
         CONFIDENCE_MEMORIES.index(options.confidence_memory),
     ]
 

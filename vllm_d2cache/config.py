@@ -8,6 +8,7 @@ server's, the server's over the defaults. Nothing here imports vLLM or torch.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -44,7 +45,9 @@ class _Number:
         return f"{noun} {low}{high}" + (f" ({self.note})" if self.note else "")
 
     def parse(self, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        if not abs(value) <= sys.float_info.max:  # NaN, infinity, or an int that no float can hold
             return None
         if self.kind is int and value != int(value):
             return None

@@ -87,7 +87,7 @@ class ImportanceCapture:
         for r, count in enumerate(self.layout.counts):
             rows = self.positions[offset : offset + count]
             offset += count
-            if self.wanted[r] and count:
+            if self.wanted[r]:
                 layers = (self._push_back(layer, r) for layer in reversed(range(len(self.maps))))
                 length = self.layout.lengths[r]
                 out[r, :length] = rollout(layers, rows, length)

@@ -7,6 +7,7 @@ rows are refreshed that the map would be a T x T matrix).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -93,10 +94,28 @@ def paged_attention(
             )
             destination.copy_(attended[0])
             continue
-        for i, j, probs in _probability_tiles(q, key, scale):
-            torch.mean(probs.flatten(0, 1) if probs.dim() == 4 else probs, dim=0, out=target[i:j])
-            attended = torch.matmul(probs.to(value.dtype), value.unsqueeze(1) if probs.dim() == 4 else value)
-            destination[:, i:j].copy_(attended.flatten(0, -3))
+        _attend_with_map(q, key, value, scale, destination, target)
+
+
+def _attend_with_map(
+    q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, output: torch.Tensor, target: torch.Tensor
+) -> None:
+    """Output [heads, n, D] and mean map [n, T] of one request, in fp32."""
+    heads, group = q.shape[0], q.shape[0] // key.shape[0]
+    value = value.float()
+    for i, j, h, probs in _probability_tiles(q, key, scale):
+        for head, p in enumerate(probs, start=h):
+            if head == 0:
+                torch.mul(p, 1 / heads, out=target[i:j])
+            else:
+                target[i:j].add_(p, alpha=1 / heads)
+        if len(probs) == 1:
+            output[h, i:j].copy_(torch.mm(probs[0], value[h // group]))
+        else:
+            last = h + len(probs)
+            shared = probs.view(-1, group * (j - i), probs.shape[2])
+            attended = torch.bmm(shared, value[h // group : last // group])
+            output[h:last, i:j].copy_(attended.view(len(probs), j - i, -1))
 
 
 def attention_map_product(
@@ -110,27 +129,47 @@ def attention_map_product(
         weights: [n] float32.
         accumulator: [T] float32, changed in place.
     """
-    num_heads = query.shape[1]
-    for i, j, probs in _probability_tiles(query.transpose(0, 1), key, scale):
-        u = (weights[i:j] / num_heads).repeat(num_heads)
-        accumulator.addmv_(probs.reshape(-1, probs.shape[-1]).t(), u)
+    u = weights / query.shape[1]
+    for i, j, _, probs in _probability_tiles(query.transpose(0, 1), key, scale):
+        accumulator.addmv_(probs.flatten(0, 1).t(), u[i:j].repeat(len(probs)))
 
 
-def _probability_tiles(q: torch.Tensor, key: torch.Tensor, scale: float):
-    """Yield (i, j, probabilities of rows i to j): [heads, m, T], or [kv heads, group, m, T] with grouped queries.
+def _probability_tiles(
+    q: torch.Tensor, key: torch.Tensor, scale: float
+) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+    """Yield (i, j, h, probabilities of rows i to j under the heads from h on [k, j - i, T] in fp32).
 
-    The buffer is reused: a tile is valid until the next one.
+    As many heads at a time as fit the tile, else one head and as many rows as fit: a matrix product wants many rows.
+    The memory is reused: a tile is valid until the next one.
     """
     heads, count, head_size = q.shape
     kv_heads, length, _ = key.shape
-    tile = max(1, min(count, _TILE_ELEMENTS // (heads * length)))
-    key_t = key.transpose(1, 2)
-    for i in range(0, count, tile):
-        j = min(i + tile, count)
-        part = q[:, i:j] * scale
-        if heads == kv_heads:
-            logits = torch.bmm(part, key_t)
-        else:
-            logits = torch.matmul(part.reshape(kv_heads, -1, head_size), key_t)
-            logits = logits.view(kv_heads, heads // kv_heads, j - i, length)
-        yield i, j, torch.softmax(logits, dim=-1, dtype=torch.float32)
+    group = heads // kv_heads
+    q = q.float() * scale
+    key_t = key.float().transpose(1, 2)
+    at_once = min(kv_heads, _TILE_ELEMENTS // (group * count * length)) * group
+    rows = count if at_once else max(1, min(count, _TILE_ELEMENTS // length))
+    step = at_once or 1
+    scratch = _scratch(q.device, step * rows * length)
+    for h in range(0, heads, step):
+        k = min(step, heads - h)
+        for i in range(0, count, rows):
+            j = min(i + rows, count)
+            probs = scratch[: k * (j - i) * length].view(k, j - i, length)
+            if k == 1:
+                torch.mm(q[h, i:j], key_t[h // group], out=probs[0])
+            else:
+                part = q[h : h + k].reshape(k // group, group * count, head_size)
+                torch.bmm(part, key_t[h // group : (h + k) // group], out=probs.view(k // group, -1, length))
+            yield i, j, h, torch.softmax(probs, dim=-1, out=probs)
+
+
+_scratch_memory: dict[torch.device, torch.Tensor] = {}
+
+
+def _scratch(device: torch.device, elements: int) -> torch.Tensor:
+    """Flat fp32 memory for one tile, kept from call to call: fresh pages cost more than the arithmetic on them."""
+    memory = _scratch_memory.get(device)
+    if memory is None or memory.numel() < elements:
+        memory = _scratch_memory[device] = torch.empty(elements, device=device)
+    return memory

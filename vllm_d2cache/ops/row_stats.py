@@ -87,7 +87,7 @@ def _tile_stats(
     if params.samples:
         logits /= torch.where(params.temperature > 0, params.temperature, 1.0).unsqueeze(1)
     if params.filters:
-        logits = _filter(logits, params.top_p, params.top_k)
+        logits = _filter(logits, params.top_p, params.top_k, mask_token_id)
     probs = torch.softmax(logits, dim=-1)
     margin = entropy = None
     if want_margin:
@@ -96,18 +96,24 @@ def _tile_stats(
     if want_entropy:
         entropy = -(probs * (probs + 1e-10).log()).sum(-1)
     probs[:, mask_token_id] = 0.0
-    confidence, token = probs.max(-1)
+    # Not the argmax of the probabilities: under a mask logit far above the others they are all zero.
+    logits[:, mask_token_id] = -torch.inf
+    token = logits.argmax(-1)
     if params.samples:
         cumulative = probs.double().cumsum(-1)
         target = params.draw.unsqueeze(1) * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.shape[1] - 1)
-        token = torch.where(params.temperature > 0, drawn.squeeze(1), token)
-        confidence = probs.gather(1, token.unsqueeze(1)).squeeze(1)
+        drawable = (params.temperature > 0) & (cumulative[:, -1] > 0)
+        token = torch.where(drawable, drawn.squeeze(1), token)
+    confidence = probs.gather(1, token.unsqueeze(1)).squeeze(1)
     return RowStats(token, confidence, margin, entropy)
 
 
-def _filter(logits: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
-    """Nucleus, then top-k: the smallest head of the sorted vocabulary whose mass first exceeds top_p is kept."""
+def _filter(logits: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """Nucleus, then top-k: the smallest head of the sorted vocabulary whose mass first exceeds top_p is kept.
+
+    A token that may be chosen is kept in any case: the second one if the first is the mask.
+    """
     ordered, index = logits.sort(dim=-1, descending=True, stable=True)
     before = torch.softmax(ordered, dim=-1).cumsum(-1).roll(1, dims=-1)
     before[:, 0] = 0.0
@@ -115,4 +121,5 @@ def _filter(logits: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor) -> t
     keep = (before <= top_p.unsqueeze(1)) | (top_p.unsqueeze(1) >= 1.0)
     keep &= (rank < top_k.unsqueeze(1)) | (top_k.unsqueeze(1) <= 0)
     keep[:, 0] = True
+    keep[:, 1] |= index[:, 0] == mask_token_id
     return logits.masked_fill(~torch.empty_like(keep).scatter_(1, index, keep), torch.finfo(logits.dtype).min)

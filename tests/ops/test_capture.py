@@ -1,0 +1,169 @@
+"""The importance capture: stored maps and replayed queries agree, and no T x T tensor is ever made."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.ops.test_paged_attention import HEAD, Paged, dense_attention, make_paged
+from vllm_d2cache.attention import capture as module
+from vllm_d2cache.attention.capture import ImportanceCapture, MapPool
+from vllm_d2cache.ops.paged_attention import PagedLayout, paged_attention
+from vllm_d2cache.ops.rollout import rollout_dense
+
+LAYERS = 4
+SCALE = 0.3
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shape of everything any torch operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[tuple[int, ...], str] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.seen.setdefault(tuple(tensor.shape), str(func))
+        return out
+
+    def squares(self, side: int) -> dict[tuple[int, ...], str]:
+        """Shapes with two dimensions of at least ``side``."""
+        return {shape: name for shape, name in self.seen.items() if sum(d >= side for d in shape) >= 2}
+
+
+class Forward:
+    """The attention layers of one forward pass over ragged requests."""
+
+    def __init__(self, counts: list[int], lengths: list[int], heads: int = 8, **layout: Any) -> None:
+        self.counts, self.lengths = counts, lengths
+        self.layers: list[Paged] = [make_paged(counts, lengths, **layout) for _ in range(LAYERS)]
+        self.queries = [torch.randn(sum(counts), heads, HEAD) for _ in range(LAYERS)]
+        self.rows = [torch.randperm(t)[:n].sort().values for n, t in zip(counts, lengths, strict=True)]
+
+    def run(self, wanted: list[bool], pool: MapPool | None = None) -> ImportanceCapture:
+        positions = torch.cat(self.rows)
+        # A model has one layout for all layers; each layer of this test has its own block table.
+        capture = ImportanceCapture(self.layers[0].layout, wanted, positions, pool or MapPool())
+        for query, paged in zip(self.queries, self.layers, strict=True):
+            capture.layout = paged.layout
+            maps = capture.start_layer(query, paged.cache, SCALE)
+            paged_attention(query, paged.cache, paged.layout, SCALE, torch.full_like(query, torch.nan), maps)
+        return capture
+
+    def want(self, r: int) -> torch.Tensor:
+        """Importance by the dense definition."""
+        start = sum(self.counts[:r])
+        rows = slice(start, start + self.counts[r])
+        maps = [
+            dense_attention(q[rows], p.keys[r], p.values[r], SCALE)[1]
+            for q, p in zip(self.queries, self.layers, strict=True)
+        ]
+        return rollout_dense(maps, self.rows[r])
+
+
+def one_table(forward: Forward) -> Forward:
+    """Give all layers the first layer's block table, as in a model, and rewrite their pages accordingly."""
+    first = forward.layers[0].layout
+    for paged in forward.layers[1:]:
+        cache = torch.full_like(paged.cache, torch.nan)
+        for r, blocks in enumerate(first.block_table):
+            for j in range(-(-forward.lengths[r] // 16)):
+                cache[int(blocks[j])] = paged.cache[int(paged.layout.block_table[r, j])]
+        paged.cache, paged.layout = cache, first
+    return forward
+
+
+COUNTS, LENGTHS = [1, 63, 10, 129, 33], [1, 63, 63, 129, 129]
+
+
+def test_importance_matches_the_dense_definition() -> None:
+    forward = one_table(Forward(COUNTS, LENGTHS))
+    got = forward.run([True] * 5).importance(140)
+    assert got is not None
+    assert got.shape == (5, 140)
+    for r, t in enumerate(LENGTHS):
+        torch.testing.assert_close(got[r, :t].double(), forward.want(r), rtol=1e-4, atol=1e-5)
+        assert (got[r, t:] == 0).all()
+
+
+@pytest.mark.parametrize("layout", [{}, {"kv_heads": 8}, {"consecutive": True}])
+def test_stored_maps_and_replayed_queries_agree(monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any]) -> None:
+    forward = one_table(Forward([5, 20], [63, 129], **layout))
+    by_path = []
+    for share in (0, 1 << 30):  # every map kept, none kept
+        monkeypatch.setattr(module, "_MAP_SHARE", share)
+        capture = forward.run([True, True])
+        assert all((m is not None) == (share == 0) for m in capture.maps[0])
+        by_path.append(capture.importance(129))
+    torch.testing.assert_close(by_path[0], by_path[1], rtol=1e-5, atol=1e-6)
+
+
+def test_only_wanted_requests_cost_anything() -> None:
+    forward = one_table(Forward([5, 20, 63], [63, 129, 63]))
+    pool = MapPool()
+    capture = forward.run([False, True, False], pool)
+    got = capture.importance(129)
+    assert got is not None
+    assert (got[[0, 2]] == 0).all()
+    assert [m is not None for m in capture.maps[0]] == [False, True, False]
+    assert capture.queries[0] == [None, None, None]
+    assert forward.run([False] * 3).importance(129) is None
+
+
+def test_pool_memory_is_reused_and_its_old_contents_do_not_matter() -> None:
+    pool = MapPool()
+    big = one_table(Forward([30], [129]))
+    first = big.run([True], pool)
+    used = first.maps[0][0]
+    assert used is not None
+    small = one_table(Forward([5, 9], [63, 63]))
+    second = small.run([True, True], pool)
+    again = second.maps[0][0]
+    assert again is not None
+    assert again.untyped_storage().data_ptr() == used.untyped_storage().data_ptr()
+    got = second.importance(63)
+    assert got is not None
+    for r in range(2):
+        torch.testing.assert_close(got[r].double(), small.want(r), rtol=1e-4, atol=1e-5)
+
+
+def test_replay_takes_the_queries_as_they_were() -> None:
+    """A runner may reuse the query buffer in the next layer."""
+    forward = one_table(Forward([63], [63]))
+    shared = torch.full_like(forward.queries[0], torch.nan)
+    capture = ImportanceCapture(forward.layers[0].layout, [True], forward.rows[0], MapPool())
+    for query, paged in zip(forward.queries, forward.layers, strict=True):
+        shared.copy_(query)
+        capture.start_layer(shared, paged.cache, SCALE)
+    got = capture.importance(63)
+    assert got is not None
+    torch.testing.assert_close(got[0].double(), forward.want(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [300, 150, 75])
+def test_no_square_of_the_text_length(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr("vllm_d2cache.ops.paged_attention._TILE_ELEMENTS", 8 * 300 * 20)
+    total = 300
+    forward = one_table(Forward([count], [total]))
+    with Shapes() as shapes:
+        forward.run([True]).importance(total)
+    assert shapes.seen
+    assert shapes.squares(total) == {}
+    # A kept map is at most a quarter of the square; a replayed one is made 20 rows at a time.
+    assert max(math.prod(shape) for shape in shapes.seen if total in shape) <= 8 * 20 * total
+
+
+def test_a_request_without_rows_keeps_one_each() -> None:
+    """Nothing refreshed means the identity: every position keeps its own unit."""
+    layout = PagedLayout([0], [20], torch.zeros(1, 2, dtype=torch.int32), [0], torch.empty(0, dtype=torch.int64))
+    capture = ImportanceCapture(layout, [True], torch.empty(0, dtype=torch.int64), MapPool())
+    got = capture.importance(24)
+    assert got is not None
+    assert got.tolist() == [[1.0] * 20 + [0.0] * 4]

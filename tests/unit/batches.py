@@ -1,0 +1,158 @@
+"""Requests through the real Denoiser with random numbers in place of a network: cheap, and free of batch effects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_d2cache.canvas import Request
+from vllm_d2cache.config import ServerOptions, parse_request_options, parse_server_options
+from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.ops.row_stats import row_stats
+from vllm_d2cache.policies import POLICY_CLASSES
+from vllm_d2cache.records import FamilyTraits, SamplingSpec, StepResult, StepRows
+
+VOCAB, MASK = 13, 5
+
+
+@dataclass
+class Step:
+    """What happened to one request in one step."""
+
+    refreshed: list[int]
+    full: bool
+    predicted: list[int]
+    window: range
+    committed: list[tuple[int, int]]  # slot, token
+    emitted: list[int]
+    masked: list[int]  # slots still masked afterwards
+
+
+@dataclass
+class FakeJob:
+    """One request; ``noise`` seeds the numbers its network would give."""
+
+    prompt: list[int]
+    canvas_length: int
+    options: dict[str, Any] = field(default_factory=dict)  # by plain name
+    sampling: SamplingSpec = field(default_factory=SamplingSpec)
+    noise: int = 0
+    emitted_before: int = 0
+    steps: list[Step] = field(default_factory=list)
+    output: list[int] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return len(self.prompt) + self.canvas_length
+
+    @property
+    def done(self) -> bool:
+        stopped = bool(set(self.output) & set(self.sampling.stop_token_ids))
+        return stopped or self.emitted_before + len(self.output) == self.canvas_length
+
+    def fresh(self) -> FakeJob:
+        """The same request, not yet run."""
+        return FakeJob(self.prompt, self.canvas_length, self.options, self.sampling, self.noise)
+
+    def numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """This step's logits [T, vocab] and importance [T]: a function of the request and its step alone."""
+        generator = torch.Generator().manual_seed(1000 * self.noise + len(self.steps))
+        logits = 3 * torch.randn(self.total, VOCAB, generator=generator)
+        logits[:, MASK] += 3  # would often win
+        return logits, torch.rand(self.total, generator=generator) ** 3 + 1e-3
+
+
+class Batch:
+    """Runs jobs together; slots and rows are in no particular order.
+
+    Args:
+        max_steps: of any one job; more is an endless loop.
+    """
+
+    def __init__(
+        self, jobs: Sequence[FakeJob], server: dict[str, Any] | None = None, max_steps: int = 300, shift: int = 0
+    ) -> None:
+        self.jobs = list(jobs)
+        self.server: ServerOptions = parse_server_options(server)
+        self.max_steps = max_steps
+        longest = max(job.total for job in jobs)
+        # One slot more than jobs, and longer than any of them.
+        traits = FamilyTraits(MASK, shift)
+        self.denoiser = Denoiser(len(jobs) + 1, longest + 3, torch.device("cpu"), traits, self.server)
+
+    def slot(self, i: int) -> int:
+        return (2 * i + 1) % len(self.jobs) if len(self.jobs) % 2 else len(self.jobs) - i
+
+    def add(self, i: int) -> None:
+        job = self.jobs[i]
+        options = self.server.resolve(parse_request_options({f"d2cache_{k}": v for k, v in job.options.items()}))
+        length, budget = len(job.prompt), self.server.refresh_budget
+        rows = POLICY_CLASSES[options.policy].max_rows(options, length, job.canvas_length, budget)
+        request = Request(f"r{i}", length, job.canvas_length, options, job.sampling, rows)
+        self.denoiser.add(self.slot(i), request, np.array(job.prompt, dtype=np.int64), job.emitted_before)
+
+    def run(self, start_at: Sequence[int] | None = None) -> None:
+        """Run all jobs to their end; job i joins at step ``start_at[i]``."""
+        starts = start_at or [0] * len(self.jobs)
+        running: list[int] = []
+        for now in range(self.max_steps + max(starts)):
+            for i, start in enumerate(starts):
+                if start == now:
+                    self.add(i)
+                    running.insert(now % (len(running) + 1), i)
+            if running:
+                self.step(running)
+            for i in [i for i in running if self.jobs[i].done]:
+                running.remove(i)
+                self.denoiser.remove(self.slot(i))
+            if not running and now >= max(starts):
+                return
+        raise AssertionError(f"not finished after {self.max_steps} steps")
+
+    def step(self, running: list[int]) -> None:
+        """One step of the given jobs."""
+        denoiser = self.denoiser
+        slots = [self.slot(i) for i in running]
+        rows = denoiser.begin(torch.tensor(slots), slots)
+        assert rows.positions.shape[0] == sum(rows.counts) == rows.input_ids.shape[0]
+        logits, offset = [], 0
+        importance = torch.full((len(running), rows.view.num_positions), torch.nan)
+        for r, (i, count) in enumerate(zip(running, rows.counts, strict=True)):
+            numbers, column = self.jobs[i].numbers()
+            logits.append(numbers[rows.positions[offset : offset + count]])
+            importance[r] = 0
+            if rows.reads_importance[r]:
+                importance[r, : self.jobs[i].total] = column
+            offset += count
+        params, margin, entropy = denoiser.row_params(rows)
+        hidden = torch.cat(logits)[rows.logits_rows]
+        stats = row_stats(hidden, torch.clone, params, MASK, margin, entropy)
+        result = denoiser.finish(rows, stats, importance)
+        self._record(running, rows, result)
+
+    def _record(self, running: list[int], rows: StepRows, result: StepResult) -> None:
+        offset = 0
+        for r, i in enumerate(running):
+            job, view = self.jobs[i], rows.view
+            positions = rows.positions[offset : offset + rows.counts[r]].tolist()
+            offset += rows.counts[r]
+            tokens = self.denoiser.canvas.tokens[self.slot(i), len(job.prompt) :]
+            committed = [(s, int(tokens[s])) for s in result.committed[r].nonzero().flatten().tolist()]
+            start, length = int(view.window_start[r]), int(view.options.window[r])
+            emitted = result.tokens[r, : int(result.num_tokens[r])].tolist()
+            predicted = rows.predicted[r].nonzero().flatten().tolist()
+            masked = result.masked[r].nonzero().flatten().tolist()
+            window = range(start, min(start + length, job.canvas_length))
+            job.steps.append(Step(positions, rows.full[r], predicted, window, committed, emitted, masked))
+            job.output += emitted
+
+
+def run_alone(job: FakeJob, server: dict[str, Any] | None = None, **settings: Any) -> FakeJob:
+    """A fresh copy of ``job`` after it ran by itself."""
+    copy = job.fresh()
+    Batch([copy], server, **settings).run()
+    return copy

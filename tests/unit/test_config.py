@@ -1,0 +1,231 @@
+"""Options: published defaults, layering, bounds, and messages that name the field and the valid values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_d2cache.config import (
+    REQUEST_FIELDS,
+    OptionError,
+    RequestOptions,
+    ServerOptions,
+    parse_request_options,
+    parse_server_options,
+)
+
+INF, NAN = float("inf"), float("nan")
+
+# Field -> valid values, and what each is read as.
+ACCEPTED: list[tuple[str, Any, Any]] = [
+    ("policy", "d2cache", "d2cache"),
+    ("policy", "full", "full"),
+    ("window", 0, 0),
+    ("window", 32.0, 32),
+    ("tokens_per_step", 1, 1),
+    ("tokens_per_step", 10**9, 10**9),
+    ("threshold", 0, 0.0),
+    ("threshold", 1, 1.0),
+    ("threshold", 0.9, 0.9),
+    ("factor", 0, 0.0),
+    ("factor", 1.5, 1.5),
+    ("score", "margin", "margin"),
+    ("score", "entropy", "entropy"),
+    ("sigma", 0, 0.0),
+    ("sigma", 50, 50.0),
+    ("selection_sigma", 0.5, 0.5),
+    ("current_k", 1, 1),
+    ("current_k", 10**6, 10**6),
+    ("rollout_p", 0, 0.0),
+    ("rollout_p", 1, 1.0),
+    ("inflate_w", 0, 0),
+    ("inflate_w", 4, 4),
+    ("confidence_memory", "latest", "latest"),
+    ("confidence_top_p", 0.9, 0.9),
+    ("confidence_top_p", 1, 1.0),
+]
+
+WRONG_FOR_NUMBERS: list[Any] = [True, False, "1", None, [1], {}, NAN, INF, -INF, -1, -0.001, 10**400, -(10**400)]
+WRONG_FOR_INTEGERS: list[Any] = [3.5, 1e-9]
+WRONG_FOR_CHOICES: list[Any] = ["", "D2cache", "none", 0, 1, True, None, ["d2cache"], {}]
+OUT_OF_RANGE: list[tuple[str, Any]] = [
+    ("tokens_per_step", 0),
+    ("current_k", 0),
+    ("threshold", 1.0001),
+    ("rollout_p", 1.0001),
+    ("confidence_top_p", 0),
+    ("confidence_top_p", 0.0),
+    ("confidence_top_p", 1.0001),
+]
+CHOICES = ("policy", "score", "confidence_memory")
+INTEGERS = ("window", "tokens_per_step", "current_k", "inflate_w")
+
+
+def refused() -> list[tuple[str, Any]]:
+    cases = list(OUT_OF_RANGE)
+    for name in REQUEST_FIELDS:
+        wrong = WRONG_FOR_CHOICES if name in CHOICES else WRONG_FOR_NUMBERS
+        cases += [(name, value) for value in wrong]
+        if name in INTEGERS:
+            cases += [(name, value) for value in WRONG_FOR_INTEGERS]
+    return cases
+
+
+def resolve(request: dict[str, Any] | None = None, server: dict[str, Any] | None = None) -> RequestOptions:
+    """The whole way: both levels parsed, the request's over the server's over the defaults."""
+    prefixed = {f"d2cache_{name}": value for name, value in (request or {}).items()}
+    return parse_server_options(server).resolve(parse_request_options(prefixed))
+
+
+def test_defaults_are_the_published_ones() -> None:
+    """d2cache.md, section 10: d2Cache decodes the whole canvas at sigma 10 with k = 32, p = 0.1 and no inflation."""
+    options = resolve()
+    assert options == RequestOptions(
+        policy="d2cache",
+        window=0,
+        tokens_per_step=1,
+        threshold=0.0,
+        factor=0.0,
+        score="confidence",
+        sigma=10.0,
+        selection_sigma=10.0,
+        current_k=32,
+        rollout_p=0.1,
+        inflate_w=0,
+        confidence_memory="first",
+        confidence_top_p=1.0,
+    )
+    assert not options.commits_many
+
+
+@pytest.mark.parametrize("rule", [{"threshold": 0.9}, {"factor": 1.0}])
+@pytest.mark.parametrize("level", ["request", "server"])
+def test_a_parallel_rule_switches_to_the_published_parallel_defaults(level: str, rule: dict[str, float]) -> None:
+    options = resolve(**{level: rule})
+    assert (options.window, options.inflate_w, options.sigma, options.selection_sigma) == (32, 4, 0.0, 10.0)
+    assert options.commits_many
+
+
+@pytest.mark.parametrize("level", ["request", "server"])
+def test_what_is_set_survives_the_switch(level: str) -> None:
+    options = resolve(**{level: {"threshold": 0.9, "window": 8, "inflate_w": 0, "sigma": 3.0}})
+    assert (options.window, options.inflate_w, options.sigma) == (8, 0, 3.0)
+
+
+def test_a_rule_that_is_off_switches_nothing() -> None:
+    assert resolve({"threshold": 0, "factor": 0.0}) == resolve()
+    assert resolve({"threshold": 0}, {"threshold": 0.9}) == resolve()
+
+
+def test_request_over_server_over_defaults() -> None:
+    options = resolve({"current_k": 8}, {"current_k": 16, "rollout_p": 0.3})
+    assert (options.current_k, options.rollout_p, options.sigma) == (8, 0.3, 10.0)
+
+
+@pytest.mark.parametrize(("mine", "other"), [("threshold", "factor"), ("factor", "threshold")])
+def test_a_request_that_picks_one_rule_drops_the_servers_other(mine: str, other: str) -> None:
+    options = resolve({mine: 0.5}, {other: 0.9, "window": 16})
+    assert (getattr(options, mine), getattr(options, other), options.window) == (0.5, 0.0, 16)
+    assert getattr(resolve({mine: 0}, {other: 0.9}), other) == 0.9
+
+
+@pytest.mark.parametrize("level", ["request", "server"])
+def test_both_rules_are_refused(level: str) -> None:
+    with pytest.raises(OptionError, match=r"threshold.*factor"):
+        resolve(**{level: {"threshold": 0.9, "factor": 1.0}})
+
+
+def test_both_rules_across_levels_are_refused_only_if_the_request_names_both() -> None:
+    with pytest.raises(OptionError):
+        resolve({"threshold": 0.9, "factor": 1.0}, {"threshold": 0.5})
+    assert resolve({"threshold": 0.9, "factor": 0}, {"factor": 1.0}).factor == 0.0
+
+
+@pytest.mark.parametrize(("name", "value", "parsed"), ACCEPTED)
+def test_valid_values_are_read(name: str, value: Any, parsed: Any) -> None:
+    for options in (resolve({name: value}), resolve(server={name: value})):
+        got = getattr(options, name)
+        assert got == parsed
+        assert type(got) is type(parsed)
+
+
+@pytest.mark.parametrize(("name", "value"), refused(), ids=lambda x: repr(x)[:16])
+def test_invalid_values_are_refused_at_both_levels(name: str, value: Any) -> None:
+    valid = "one of" if name in CHOICES else ("integer" if name in INTEGERS else "number")
+    with pytest.raises(OptionError, match=rf"^d2cache_{name}: must be .*{valid}"):
+        parse_request_options({f"d2cache_{name}": value})
+    with pytest.raises(OptionError, match=rf'\["{name}"\]: must be .*{valid}'):
+        parse_server_options({name: value})
+
+
+def test_messages_say_what_is_valid() -> None:
+    for name, value, words in [
+        ("policy", "fast", ["'d2cache'", "'full'", "'fast'"]),
+        ("score", 1, ["'confidence'", "'margin'", "'entropy'"]),
+        ("threshold", 2, [">= 0", "<= 1", "0 = off", "2"]),
+        ("confidence_top_p", 0, ["> 0", "<= 1"]),
+        ("current_k", 0, ["an integer >= 1"]),
+    ]:
+        with pytest.raises(OptionError) as error:
+            parse_request_options({f"d2cache_{name}": value})
+        for word in words:
+            assert word in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["d2cache_sigmaa", "d2cache_", "sigma", "kv_transfer_params", "d2cache_d2cache_sigma"])
+def test_unknown_request_keys_are_refused_with_the_valid_ones(key: str) -> None:
+    with pytest.raises(OptionError) as error:
+        parse_request_options({"d2cache_window": 8, key: 1})
+    assert str(error.value).startswith(key)
+    for name in REQUEST_FIELDS:
+        assert f"d2cache_{name}" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["sigmaa", "d2cache_sigma", ""])
+def test_unknown_server_keys_are_refused_with_the_valid_ones(key: str) -> None:
+    with pytest.raises(OptionError) as error:
+        parse_server_options({key: 1})
+    for name in (*REQUEST_FIELDS, "trace_dir", "refresh_budget"):
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["trace_dir", "refresh_budget"])
+def test_server_only_keys_in_a_request_say_so(name: str) -> None:
+    with pytest.raises(OptionError, match="server-wide only"):
+        parse_request_options({f"d2cache_{name}": 1})
+
+
+def test_server_only_fields() -> None:
+    options = parse_server_options({"trace_dir": "traces", "refresh_budget": 64})
+    assert (options.trace_dir, options.refresh_budget) == ("traces", 64)
+    empty = parse_server_options({"trace_dir": None, "refresh_budget": None})
+    assert empty == parse_server_options(None) == parse_server_options({}) == ServerOptions({})
+
+
+@pytest.mark.parametrize("value", ["", 3, True, ["a"]])
+def test_bad_trace_dir(value: Any) -> None:
+    with pytest.raises(OptionError, match="trace_dir.*directory"):
+        parse_server_options({"trace_dir": value})
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "64", True, NAN, 10**400])
+def test_bad_refresh_budget(value: Any) -> None:
+    with pytest.raises(OptionError, match="refresh_budget.*integer >= 1"):
+        parse_server_options({"refresh_budget": value})
+
+
+@pytest.mark.parametrize("value", [[], "sigma=3", 5])
+def test_server_options_must_be_an_object(value: Any) -> None:
+    with pytest.raises(OptionError, match="must be an object"):
+        parse_server_options(value)
+
+
+def test_no_extra_args_is_no_options() -> None:
+    assert parse_request_options(None) == parse_request_options({}) == {}
+
+
+def test_window_length() -> None:
+    assert RequestOptions(window=0).window_length(24) == 24
+    assert RequestOptions(window=8).window_length(24) == 8
+    assert RequestOptions(window=99).window_length(24) == 24
