@@ -46,10 +46,10 @@ format: env  ## apply ruff's fixes and format
 	$(bin)/ruff format .
 
 bench: env  ## CPU benchmark of a step
-	$(test_env) $(bin)/python benchmarks/cpu/step_speed.py
+	$(test_env) $(bin)/python -m benchmarks.cpu.step_speed
 
 eval: env  ## accuracy and cost of the tiny checkpoint on held-out problems
-	$(test_env) $(bin)/python benchmarks/eval_tiny.py
+	$(test_env) $(bin)/python -m benchmarks.eval_tiny
 
 train: env  ## train the tiny checkpoint anew, on CPU (an hour or more)
 	$(bin)/python tools/train_tiny.py --out models/tiny-llada --steps 6000

@@ -118,7 +118,8 @@ def stop(process: subprocess.Popen[bytes], patience: float) -> None:
 def print_log(log: Path, console: Console) -> None:
     """The end of the server's log, and before it the errors: the cause is often further up, in another process."""
     lines = log.read_text(errors="replace").splitlines()
-    errors = dict.fromkeys(line for line in lines if re.search(r"\b\w+(Error|Exception): ", line))
+    found = (line for line in lines if re.search(r"\b\w+(Error|Exception): ", line) and " WARNING " not in line)
+    errors = dict.fromkeys(found)
     for title, part in (("errors in the server's log", list(errors)[-12:]), ("end of the server's log", lines[-40:])):
         console.print(Rule(title, style="red", align="left"))
         console.print("\n".join(part), markup=False, highlight=False, soft_wrap=True)

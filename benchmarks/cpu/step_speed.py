@@ -2,7 +2,7 @@
 
 Random weights, fp32, one request, one token a step. Engine steps and bare forward passes of the same numbers of rows
 and keys alternate in one process, so that what disturbs one disturbs the other. Prints a table, writes JSON and a plot
-to benchmarks/results/.
+to benchmarks/results/. Run as ``python -m benchmarks.cpu.step_speed``.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -31,11 +29,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-if __package__ in (None, ""):
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.cpu.bare import BareModel, Shape
+from benchmarks.machine import caption, machine
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 CANVAS = 64
@@ -193,26 +188,6 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    import vllm
-
-    model = ""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "cpu": model or platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "vllm": vllm.__version__,
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def main() -> None:
     """Run the cases and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -242,9 +217,11 @@ def main() -> None:
             pair[1].speedup = pair[0].step_ms / pair[1].step_ms
             pair[1].bare_speedup = pair[0].bare_ms / pair[1].bare_ms
             rows += pair
+    facts = machine()
     report(rows, console)
+    console.print(caption(facts))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"machine": machine(), "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+    args.out.write_text(json.dumps({"machine": facts, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
     plot(rows, args.out.with_suffix(".png"))
     console.print(f"written to {args.out} and {args.out.with_suffix('.png')}")
 

@@ -49,9 +49,7 @@ def view_of(
     total = max(p + g for p, g in zip(prompt_len, lengths, strict=True))
     window = options.pop("window", [float(g) for g in lengths])
     made = columns(n, window=window, **options)
-    return make_view(
-        torch.arange(n), torch.tensor(prompt_len), torch.tensor(lengths), flags, terminal, total, made
-    )
+    return make_view(torch.arange(n), torch.tensor(prompt_len), torch.tensor(lengths), flags, terminal, total, made)
 
 
 def outcome_of(

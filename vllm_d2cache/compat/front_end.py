@@ -63,7 +63,7 @@ def _patch_protocols() -> None:
             if name == "CompletionRequest":
                 # Without it: a completion without max_tokens gets 16, before anybody asks for defaults. No hook: a
                 # field's default. Remove when: the server asks the model's defaults here as it does for chat.
-                cls.model_fields["max_tokens"].default = None
+                cls.model_fields["max_tokens"].default = DEFAULT_CANVAS_LENGTH
 
 
 def _patch_online_length(cls: type, names: tuple[str, ...]) -> None:

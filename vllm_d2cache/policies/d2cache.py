@@ -16,6 +16,9 @@ from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.policies.base import CachePolicy
 from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
 
+# Why a position waits for its refresh (D2CachePolicy.waiting).
+_OWED_CONTEXT, _OWED_COMMIT = 1, 2
+
 
 class D2CachePolicy(CachePolicy):
     """Certainty density chooses masked positions, attention rollout chooses the rest."""
@@ -28,10 +31,10 @@ class D2CachePolicy(CachePolicy):
     ) -> None:
         super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
         self.memory = torch.zeros(num_slots, max_len, device=device)  # confidence by canvas slot
-        # Positions chosen in an earlier step that the refresh budget put off.
-        self.waiting = None
+        # Positions chosen in an earlier step that the refresh budget put off, and why they had been chosen.
+        self.waiting: torch.Tensor | None = None
         if refresh_budget is not None:
-            self.waiting = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)
+            self.waiting = torch.zeros(num_slots, max_len, dtype=torch.int8, device=device)
 
     @staticmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
@@ -50,21 +53,22 @@ class D2CachePolicy(CachePolicy):
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything, with the confidence of every slot: it is what the memory starts from."""
         if self.waiting is not None:
-            self.waiting[view.slots] = False
+            self.waiting[view.slots] = 0
         return StepPlan(view.in_text, view.masked)
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Stage 1, the commits of this step, stage 2, inflation, and the budget if there is one."""
         assert outcome.importance is not None
         selected = self._select_masked(view, outcome)
-        certain = canvas_to_positions(selected, view, self.logit_shift) | canvas_to_positions(outcome.committed, view)
+        stage_1 = canvas_to_positions(selected, view, self.logit_shift)
+        certain = stage_1 | canvas_to_positions(outcome.committed, view)
         share = _rollout_share(outcome.importance, view.in_text & ~certain)
         chosen = certain | _head_of_mass(share, view.options.rollout_p)
         if self.logit_shift:
             chosen = self._assign_last_prompt_position(chosen, selected, view)
         refresh = _inflate(chosen, view.options.inflate_w)
         if self.waiting is not None:
-            refresh = self._fit_budget(refresh, chosen, certain, share, view, outcome)
+            refresh = self._fit_budget(refresh, chosen, stage_1, share, view, outcome)
         predictable = positions_to_canvas(refresh, view, self.logit_shift) & view.masked
         observe = predictable & view.options.latest_memory.unsqueeze(1)
         return StepPlan(refresh, observe)
@@ -115,26 +119,33 @@ class D2CachePolicy(CachePolicy):
         self,
         refresh: torch.Tensor,
         chosen: torch.Tensor,
-        certain: torch.Tensor,
+        stage_1: torch.Tensor,
         share: torch.Tensor,
         view: CanvasView,
         outcome: StepOutcome,
     ) -> torch.Tensor:
         """Keep the ``refresh_budget`` most urgent positions; chosen ones that do not fit wait for the next step.
 
-        Order: commits and their arrears, then stage 1, then stage 2 by importance, then inflation.
+        Order: commits and their arrears, half a budget of stage 1, the arrears of stage 2, the rest of stage 1, then
+        stage 2 by importance, then inflation. Arrears of stage 2 may not go before all of stage 1: new ones arrive
+        in every step, and without masked positions nothing is ever committed.
         """
+        assert self.waiting is not None
+        assert self.refresh_budget is not None
         width = refresh.shape[1]
-        committed = canvas_to_positions(outcome.committed, view)
-        waiting = self.waiting[view.slots, :width] & view.in_text
-        urgency = share + chosen.float() + 2.0 * certain.float() + 4.0 * (committed | waiting).float()
-        urgency = urgency.masked_fill(~(refresh | waiting), -1.0)
+        waiting = self.waiting[view.slots, :width]
+        commits = canvas_to_positions(outcome.committed, view) | (waiting == _OWED_COMMIT)
+        owed = (waiting == _OWED_CONTEXT) & view.in_text
+        ahead = stage_1 & (stage_1.cumsum(1) <= max(1, self.refresh_budget // 2))
+        # The sum of what a position is; share < 1 orders the positions of one kind.
+        urgency = share + chosen.float() + 2.0 * stage_1.float() + 4.0 * owed.float() + 8.0 * ahead.float()
+        urgency = (urgency + 16.0 * commits.float()).masked_fill(~(refresh | owed | commits), -1.0)
         index = urgency.argsort(dim=1, descending=True, stable=True)
         rank = torch.arange(width, device=refresh.device).unsqueeze(0).expand_as(index)
         kept = torch.zeros_like(refresh).scatter_(1, index, rank < self.refresh_budget) & (urgency >= 0)
-        canvas = canvas_to_positions(view.masked, view)
         # A masked position is chosen afresh every step; only known text is owed a refresh.
-        self.waiting[view.slots, :width] = (chosen | waiting) & ~kept & ~canvas
+        left = (chosen | owed | commits) & ~kept & ~canvas_to_positions(view.masked, view)
+        self.waiting[view.slots, :width] = torch.where(commits, _OWED_COMMIT, _OWED_CONTEXT).to(torch.int8) * left
         return kept
 
 
