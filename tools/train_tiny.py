@@ -362,9 +362,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=540, help="held-out problems of the final table")
     parser.add_argument("--state", default="tiny-llada-state.pt", help="where the resumable state goes")
     parser.add_argument("--resume", type=Path, help="a state file to go on from")
-    parser.add_argument(
-        "--canvas", type=int, default=0, help="with --eval-only: at least this response length"
-    )
+    parser.add_argument("--canvas", type=int, default=0, help="with --eval-only: at least this response length")
     parser.add_argument("--eval-only", action="store_true", help="print the table of the checkpoint in --out")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

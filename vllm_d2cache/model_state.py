@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_d2cache.attention import D2CacheMetadata
+from vllm_d2cache.attention.backend import D2CacheMetadata
 from vllm_d2cache.attention.capture import ImportanceCapture, MapPool
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state

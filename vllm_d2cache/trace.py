@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import IO, Any
 
 from vllm_d2cache.canvas import CanvasStates, Request
 from vllm_d2cache.records import StepResult, StepRows
+
+_LONGEST_NAME = 200
 
 
 class TraceRecorder:
@@ -27,8 +30,7 @@ class TraceRecorder:
 
     def start(self, slot: int, request: Request, prompt: list[int]) -> None:
         """Begin a file; a request that starts over after a preemption begins it anew."""
-        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in request.req_id)
-        self._files[slot] = (self.directory / f"{name}.jsonl").open("w")
+        self._files[slot] = (self.directory / f"{_file_name(request.req_id)}.jsonl").open("w")
         self._output[slot] = []
         self._steps[slot] = 0
         self._write(
@@ -63,11 +65,13 @@ class TraceRecorder:
                 },
             )
             self._steps[slot] += 1
-            self._extend(slot, request, result.tokens[r, : int(result.num_tokens[r])].tolist())
+            if result.num_tokens[r] > 0:
+                # From the canvas: after a preemption the first tokens are decoded again but not emitted again.
+                self._extend(slot, request, tokens[: int(canvas.emitted[slot])].tolist())
 
     def _extend(self, slot: int, request: Request, tokens: list[int]) -> None:
-        """Add emitted tokens, up to the one that ends the request."""
-        for token in tokens:
+        """Add what is new of all emitted tokens, up to the one that ends the request."""
+        for token in tokens[len(self._output[slot]) :]:
             self._output[slot].append(token)
             if token in request.sampling.stop_token_ids:
                 return self.finish(slot, "stop")
@@ -84,3 +88,13 @@ class TraceRecorder:
     def _write(self, slot: int, record: dict[str, Any]) -> None:
         self._files[slot].write(json.dumps(record) + "\n")
         self._files[slot].flush()
+
+
+def _file_name(req_id: str) -> str:
+    """``req_id`` with harmless characters alone, and short enough for any file system."""
+    name = "".join(c if (c.isascii() and c.isalnum()) or c in "-_." else "_" for c in req_id)
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 17] + "-" + _digest(req_id)
+
+
+def _digest(req_id: str) -> str:
+    return hashlib.blake2b(req_id.encode(), digest_size=8).hexdigest()

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.ops.shapes import Shapes
 from tests.ops.test_paged_attention import HEAD, Paged, dense_attention, make_paged
 from vllm_d2cache.attention import capture as module
 from vllm_d2cache.attention.capture import ImportanceCapture, MapPool
@@ -17,25 +17,6 @@ from vllm_d2cache.ops.rollout import rollout_dense
 
 LAYERS = 4
 SCALE = 0.3
-
-
-class Shapes(TorchDispatchMode):
-    """Notes the shape of everything any torch operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[tuple[int, ...], str] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.seen.setdefault(tuple(tensor.shape), str(func))
-        return out
-
-    def squares(self, side: int) -> dict[tuple[int, ...], str]:
-        """Shapes with two dimensions of at least ``side``."""
-        return {shape: name for shape, name in self.seen.items() if sum(d >= side for d in shape) >= 2}
 
 
 class Forward:

@@ -104,7 +104,8 @@ def test_outputs_and_maps_match_the_dense_loop(
     query = torch.randn(sum(counts), heads[0], HEAD).to(dtype)
     output = torch.full_like(query, torch.nan)
     # Alternate requests with and without a map.
-    maps = [torch.full((n, t), torch.nan) if r % 2 else None for r, (n, t) in enumerate(zip(counts, lengths))]
+    shapes = enumerate(zip(counts, lengths, strict=True))
+    maps = [torch.full(shape, torch.nan) if r % 2 else None for r, shape in shapes]
     paged_attention(query, paged.cache, paged.layout, 0.3, output, maps)
     offset = 0
     for r, n in enumerate(counts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -53,11 +54,8 @@ def check_row(row: torch.Tensor, params: RowParams, got: RowStats, r: int) -> No
     token = int(got.token[r])
     allowed = [0.0 if i == MASK else p for i, p in enumerate(probs)]
     if params.temperature[r] > 0:
-        target, running, want = float(params.draw[r]) * math.fsum(allowed), 0.0, -1
-        for want, p in enumerate(allowed):
-            running += p
-            if running > target:
-                break
+        target = float(params.draw[r]) * math.fsum(allowed)
+        want = next(i for i, running in enumerate(itertools.accumulate(allowed)) if running > target)
     else:
         want = max(range(VOCAB), key=lambda i: (allowed[i], -i))
     assert token == want

@@ -205,13 +205,13 @@ def test_server_only_fields() -> None:
 
 @pytest.mark.parametrize("value", ["", 3, True, ["a"]])
 def test_bad_trace_dir(value: Any) -> None:
-    with pytest.raises(OptionError, match="trace_dir.*directory"):
+    with pytest.raises(OptionError, match=r"trace_dir.*directory"):
         parse_server_options({"trace_dir": value})
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, "64", True, NAN, 10**400])
 def test_bad_refresh_budget(value: Any) -> None:
-    with pytest.raises(OptionError, match="refresh_budget.*integer >= 1"):
+    with pytest.raises(OptionError, match=r"refresh_budget.*integer >= 1"):
         parse_server_options({"refresh_budget": value})
 
 

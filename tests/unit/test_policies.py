@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -220,7 +221,7 @@ def test_the_last_prompt_position_serves_slot_zero_alone(masked: str, want: bool
 def inflate_by_loop(members: list[int], width: int) -> list[int]:
     out = set(members)
     if width > 0:
-        for a, z in zip(members, members[1:], strict=False):
+        for a, z in pairwise(members):
             if z - a <= width:
                 out |= set(range(a, z))
     return sorted(out)
@@ -318,8 +319,9 @@ def test_context_that_was_put_off_is_refreshed_in_the_end(budget: int) -> None:
     view = view_of(["#" * 20], [30], current_k=12, rollout_p=0.5)
     made.first_plan(view)
     peak = [[50.0] * 10 + [1.0] * 40]
-    made.next_plan(view, outcome_of(view, importance=peak))
-    seen = set()
+    start = made.next_plan(view, outcome_of(view, importance=peak)).refresh[0]
+    seen = set(start.nonzero().flatten().tolist())
+    assert not set(range(5)) <= seen
     for _ in range(12):
         later = [[1.0] * 40 + [50.0] * 10]  # from now on other positions are chosen
         got = made.next_plan(view, outcome_of(view, importance=later, first=False)).refresh[0]

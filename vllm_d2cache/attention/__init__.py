@@ -1,5 +1,1 @@
-"""The attention backend handed to vLLM's attention layers."""
-
-from vllm_d2cache.attention.backend import D2CacheAttentionBackend, D2CacheMetadata
-
-__all__ = ["D2CacheAttentionBackend", "D2CacheMetadata"]
+"""Attention: what a forward pass leaves for the importance stage (capture, no vLLM), and the backend for vLLM."""

@@ -75,9 +75,10 @@ def _patch_online_length(cls: type, names: tuple[str, ...]) -> None:
     @functools.wraps(original)
     def to_sampling_params(self: Any, max_tokens: int, default_sampling_params: dict[str, Any] | None = None) -> Any:
         if isinstance(default_sampling_params, CanvasDefaults):
-            field = next((n for n in names if getattr(self, n) is not None), None)
-            if field is not None and getattr(self, field) > max_tokens:
-                raise _does_not_fit(field, getattr(self, field), max_tokens)
+            # vars: reading a deprecated field as an attribute warns.
+            asked = next(((n, vars(self)[n]) for n in names if vars(self).get(n) is not None), None)
+            if asked is not None and asked[1] > max_tokens:
+                raise _does_not_fit(*asked, max_tokens)
         return original(self, max_tokens, default_sampling_params)
 
     setattr(to_sampling_params, _MARK, True)

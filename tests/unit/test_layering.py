@@ -1,0 +1,142 @@
+"""Which module may import which, which may import vLLM, and which may touch its private names."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "vllm_d2cache"
+
+# Module or folder -> what of the package it may import at module level.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "records": (),
+    "config": (),
+    "ops": (),
+    "compat": ("config",),
+    "canvas": ("records", "config"),
+    "samplers": ("records", "config", "ops"),
+    "policies": ("records", "config", "ops", "canvas"),
+    "denoiser": ("records", "config", "ops", "canvas", "policies", "samplers"),
+    "trace": ("records", "canvas"),
+    "attention.capture": ("ops",),
+    "attention": ("ops", "attention.capture"),
+    "request_check": ("config",),
+    "scheduler": ("config", "policies", "compat"),
+    "runner_sampler": ("ops",),
+    "model_state": (
+        "records", "config", "ops", "canvas", "policies", "denoiser", "trace",
+        "attention", "attention.capture", "runner_sampler", "compat",
+    ),
+    "models": ("records", "attention"),
+    "config_hook": ("config", "compat"),
+    "registration": (),
+    "__init__": (),
+}  # fmt: skip
+PURE = (
+    "records", "config", "ops", "canvas", "samplers", "policies", "denoiser", "trace", "attention.capture",
+)  # fmt: skip
+PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
+
+
+def part_of(module: str) -> str:
+    """The line of the table that ``module`` (a dotted name inside the package) belongs to."""
+    candidates = [part for part in MAY_IMPORT if module == part or module.startswith(part + ".")]
+    assert candidates, f"{module} is in no line of the table"
+    return max(candidates, key=len)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def imported(node: ast.stmt) -> list[str]:
+    """Dotted names a statement imports; of our own package without its name in front."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative import"
+        module = node.module or ""
+        deep = module == PACKAGE.name or (PACKAGE.parent / module.replace(".", "/")).is_dir()
+        names = [f"{module}.{alias.name}" for alias in node.names] if deep else [module]
+    else:
+        names = []
+    return names
+
+
+def module_level_imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in tree.body:
+        for name in imported(node):
+            yield node.lineno, name
+
+
+SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+PURE_MODULES = sorted(name for name in SOURCES if part_of(name) in PURE)
+
+
+def test_the_table_has_no_cycle() -> None:
+    done: set[str] = set()
+
+    def visit(part: str, path: tuple[str, ...]) -> None:
+        assert part not in path, " -> ".join((*path, part))
+        if part not in done:
+            for lower in MAY_IMPORT[part]:
+                visit(lower, (*path, part))
+            done.add(part)
+
+    for part in MAY_IMPORT:
+        visit(part, ())
+
+
+def test_the_table_has_no_line_without_a_module() -> None:
+    assert {part_of(name) for name in SOURCES} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_keep_to_the_table(name: str) -> None:
+    part = part_of(name)
+    for line, target in module_level_imports(ast.parse(SOURCES[name].read_text())):
+        where = f"{SOURCES[name].name}:{line} imports {target}"
+        if target.split(".")[0] == "vllm":
+            assert part not in PURE, where
+        if target.startswith(PACKAGE.name + "."):
+            lower = part_of(target.removeprefix(PACKAGE.name + "."))
+            assert lower == part or lower in MAY_IMPORT[part], where
+
+
+@pytest.mark.parametrize("name", PURE_MODULES)
+def test_pure_modules_do_not_import_vllm_anywhere(name: str) -> None:
+    """Not inside functions either."""
+    for node in ast.walk(ast.parse(SOURCES[name].read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            assert not any(target.split(".")[0] == "vllm" for target in imported(node)), node.lineno
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if part_of(name) != "compat"])
+def test_private_names_are_touched_in_compat_alone(name: str) -> None:
+    for node in ast.walk(ast.parse(SOURCES[name].read_text())):
+        used = {getattr(node, field, None) for field in ("attr", "id")}
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            used |= {alias.name for alias in node.names}
+        assert not used & set(PRIVATE_NAMES), node
+
+
+def test_importing_the_pure_modules_loads_no_vllm() -> None:
+    names = [f"{PACKAGE.name}.{name}" for name in PURE_MODULES]
+    code = (
+        f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)\n"
+        "print([m for m in sys.modules if m.split('.')[0] == 'vllm'][:3])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_configuration_needs_no_torch() -> None:
+    code = f"import sys, {PACKAGE.name}.config\nprint('torch' in sys.modules, 'vllm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert done.stdout.strip() == "False False"

@@ -1,0 +1,49 @@
+"""A step's memory grows with rows times text length, never with its square nor with rows times vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ops.shapes import Shapes
+from vllm_d2cache.canvas import Request
+from vllm_d2cache.config import RequestOptions, ServerOptions
+from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.ops.row_stats import ROWS_PER_TILE, row_stats
+from vllm_d2cache.records import FamilyTraits, SamplingSpec
+
+PROMPT, CANVAS, VOCAB, WIDTH = 150, 170, 577, 4
+TOTAL = PROMPT + CANVAS
+
+
+def run_steps(shapes: Shapes, options: RequestOptions, sampling: SamplingSpec, steps: int) -> None:
+    denoiser = Denoiser(2, TOTAL, torch.device("cpu"), FamilyTraits(0), ServerOptions({}))
+    head = torch.randn(WIDTH, VOCAB)
+    request = Request("r", PROMPT, CANVAS, options, sampling)
+    with shapes:
+        denoiser.add(1, request, torch.ones(PROMPT, dtype=torch.int64).numpy())
+        for _ in range(steps):
+            rows = denoiser.begin(torch.tensor([1]), [1])
+            params, margin, entropy = denoiser.row_params(rows)
+            hidden = torch.randn(rows.positions.shape[0], WIDTH)[rows.logits_rows]
+            stats = row_stats(hidden, lambda x: x @ head, params, 0, margin, entropy)
+            denoiser.finish(rows, stats, torch.rand(1, TOTAL))
+
+
+CASES: list[dict[str, Any]] = [{}, {"policy": "full"}, {"score": "entropy", "inflate_w": 4, "window": 32}]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("options", CASES)
+def test_no_square_and_no_vocabulary_of_all_rows(options: dict[str, Any], temperature: float) -> None:
+    shapes = Shapes()
+    run_steps(shapes, RequestOptions(**options), SamplingSpec(temperature, 0.9, 5), 3)
+    assert shapes.seen
+    # The density's windows [slots, reach of the prior] stay below: they grow with the canvas alone.
+    squares = {s: f for s, f in shapes.squares(TOTAL).items() if VOCAB not in s}
+    assert squares == {}
+    logits = [s for s in shapes.seen if VOCAB in s and len(s) > 1 and s != (WIDTH, VOCAB)]
+    assert logits
+    assert max(s[0] for s in logits) <= ROWS_PER_TILE

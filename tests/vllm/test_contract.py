@@ -1,0 +1,131 @@
+"""Both halves of every assumption about vLLM that compat/internals.py and the config hook rest on."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+
+from vllm_d2cache.compat import internals
+from vllm_d2cache.model_state import D2CacheModelState
+from vllm_d2cache.registration import ARCHITECTURES, register_all
+from vllm_d2cache.request_check import _UNSUPPORTED, check_sampling_params
+from vllm_d2cache.scheduler import D2CacheScheduler
+
+pytestmark = pytest.mark.vllm
+
+
+def make_request(prompt: list[int], max_tokens: int) -> Request:
+    return Request("r", prompt, SamplingParams(max_tokens=max_tokens), None)
+
+
+def test_canvas_is_appended_behind_the_scheduler_s_back() -> None:
+    request = make_request([1, 2, 3], 4)
+    internals.append_canvas(request, 9, 4)
+    assert request.num_tokens == 7
+    assert request.num_prompt_tokens == 3
+    assert request.num_output_tokens == 0
+    assert list(request.all_token_ids) == [1, 2, 3, 9, 9, 9, 9]
+    assert request.prompt_token_ids == [1, 2, 3]
+
+
+def test_output_replaces_masks_from_the_left() -> None:
+    request = make_request([1, 2, 3], 4)
+    internals.append_canvas(request, 9, 4)
+    for token in (5, 6):
+        internals.place_output_token(request, token)
+    assert list(request.all_token_ids) == [1, 2, 3, 5, 6, 9, 9]
+    assert list(request.output_token_ids) == [5, 6]
+    assert request.num_tokens == 7
+
+
+def test_registering_twice_is_registering_once() -> None:
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    register_all()
+    before = (dict(MODELS_CONFIG_MAP), len(_CONFIG_REGISTRY), ModelRegistry.get_supported_archs())
+    register_all()
+    assert (dict(MODELS_CONFIG_MAP), len(_CONFIG_REGISTRY), ModelRegistry.get_supported_archs()) == before
+    assert set(ARCHITECTURES) <= set(ModelRegistry.get_supported_archs())
+    assert "llada" in _CONFIG_REGISTRY
+
+
+def test_installed_vllm_is_inside_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    assert internals.unsupported_version() is None
+    for version, refused in {"0.30.9": True, "0.31.0": False, "0.33.2+cpu": False, "0.34.0": True}.items():
+        monkeypatch.setattr(vllm, "__version__", version)
+        assert (internals.unsupported_version() is not None) == refused, version
+
+
+def test_scheduler_overrides_what_vllm_has() -> None:
+    own = [name for name, value in vars(D2CacheScheduler).items() if inspect.isfunction(value)]
+    private = {"_admissible", "_stops"}
+    for name in set(own) - private:
+        assert hasattr(AsyncScheduler, name), name
+    assert "num_computed_tokens" in inspect.getsource(Scheduler._update_after_schedule)
+    assert "self.max_num_active_reqs" in inspect.getsource(Scheduler.schedule)
+
+
+def test_model_state_has_every_hook_with_vllm_s_parameters() -> None:
+    for name in ("add_request", "remove_request", "preprocess_state", "prepare_attn", "prepare_inputs"):
+        ours = inspect.signature(getattr(D2CacheModelState, name))
+        theirs = inspect.signature(getattr(ModelState, name))
+        assert list(ours.parameters) == list(theirs.parameters), name
+
+
+def test_request_state_is_settled_in_vllm_s_own_class() -> None:
+    from vllm.v1.worker.gpu.states import RequestState
+
+    source = inspect.getsource(RequestState)
+    assert all(f"self.{name} = " in source for name in ("total_len", "prefill_len", "num_computed_tokens_np"))
+    prefill = SimpleNamespace(np=torch.tensor([40, 40]).numpy(), copies=0)
+    prefill.copy_to_uva = lambda: setattr(prefill, "copies", prefill.copies + 1)
+    states = SimpleNamespace(total_len=SimpleNamespace(gpu=torch.tensor([40, 40])), prefill_len=prefill)
+    internals.settle_request_state(states, 1, 12, 30)
+    assert states.total_len.gpu.tolist() == [40, 12]
+    assert prefill.np.tolist() == [40, 30]
+    assert prefill.copies == 1
+
+
+@pytest.mark.parametrize("field", sorted(_UNSUPPORTED))
+def test_unsupported_fields_exist_and_default_to_unused(field: str) -> None:
+    """A field that vLLM renames would be accepted and ignored."""
+    assert hasattr(SamplingParams(), field), field
+    check_sampling_params(SamplingParams(max_tokens=4))
+
+
+def test_no_sampling_field_is_unknown_to_us() -> None:
+    """Fails when vLLM adds a sampling parameter: decide whether it is honoured, harmless or refused."""
+    honoured = {"n", "temperature", "top_p", "top_k", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens"}
+    of_the_front_end = {
+        "detokenize",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "include_stop_str_in_output",
+        "output_kind",
+        "stream_interval",
+        "skip_clone",
+        "output_text_buffer_length",
+        "flat_logprobs",
+        "extra_args",
+    }
+    without_meaning_here = {
+        "watermarking",  # refused by vLLM itself: a custom sampler cannot be watermarked
+        "skip_reading_prefix_cache",  # there is none
+        "prompt_logprob_start",  # only with prompt_logprob_token_ids, which is refused
+        "routed_experts_prompt_start",  # mixture-of-experts introspection
+    }
+    known = honoured | of_the_front_end | without_meaning_here | set(_UNSUPPORTED)
+    fields = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
+    assert fields <= known, fields - known
