@@ -91,6 +91,31 @@ def test_a_reused_slot_remembers_nothing(before: FakeJob, job: FakeJob, steps: i
     assert batch.jobs[1].steps == want.steps
 
 
+def test_what_an_earlier_tenant_left_behind_its_successor_is_not_refreshed() -> None:
+    """A wider mate brings the columns past a short request's text into view."""
+    tenant, short, wide = FakeJob([1] * 30, 10), FakeJob([1] * 3, 4, noise=1), FakeJob([1] * 20, 18, noise=2)
+    batch = Batch([tenant, short, wide])
+    batch.slot = lambda i: (1, 1, 2)[i]  # type: ignore[method-assign]
+    batch.add(0)
+    batch.denoiser.remove(1)
+    batch.add(1)
+    batch.add(2)
+    while not short.done:
+        batch.step([1, 2])
+    assert short.steps == run_alone(short).steps
+
+
+@given(jobs())
+def test_no_row_is_predicted_that_nobody_reads(job: FakeJob) -> None:
+    """Besides the window's, d2Cache reads the first step's statistics, or all of them where it remembers the latest."""
+    done = run_alone(job)
+    remembers = job.options.get("policy", "d2cache") == "d2cache"
+    latest = remembers and job.options.get("confidence_memory") == "latest"
+    for n, step in enumerate(done.steps):
+        assert latest or (remembers and n == 0) or set(step.predicted) <= set(step.window)
+    assert not remembers or len(done.steps[0].predicted) == job.canvas_length
+
+
 @given(jobs("d2cache"))
 def test_all_of_k_and_p_is_the_full_policy(job: FakeJob) -> None:
     everything = replace(job, options={**job.options, "current_k": 100, "rollout_p": 1.0})
