@@ -170,7 +170,7 @@ def test_padding_rows_write_to_the_null_block_alone() -> None:
 
 
 @pytest.mark.parametrize("heads", [(8, 2), (4, 4)], ids=["gqa", "mha"])
-@pytest.mark.parametrize("tile", [1, 1000, 3000])
+@pytest.mark.parametrize("tile", [1, 1000, 5000, 7000, 10_000])  # part of a head, 2 and 3 of 4 heads, a group
 def test_tiles_smaller_than_the_rows(monkeypatch: pytest.MonkeyPatch, tile: int, heads: tuple[int, int]) -> None:
     monkeypatch.setattr("vllm_d2cache.ops.paged_attention._TILE_ELEMENTS", tile)
     paged = make_paged([37], [63], heads[1])
@@ -183,7 +183,7 @@ def test_tiles_smaller_than_the_rows(monkeypatch: pytest.MonkeyPatch, tile: int,
 
 
 @pytest.mark.parametrize("heads", [(8, 2), (4, 4)], ids=["gqa", "mha"])
-@pytest.mark.parametrize("tile", [1, 3000, 1 << 20])
+@pytest.mark.parametrize("tile", [1, 3000, 10_000, 1 << 20])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_map_product_matches_the_map(
     monkeypatch: pytest.MonkeyPatch, length: int, tile: int, heads: tuple[int, int]

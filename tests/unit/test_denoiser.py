@@ -46,6 +46,7 @@ def test_windows_fill_up_from_left_to_right(job: FakeJob) -> None:
     done = run_alone(job)
     for step, after in zip(done.steps, done.steps[1:], strict=False):
         assert after.window.start >= step.window.start
+        assert after.window.start % (job.options.get("window") or job.canvas_length) == 0
         assert not step.masked or after.window.start <= step.masked[0] < after.window.stop
 
 
