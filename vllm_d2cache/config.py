@@ -161,7 +161,7 @@ class ServerOptions:
         chosen.update(request)
         if chosen.get("threshold", 0) > 0 and chosen.get("factor", 0) > 0:
             raise OptionError(
-                "threshold and factor are alternatives: give one of d2cache_threshold, d2cache_factor (0 = off)"
+                "threshold and factor are alternatives: give one (in a request d2cache_threshold or d2cache_factor)"
             )
         if chosen.get("threshold", 0) > 0 or chosen.get("factor", 0) > 0:
             chosen = {**_PARALLEL_DEFAULTS, **chosen}
@@ -214,8 +214,8 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> dict[str, Any
     """
     parsed: dict[str, Any] = {}
     for key, value in (extra_args or {}).items():
-        name = key.removeprefix(PREFIX)
-        if not key.startswith(PREFIX) or name not in REQUEST_FIELDS:
+        name = str(key).removeprefix(PREFIX)
+        if not str(key).startswith(PREFIX) or name not in REQUEST_FIELDS:
             hint = f"; {key!r} is set server-wide only" if name in SERVER_ONLY_FIELDS else ""
             valid = ", ".join(PREFIX + n for n in REQUEST_FIELDS)
             raise OptionError(f"{key}: unknown request option{hint}; valid options are {valid}")

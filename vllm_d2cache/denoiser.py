@@ -70,6 +70,7 @@ class Denoiser:
         who, slot = predicted.nonzero(as_tuple=True)
         return StepRows(
             view=view,
+            slots=list(slots_host),
             counts=counts,
             full=[n == r.prompt_len + r.canvas_len for n, r in zip(counts, requests, strict=True)],
             reads_importance=[POLICY_CLASSES[r.options.policy].reads_importance for r in requests],
@@ -77,17 +78,18 @@ class Denoiser:
             input_ids=canvas.tokens[slots[request], positions],
             request=request,
             predicted=predicted,
+            predicted_index=(who, slot),
             logits_rows=row_of[who, view.prompt_len[who] + slot - self.traits.logit_shift],
         )
 
     def row_params(self, rows: StepRows) -> tuple[RowParams, bool, bool]:
         """Sampling parameters of the predicted rows, and whether margins and entropies are wanted."""
-        who, slot = rows.predicted.nonzero(as_tuple=True)
+        who, slot = rows.predicted_index
         slots = rows.view.slots[who]
         temperature, top_p, top_k = self.canvas.sampling[slots].unbind(1)
         position = rows.view.prompt_len[who] + slot
         draw = uniform(self.canvas.seed[slots], self.canvas.step[slots], position)
-        requests = [self.canvas.requests[s] for s in rows.view.slots.tolist()]
+        requests = self._requests(rows)
         samples = any(r.sampling.temperature > 0 for r in requests)
         filters = any(
             r.options.confidence_top_p < 1
@@ -106,26 +108,30 @@ class Denoiser:
             importance: [R, T] float32; rows of requests whose policy reads none are not looked at.
         """
         view, canvas = rows.view, self.canvas
-        who, slot = rows.predicted.nonzero(as_tuple=True)
+        who, slot = rows.predicted_index
         score = torch.zeros(view.masked.shape, device=canvas.device)
         score[who, slot] = ranking_score(stats, view.options.score[who])
         token = torch.zeros(view.masked.shape, dtype=torch.int32, device=canvas.device)
         token[who, slot] = stats.token.int()
 
         candidates = rows.predicted & view.in_window
-        committed = choose_commits(self._with_prior(score, view), candidates, view.options)
+        committed = choose_commits(self._with_prior(score, rows), candidates, view.options)
         after = self._commit(view, committed, token)
         outcome = StepOutcome(
             committed, rows.predicted, score, view.window_start, canvas.step[view.slots] == 0, importance
         )
         canvas.step[view.slots] += 1
-        self._plan(after, outcome)
+        self._plan(after, outcome, [r.options.policy for r in self._requests(rows)])
         return self._emit(after, committed)
 
-    def _with_prior(self, score: torch.Tensor, view: CanvasView) -> torch.Tensor:
+    def _requests(self, rows: StepRows) -> list[Request]:
+        return [self.canvas.requests[s] for s in rows.slots]
+
+    def _with_prior(self, score: torch.Tensor, rows: StepRows) -> torch.Tensor:
         """Score times certainty density where a request asks for the prior (section 2, step 6)."""
-        if not any(self.canvas.requests[s].options.sigma > 0 for s in view.slots.tolist()):
+        if not any(r.options.sigma > 0 for r in self._requests(rows)):
             return score
+        view = rows.view
         known = ~view.masked & view.in_canvas
         return score * certainty_density(known, view.canvas_len, view.options.sigma)
 
@@ -156,9 +162,8 @@ class Denoiser:
             self._policies[name] = POLICY_CLASSES[name](*self._policy_args)
         return self._policies[name]
 
-    def _plan(self, view: CanvasView, outcome: StepOutcome) -> None:
-        """Ask each policy for the next plans of its requests."""
-        names = [self.canvas.requests[s].options.policy for s in view.slots.tolist()]
+    def _plan(self, view: CanvasView, outcome: StepOutcome, names: list[str]) -> None:
+        """Ask each policy for the next plans of its requests; ``names`` has each row's policy."""
         for name in dict.fromkeys(names):
             if all(n == name for n in names):
                 self._store(self._policy(name).next_plan(view, outcome), view)
@@ -174,12 +179,10 @@ class Denoiser:
     def _emit(self, view: CanvasView, committed: torch.Tensor) -> StepResult:
         """Hand out the newly contiguous tokens from the left."""
         canvas = self.canvas
-        width = view.masked.shape[1]
         done = (~view.masked & view.in_canvas).to(torch.int8).cumprod(1).sum(1)
         emitted = canvas.emitted[view.slots]
         fresh = (done - emitted).clamp(min=0)
         index = view.prompt_len.unsqueeze(1) + emitted.unsqueeze(1) + view.slot_index
         tokens = canvas.tokens[view.slots, : view.num_positions].gather(1, index.clamp(max=view.num_positions - 1))
         canvas.emitted[view.slots] = emitted + fresh
-        assert tokens.shape[1] == width
         return StepResult(tokens.long(), fresh.int(), committed, view.masked)

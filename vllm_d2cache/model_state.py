@@ -137,12 +137,12 @@ class D2CacheModelState(ModelState):
         block_size = group.kv_cache_spec.block_size
         page = rows.positions.div(block_size, rounding_mode="floor")
         slots = table[rows.request, page].long() * block_size + rows.positions - page * block_size
-        requests = [self.denoiser.canvas.requests[s] for s in input_batch.idx_mapping_np.tolist()]
+        requests = [self.denoiser.canvas.requests[s] for s in rows.slots]
         layout = PagedLayout(
             rows.counts,
             [r.prompt_len + r.canvas_len for r in requests],
             table,
-            [self._first_block[s] for s in input_batch.idx_mapping_np.tolist()],
+            [self._first_block[s] for s in rows.slots],
             slots,
         )
         self.capture = ImportanceCapture(layout, rows.reads_importance, rows.positions, self._pool)
@@ -153,7 +153,7 @@ class D2CacheModelState(ModelState):
         """Give the model the rows of the refresh sets alone: what was reserved beyond them costs nothing."""
         if self.rows is None:
             return {}
-        for slot in input_batch.idx_mapping_np.tolist():
+        for slot in self.rows.slots:
             if slot in self._unsettled:
                 request = self.denoiser.canvas.requests[slot]
                 computed = request.prompt_len + request.canvas_len - request.row_budget

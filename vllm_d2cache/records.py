@@ -134,6 +134,7 @@ class StepRows:
     """The rows that go through the network in this step: ragged, request by request, ascending positions."""
 
     view: CanvasView
+    slots: list[int]  # of the requests, on the host
     counts: list[int]  # rows of each request
     full: list[bool]  # every position of the request is refreshed
     reads_importance: list[bool]  # the request's policy wants the attention rollout
@@ -141,7 +142,8 @@ class StepRows:
     input_ids: torch.Tensor  # [N] int32
     request: torch.Tensor  # [N] int64, row of the batch each belongs to
     predicted: torch.Tensor  # [R, G] bool, slots whose statistics are taken
-    logits_rows: torch.Tensor  # [n] int64 into N, one for each predicted slot in row-major order
+    predicted_index: tuple[torch.Tensor, torch.Tensor]  # [n] request and [n] slot of each predicted slot, row-major
+    logits_rows: torch.Tensor  # [n] int64 into N, one for each predicted slot
 
 
 @dataclass(frozen=True)

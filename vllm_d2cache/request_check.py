@@ -53,6 +53,8 @@ def check_sampling_params(params: SamplingParams) -> None:
             )
     if params.max_tokens is None:
         raise ValueError("max_tokens: must be an integer >= 1 (the length of the canvas), got None")
+    if params.seed is not None and not -(2**63) <= params.seed < 2**63:
+        raise ValueError(f"seed: must be an integer of 64 bits, got {params.seed}")
     ServerOptions({}).resolve(parse_request_options(params.extra_args))
 
 

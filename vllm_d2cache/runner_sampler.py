@@ -57,11 +57,10 @@ class D2CacheSampler:
         stats = row_stats(logits, head, params, denoiser.traits.mask_token_id, margin, entropy)
         importance = state.capture.importance(rows.view.num_positions)
         result = denoiser.finish(rows, stats, importance)
-        slots = input_batch.idx_mapping_np.tolist()
         if state.tracer:
-            state.tracer.step(slots, rows, result, denoiser.canvas)
+            state.tracer.step(rows, result, denoiser.canvas)
         # The worker's computed count stays where the scheduler rolls it back to.
-        budgets = [denoiser.canvas.requests[s].row_budget for s in slots]
+        budgets = [denoiser.canvas.requests[s].row_budget for s in rows.slots]
         rejected = torch.tensor(budgets, dtype=torch.int32, device=logits.device)
         state.finish_step()
         return SamplerOutput(result.tokens, None, None, result.num_tokens, rejected)

@@ -8,6 +8,7 @@ scheduling works unchanged.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -58,7 +59,7 @@ class D2CacheScheduler(AsyncScheduler):
         later = now = sum(self._budgets[r.request_id] for r in self.running)
         limit = self.max_num_scheduled_tokens
         count = 0
-        for request in self.waiting:
+        for request in islice(self.waiting, self._most_active):
             later += self._budgets[request.request_id]
             now += request.num_tokens
             if later > limit or now > limit:

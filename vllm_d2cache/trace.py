@@ -43,10 +43,10 @@ class TraceRecorder:
             },
         )
 
-    def step(self, slots: list[int], rows: StepRows, result: StepResult, canvas: CanvasStates) -> None:
+    def step(self, rows: StepRows, result: StepResult, canvas: CanvasStates) -> None:
         """Add a line to each request of the step, and the last one where it is complete."""
         offset = 0
-        for r, slot in enumerate(slots):
+        for r, slot in enumerate(rows.slots):
             count = rows.counts[r]
             positions = rows.positions[offset : offset + count]
             offset += count

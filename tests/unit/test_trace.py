@@ -29,7 +29,7 @@ class TracedBatch(Batch):
 
     def _record(self, running: list[int], rows: StepRows, result: StepResult) -> None:
         super()._record(running, rows, result)
-        self.tracer.step([self.slot(i) for i in running], rows, result, self.denoiser.canvas)
+        self.tracer.step(rows, result, self.denoiser.canvas)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
