@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -21,7 +22,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_d2cache.attention.backend import D2CacheMetadata
-from vllm_d2cache.attention.capture import ImportanceCapture, MapPool
+from vllm_d2cache.attention.capture import ImportanceCapture, MapPool, TensorParallel
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
 from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
@@ -49,6 +50,8 @@ class D2CacheModelState(ModelState):
         self.rows: StepRows | None = None  # of the step under way
         self.capture: ImportanceCapture | None = None
         self._pool = MapPool()
+        size = vllm_config.parallel_config.tensor_parallel_size
+        self._tensor_parallel = TensorParallel(size, tensor_model_parallel_all_reduce) if size > 1 else None
         self._slots: dict[str, int] = {}
         self._first_block: dict[int, int] = {}
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
@@ -145,7 +148,9 @@ class D2CacheModelState(ModelState):
             [self._first_block[s] for s in rows.slots],
             slots,
         )
-        self.capture = ImportanceCapture(layout, rows.reads_importance, rows.positions, self._pool)
+        self.capture = ImportanceCapture(
+            layout, rows.reads_importance, rows.positions, self._pool, self._tensor_parallel
+        )
         metadata = D2CacheMetadata(layout, self.capture)
         return dict.fromkeys((name for g in kv_cache_config.kv_cache_groups for name in g.layer_names), metadata)
 

@@ -7,6 +7,7 @@ kept instead, the keys being in the cache anyway, and the map's rows are compute
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +40,14 @@ class MapPool:
         return views
 
 
+@dataclass(frozen=True)
+class TensorParallel:
+    """How ranks that hold different heads agree."""
+
+    size: int
+    all_reduce: Callable[[torch.Tensor], torch.Tensor]  # sum over the ranks
+
+
 @dataclass
 class ImportanceCapture:
     """Filled layer by layer during one forward pass.
@@ -46,12 +55,14 @@ class ImportanceCapture:
     Attributes:
         wanted: for each request of the batch, whether its policy reads importance.
         positions: [N] int64, refreshed position of each row.
+        tensor_parallel: None on a single rank.
     """
 
     layout: PagedLayout
     wanted: list[bool]
     positions: torch.Tensor
     pool: MapPool
+    tensor_parallel: TensorParallel | None = None
     maps: list[list[torch.Tensor | None]] = field(default_factory=list)
     queries: list[list[torch.Tensor | None]] = field(default_factory=list)
     caches: list[tuple[torch.Tensor, float]] = field(default_factory=list)
@@ -94,6 +105,20 @@ class ImportanceCapture:
         return out
 
     def _push_back(self, layer: int, r: int) -> PushBack:
+        own_heads = self._own_heads(layer, r)
+        if self.tensor_parallel is None:
+            return own_heads
+        size, all_reduce = self.tensor_parallel.size, self.tensor_parallel.all_reduce
+
+        def push_back(u: torch.Tensor, v: torch.Tensor) -> None:
+            # The mean over all heads is the mean of the ranks' means; u is the same on every rank, so reducing the
+            # product [T] does for reducing the map [q, T].
+            v += all_reduce(_product(own_heads, u, v)) / size
+
+        return push_back
+
+    def _own_heads(self, layer: int, r: int) -> PushBack:
+        """The layer under the heads of this rank."""
         stored = self.maps[layer][r]
         if stored is not None:
             return push_back_map(stored)
@@ -106,3 +131,10 @@ class ImportanceCapture:
             attention_map_product(query, key, scale, u, v)
 
         return push_back
+
+
+def _product(push_back: PushBack, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What ``push_back`` would add to ``v``."""
+    product = torch.zeros_like(v)
+    push_back(u, product)
+    return product
