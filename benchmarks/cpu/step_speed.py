@@ -192,8 +192,8 @@ def main() -> None:
     """Run the cases and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 1024, 4032])
-    parser.add_argument("--steps", type=int, default=24, help="d2cache steps timed for each prompt length")
-    parser.add_argument("--full-steps", type=int, default=6, help="full steps timed for each prompt length")
+    parser.add_argument("--steps", type=int, default=16, help="d2cache steps timed for each prompt length")
+    parser.add_argument("--full-steps", type=int, default=4, help="full steps timed for each prompt length")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu_step_speed.json")
     args = parser.parse_args()
 
