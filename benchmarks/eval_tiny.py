@@ -36,7 +36,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"policy": "full"},
     "d2cache": {},
     "d2cache, current_k 8": {"current_k": 8},
-    "d2cache, latest memory": {"confidence_memory": "latest"},
     "full, threshold 0.9": {"policy": "full", "threshold": 0.9},
     "d2cache, threshold 0.9": {"threshold": 0.9},
 }

@@ -44,9 +44,18 @@ class BareModel:
 
     @torch.inference_mode()
     def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, length: int, logits_rows: torch.Tensor
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        length: int,
+        logits_rows: torch.Tensor,
+        maps: bool = False,
     ) -> torch.Tensor:
-        """Refresh ``positions`` [n] against ``length`` keys; logits [m, vocab] of ``logits_rows`` [m]."""
+        """Refresh ``positions`` [n] against ``length`` keys; logits [m, vocab] of ``logits_rows`` [m].
+
+        With ``maps``, each layer also leaves its head-averaged attention map [n, length], as d2Cache needs: attention
+        is then written out, as no fused kernel returns it.
+        """
         shape = self.shape
         hidden = self.embedding[ids]
         cos, sin = self.cos[positions], self.sin[positions]
@@ -55,7 +64,12 @@ class BareModel:
             q, k, v = F.linear(x, qkv_w).view(len(ids), 3, shape.heads, -1).permute(1, 2, 0, 3)
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
             keys[:, positions], values[:, positions] = k, v
-            out = F.scaled_dot_product_attention(q[None], keys[None, :, :length], values[None, :, :length])[0]
+            if maps:
+                weights = torch.softmax(q @ keys[:, :length].mT * q.shape[-1] ** -0.5, -1)
+                weights.mean(0)
+                out = weights @ values[:, :length]
+            else:
+                out = F.scaled_dot_product_attention(q[None], keys[None, :, :length], values[None, :, :length])[0]
             hidden = hidden + F.linear(out.transpose(0, 1).reshape(len(ids), -1), out_w)
             gate, up = F.linear(F.rms_norm(hidden, (shape.width,), self.norm, 1e-5), up_w).chunk(2, -1)
             hidden = hidden + F.linear(F.silu(gate) * up, down_w)

@@ -49,6 +49,7 @@ class Row:
     outside_ms: float
     bare_ms: float
     ratio_to_bare: float
+    bare_map_ms: float  # the bare pass with attention written out and its maps kept; 0 where none are needed
     peak_rss_mb: float
     speedup: float = 1.0
     bare_speedup: float = 1.0
@@ -126,6 +127,7 @@ def run_case(engine: Any, meter: Meter, bare: BareModel, prompt: int, policy: st
     engine.add_request(name, {"prompt_token_ids": ids}, params)
     length = prompt + CANVAS
     step_ms, forward_ms, bare_ms, rows = [], [], [], []
+    map_ms = [0.0]
     for i in range(steps + 2):
         meter.forward_s = 0.0
         start = time.perf_counter()
@@ -142,6 +144,10 @@ def run_case(engine: Any, meter: Meter, bare: BareModel, prompt: int, policy: st
         start = time.perf_counter()
         bare.forward(tokens, positions, length, logits_rows)
         bare_ms.append((time.perf_counter() - start) * 1e3)
+        if policy != "full":
+            start = time.perf_counter()
+            bare.forward(tokens, positions, length, logits_rows, maps=True)
+            map_ms.append((time.perf_counter() - start) * 1e3)
         tick()
     engine.abort_request([name])
     while engine.has_unfinished_requests():
@@ -151,7 +157,8 @@ def run_case(engine: Any, meter: Meter, bare: BareModel, prompt: int, policy: st
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     step, passed = median(step_ms), median(bare_ms)
     ratio = median(s / b for s, b in zip(step_ms, bare_ms, strict=True))
-    return Row(prompt, policy, statistics.mean(rows), length, step, median(forward_ms), outside, passed, ratio, peak)
+    means = (statistics.mean(rows), length, step, median(forward_ms), outside, passed, ratio)
+    return Row(prompt, policy, *means, median(map_ms[1:] or map_ms), peak)
 
 
 def report(rows: list[Row], console: Console) -> None:
@@ -159,11 +166,13 @@ def report(rows: list[Row], console: Console) -> None:
     table = Table(title=f"One request, canvas {CANVAS}, one token a step, fp32, {torch.get_num_threads()} threads")
     for name in ("prompt", "policy", "rows/step", "keys", "step ms", "forward ms", "outside ms", "bare ms"):
         table.add_column(name, justify="right")
-    for name in ("step/bare", "speed-up", "bare speed-up", "peak MB"):
+    for name in ("step/bare", "bare+map ms", "step/(bare+map)", "speed-up", "bare speed-up", "peak MB"):
         table.add_column(name, justify="right")
     for r in rows:
         cells = [str(r.prompt), r.policy, f"{r.rows:.0f}", str(r.keys), f"{r.step_ms:.1f}", f"{r.forward_ms:.1f}"]
-        cells += [f"{r.outside_ms:.1f}", f"{r.bare_ms:.1f}", f"{r.ratio_to_bare:.2f}", f"{r.speedup:.2f}"]
+        cells += [f"{r.outside_ms:.1f}", f"{r.bare_ms:.1f}", f"{r.ratio_to_bare:.2f}"]
+        with_map = (f"{r.bare_map_ms:.1f}", f"{r.step_ms / r.bare_map_ms:.2f}") if r.bare_map_ms else ("", "")
+        cells += [*with_map, f"{r.speedup:.2f}"]
         table.add_row(*cells, f"{r.bare_speedup:.2f}", f"{r.peak_rss_mb:.0f}")
     console.print(table)
 
@@ -199,7 +208,7 @@ def main() -> None:
 
     from vllm import LLM
 
-    shape, console = Shape(), Console(width=150)
+    shape, console = Shape(), Console(width=170)
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(Path(directory), shape)
         with console.status("starting the engine"):

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-# Probabilities that exist at one time while a map is taken: [heads, tile rows, T]. Sized to stay in a core's cache.
-_TILE_ELEMENTS = 1 << 20
+# Probabilities that exist at one time while a map is taken: [heads, tile rows, T]. Large enough that a matrix product
+# has many rows, small enough to stay in the last-level cache.
+_TILE_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True)
