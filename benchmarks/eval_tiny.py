@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is tiny: a second thread only waits
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -71,7 +72,7 @@ def run(llm: Any, problems: list[Problem], name: str, options: dict[str, Any], t
     params = [SamplingParams(temperature=0, max_tokens=p.canvas, extra_args=extra) for p in problems]
     chats = [[{"role": "user", "content": p.prompt}] for p in problems]
     start = time.perf_counter()
-    outputs = llm.chat(chats, params, use_tqdm=True)
+    outputs = llm.chat(chats, params, use_tqdm=sys.stderr.isatty())
     seconds = time.perf_counter() - start
     found: list[Trace] = [find(traces, f"{o.request_id}-") for o in outputs]
     right = [o.outputs[0].text.strip() == p.answer for o, p in zip(outputs, problems, strict=True)]
