@@ -99,6 +99,5 @@ def _configure(config: VllmConfig) -> None:
         )
         scheduler.max_num_batched_tokens = max_len
     scheduler.scheduler_cls = SCHEDULER
-    if not config.model_config.enforce_eager:
-        # CUDA graphs of refresh steps are not supported yet (docs/architecture.md).
-        config.model_config.enforce_eager = True
+    # CUDA graphs of refresh steps are not supported yet (docs/architecture.md).
+    config.model_config.enforce_eager = True

@@ -108,5 +108,3 @@ def test_rows_are_few_and_no_tensor_is_quadratic(engine: Engine) -> None:
         assert steps[0]["refreshed"] is None
         # current_k + last commits (a window of 32) + a tenth by importance, times inflation between them.
         assert all(len(s["refreshed"]) < length / 2 for s in steps[1:])
-        first_written = {p for s in steps[1:] for p in s["refreshed"]}
-        assert max(first_written) < length
