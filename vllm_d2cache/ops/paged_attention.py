@@ -107,10 +107,12 @@ def _attend_with_map(
     for i, j, h, probs in _probability_tiles(q, key, scale):
         if len(probs) == heads:
             torch.mean(probs, dim=0, out=target[i:j])
-        elif h == 0:
-            torch.mul(probs[0], 1 / heads, out=target[i:j])
-        for head in range(max(h, 1), h + len(probs) if len(probs) < heads else 0):
-            target[i:j].add_(probs[head - h], alpha=1 / heads)
+        else:
+            for head, part in enumerate(probs, start=h):
+                if head == 0:
+                    torch.mul(part, 1 / heads, out=target[i:j])
+                else:
+                    target[i:j].add_(part, alpha=1 / heads)
         if len(probs) == 1:
             output[h, i:j].copy_(torch.mm(probs[0], value[h // group]))
         else:
