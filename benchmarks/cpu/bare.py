@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,7 @@ class BareModel:
         size = (shape.heads, max_positions, head_dim)
         self.keys = [torch.randn(size, generator=generator) for _ in self.blocks]
         self.values = [torch.randn(size, generator=generator) for _ in self.blocks]
+        self.scratch = torch.empty(0)
         half = head_dim // 2
         angle = torch.arange(max_positions).unsqueeze(1) / 500000.0 ** (torch.arange(half) / half)
         self.cos, self.sin = torch.cat([angle.cos()] * 2, 1), torch.cat([angle.sin()] * 2, 1)
@@ -65,7 +67,9 @@ class BareModel:
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
             keys[:, positions], values[:, positions] = k, v
             if maps:
-                weights = torch.softmax(q @ keys[:, :length].mT * q.shape[-1] ** -0.5, -1)
+                weights = self._scratch(shape.heads, len(ids), length)
+                torch.matmul(q * q.shape[-1] ** -0.5, keys[:, :length].mT, out=weights)
+                torch.softmax(weights, -1, out=weights)
                 weights.mean(0)
                 out = weights @ values[:, :length]
             else:
@@ -74,6 +78,13 @@ class BareModel:
             gate, up = F.linear(F.rms_norm(hidden, (shape.width,), self.norm, 1e-5), up_w).chunk(2, -1)
             hidden = hidden + F.linear(F.silu(gate) * up, down_w)
         return F.linear(F.rms_norm(hidden[logits_rows], (shape.width,), self.norm, 1e-5), self.head)
+
+    def _scratch(self, *shape: int) -> torch.Tensor:
+        """Memory for attention weights, kept between calls: fresh pages would cost more than the arithmetic."""
+        size = math.prod(shape)
+        if self.scratch.numel() < size:
+            self.scratch = torch.empty(size)
+        return self.scratch[:size].view(shape)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
