@@ -48,8 +48,13 @@ format: env  ## apply ruff's fixes and format
 bench: env  ## CPU benchmark of a step
 	$(test_env) $(bin)/python -m benchmarks.cpu.step_speed
 
-eval: env  ## accuracy and cost of the tiny checkpoint on held-out problems
-	$(test_env) $(bin)/python -m benchmarks.eval_tiny
+eval: env .venv-eval/bin/lm_eval  ## lm-evaluation-harness over the server: scores and costs (ARGS='--help' lists options)
+	DO_NOT_TRACK=1 VLLM_NO_USAGE_STATS=1 $(bin)/python -m benchmarks.quality $(ARGS)
+
+# A client of the server: it has an environment of its own, without torch and vLLM.
+.venv-eval/bin/lm_eval:
+	"$(PYTHON)" -m venv .venv-eval
+	.venv-eval/bin/python -m pip install --quiet 'lm_eval[api,math]>=0.4.13,<0.5'
 
 train: env  ## train the tiny checkpoint anew, on CPU (an hour or more)
 	$(bin)/python tools/train_tiny.py --out models/tiny-llada --steps 6000
