@@ -1,21 +1,16 @@
-"""The tiny LLaDA: tokenizer, model, full-recompute decoding and exact-match evaluation, in plain PyTorch.
-
-The model is a bidirectional llama-type transformer with LLaDA's tensor names; the decoding here is the plain
-one (whole canvas, one token a step, everything recomputed), which a serving engine can be compared with.
-"""
+"""The tiny LLaDA: its tokenizer, chat template and configuration files."""
 
 from __future__ import annotations
 
 import collections
 import random
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor, nn
 
-from tiny_tasks import KINDS, Problem, train_problem
+from tiny_model import Config, Family
+from tiny_tasks import train_problem
 
 SPECIALS = (
     "<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>",
@@ -57,150 +52,58 @@ def build_tokenizer(vocab_size: int = 320) -> Tokenizer:
     return tokenizer
 
 
-@dataclass(frozen=True)
-class Config:
-    """Sizes of the model (LLaDA's names)."""
-
-    vocab_size: int = 320
-    d_model: int = 192
-    n_layers: int = 4
-    n_heads: int = 6
-    mlp_hidden_size: int = 512
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-
-
-class Block(nn.Module):
-    """One llama-type block without causal mask."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        width, hidden = config.d_model, config.mlp_hidden_size
-        self.heads = config.n_heads
-        self.attn_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.q_proj, self.k_proj, self.v_proj, self.attn_out = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.ff_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.ff_proj, self.up_proj = (nn.Linear(width, hidden, bias=False) for _ in range(2))
-        self.ff_out = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor | None) -> Tensor:
-        """x (B,T,d), cos/sin (T, head size), keys (B,1,1,T) bool or None -> (B,T,d)."""
-        y = self.attn_norm(x)
-        q, k, v = (
-            proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=keys)
-        x = x + self.attn_out(out.transpose(1, 2).flatten(2))
-        y = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y))
+def configuration(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """config.json in the layout of the published LLaDA checkpoints."""
+    eos, no, none = tokenizer.token_to_id(EOS), False, None
+    return {
+        "activation_type": "silu", "alibi": no, "alibi_bias_max": 8.0, "architectures": ["LLaDAModelLM"],
+        "attention_dropout": 0.0, "attention_layer_norm": no, "attention_layer_norm_with_affine": True,
+        "auto_map": {
+            "AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM",
+            "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+        },
+        "bias_for_layer_norm": no, "block_group_size": 1, "block_type": "llama", "d_model": config.d_model,
+        "embedding_dropout": 0.0, "embedding_size": config.vocab_size, "eos_token_id": eos,
+        "flash_attention": no,
+        "include_bias": no, "include_qkv_bias": no, "init_cutoff_factor": none, "init_device": "cpu",
+        "init_fn": "mitchell", "init_std": 0.02, "input_emb_norm": no, "layer_norm_type": "rms",
+        "layer_norm_with_affine": True, "mask_token_id": tokenizer.token_to_id(MASK),
+        "max_sequence_length": 4096,
+        "mlp_hidden_size": config.mlp_hidden_size, "mlp_ratio": 4, "model_type": "llada",
+        "multi_query_attention": none, "n_heads": config.n_heads, "n_kv_heads": config.n_heads,
+        "n_layers": config.n_layers, "pad_token_id": eos, "precision": "amp_bf16", "residual_dropout": 0.0,
+        "rms_norm_eps": config.rms_norm_eps, "rope": True, "rope_full_precision": True,
+        "rope_theta": config.rope_theta, "scale_logits": no, "torch_dtype": "float32",
+        "transformers_version": "4.46.3", "use_cache": no, "vocab_size": config.vocab_size,
+        "weight_tying": no,
+    }  # fmt: skip
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split RoPE on (B,H,T,head size)."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
+def files(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The JSON files of the checkpoint."""
+    eos = tokenizer.token_to_id(EOS)
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": EOS,
+        "clean_up_tokenization_spaces": False, "model_max_length": 4096, "chat_template": CHAT_TEMPLATE,
+    }  # fmt: skip
+    generation = {
+        "bos_token_id": tokenizer.token_to_id(BOS), "eos_token_id": eos, "pad_token_id": eos,
+        "mask_token_id": tokenizer.token_to_id(MASK), "transformers_version": "4.46.2",
+    }  # fmt: skip
+    return {
+        "config.json": configuration(config, tokenizer), "generation_config.json": generation,
+        "tokenizer_config.json": tokenizer_config,
+    }  # fmt: skip
 
 
-class TinyLLaDA(nn.Module):
-    """The model; `state_dict` names follow LLaDA without the leading "model."."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.d_model),
-                "blocks": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
-                "ln_f": nn.RMSNorm(config.d_model, eps=config.rms_norm_eps),
-                "ff_out": nn.Linear(config.d_model, config.vocab_size, bias=False),
-            }
-        )
-        for name, weight in self.named_parameters():
-            if weight.ndim == 2:
-                std = 0.5 * weight.shape[1] ** -0.5
-                nn.init.normal_(weight, std=std / config.n_layers**0.5 if "out" in name else std)
-
-    def hidden(self, ids: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Token ids (B,T), real-key flags (B,1,1,T) or None -> final normed hidden states (B,T,d)."""
-        size = self.config.d_model // self.config.n_heads
-        freq = self.config.rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
-        angle = torch.arange(ids.shape[1], dtype=torch.float32)[:, None] * freq.repeat(2)
-        cos, sin, x = angle.cos(), angle.sin(), self.transformer["wte"](ids)
-        for block in self.transformer["blocks"]:
-            x = block(x, cos, sin, keys)
-        return self.transformer["ln_f"](x)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (...,d) -> logits (...,V)."""
-        return self.transformer["ff_out"](hidden)
+def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
+    """Write tokenizer.json."""
+    tokenizer.save(str(out / "tokenizer.json"))
 
 
-@dataclass
-class Batch:
-    """`ids` (B,P+G) long, `keys` (B,1,1,P+G) bool (None without padding), `canvas` G."""
-
-    ids: Tensor
-    keys: Tensor | None
-    canvas: int
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read tokenizer.json back."""
+    return Tokenizer.from_file(str(path / "tokenizer.json"))
 
 
-def collate(rows: list[tuple[list[int], list[int]]], canvas: int, eos: int) -> Batch:
-    """(prompt ids, answer ids) pairs -> one batch; prompts are padded on the left, responses with EOS."""
-    width = max(len(prompt) for prompt, _ in rows)
-    ids = torch.full((len(rows), width + canvas), eos)
-    keys = torch.ones((len(rows), 1, 1, width + canvas), dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(rows):
-        pad = width - len(prompt)
-        ids[row, pad:width] = torch.tensor(prompt)
-        ids[row, width : width + len(answer)] = torch.tensor(answer)
-        keys[row, ..., :pad] = False
-    return Batch(ids, None if keys.all() else keys, canvas)
-
-
-def density(known: Tensor, sigma: float) -> Tensor:
-    """Certainty density (B,G) of known flags (B,G): known text on the left, the last flag on the right."""
-    size = known.shape[1]
-    span = torch.arange(-3 * size, 3 * size, dtype=torch.float64)
-    norm = torch.exp(-(span**2) / (2 * sigma**2)).sum().clamp(min=1e-8)
-    offset = torch.arange(size)[:, None] - torch.arange(-size, 2 * size)
-    kernel = torch.exp(-(offset.double() ** 2) / (2 * sigma**2)) / norm
-    flags = known.double()
-    extended = torch.cat((torch.ones_like(flags), flags, flags[:, -1:].expand_as(flags)), dim=1)
-    return (extended @ kernel.T).float()
-
-
-@torch.inference_mode()
-def decode(model: TinyLLaDA, batch: Batch, mask_id: int, sigma: float) -> Tensor:
-    """Greedy decoding of the whole canvas with full recompute, one token a step -> responses (B,G)."""
-    ids, canvas = batch.ids.clone(), batch.canvas
-    ids[:, -canvas:] = mask_id
-    rows = torch.arange(len(ids))
-    for _ in range(canvas):
-        response = ids[:, -canvas:]
-        probs = model.logits(model.hidden(ids, batch.keys)[:, -canvas:]).softmax(-1)
-        score, token = probs.max(-1)
-        masked = response == mask_id
-        if sigma > 0:
-            score = score * density(~masked, sigma)
-        slot = score.masked_fill(~masked, -1.0).argmax(1)
-        response[rows, slot] = token[rows, slot]
-    return ids[:, -canvas:]
-
-
-def evaluate(model: TinyLLaDA, tokenizer: Tokenizer, problems: list[Problem], sigma: float) -> dict[str, float]:
-    """Exact-match accuracy per kind and overall ("all"), each problem at its own canvas."""
-    eos, mask_id = tokenizer.token_to_id(EOS), tokenizer.token_to_id(MASK)
-    prompts = {p: tokenizer.encode(chat(p.prompt), add_special_tokens=False).ids for p in problems}
-    groups = collections.defaultdict(list)
-    for problem in sorted(problems, key=lambda p: len(prompts[p])):
-        groups[problem.canvas].append(problem)
-    right: dict[str, list[bool]] = collections.defaultdict(list)
-    for canvas, group in groups.items():
-        for start in range(0, len(group), 64):
-            part = group[start : start + 64]
-            out = decode(model, collate([(prompts[p], []) for p in part], canvas, eos), mask_id, sigma)
-            for problem, ids in zip(part, out.tolist(), strict=True):
-                text = tokenizer.decode(ids[: ids.index(eos)] if eos in ids else ids)
-                right[problem.kind].append(text == problem.answer)
-                right["all"].append(text == problem.answer)
-    return {kind: sum(right[kind]) / len(right[kind]) for kind in (*KINDS, "all") if right[kind]}
+LLADA = Family(MASK, EOS, Config(), build_tokenizer, chat, "model.{}".format, files, save_tokenizer, load_tokenizer)

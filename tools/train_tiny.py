@@ -1,13 +1,14 @@
-"""Train the tiny LLaDA checkpoint of this repository on the tasks of tiny_tasks.py, on CPU, in about an hour.
+"""Train the tiny checkpoints of this repository on the tasks of tiny_tasks.py, on CPU, in about an hour each.
 
     python tools/train_tiny.py --out models/tiny-llada --steps 6000     # train, export, report
     python tools/train_tiny.py --out models/tiny-llada --eval-only      # reprint the held-out table
+    python tools/train_tiny.py --family dream --from models/tiny-llada --mix --out models/tiny-dream --steps 1500
 
-The model is a bidirectional llama-type transformer with LLaDA's config keys and tensor names. The objective
-is that of LLaDA's supervised finetuning: the prompt is never masked, the response (answer, then
+The model is a bidirectional llama-type transformer with the config keys and tensor names of its family. The
+objective is that of LLaDA's supervised finetuning: the prompt is never masked, the response (answer, then
 <|endoftext|> up to the canvas length) is. Of G response slots k ~ U{1..G} are masked, stratified over the
 batch, and the loss is the mean cross entropy over the k slots: the lower-variance form of masking at ratio
-t ~ U(0,1) with weight 1/t.
+t ~ U(0,1) with weight 1/t. Dream's logits are shifted: a slot is predicted at the position on its left.
 
 A run by --steps depends on its seed only. With --minutes the schedule follows whichever of the two budgets
 is further spent, so that the run ends in time on a slow machine; training.json says whether that happened.
@@ -32,21 +33,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from tiny_llada import (
-    BOS,
-    CHAT_TEMPLATE,
-    EOS,
-    MASK,
-    Batch,
-    Config,
-    TinyLLaDA,
-    build_tokenizer,
-    chat,
-    collate,
-    evaluate,
-)
+import tiny_dream
+import tiny_llada
+from tiny_model import Batch, Family, TinyLM, collate, evaluate
 from tiny_tasks import CANVASES, KINDS, Problem, held_out, train_problem
 
+FAMILIES: dict[str, Family] = {"llada": tiny_llada.LLADA, "dream": tiny_dream.DREAM}
+# With --mix, a canvas length's problems are cut into this many parts by prompt length, and each is shuffled.
+MIXED_PARTS = 5
 Report = dict[str, dict[str, float]]
 
 
@@ -61,15 +55,26 @@ def training_canvas(problem: Problem, progress: float, rng: random.Random) -> in
     return sizes[min(index + 1, len(sizes) - 2)] if roll < 0.17 else problem.canvas
 
 
-def pool(tokenizer: Tokenizer, seed: str, progress: float, tokens: int, size: int = 6000) -> list[Batch]:
+def pool(
+    tokenizer: Tokenizer,
+    family: Family,
+    seed: str,
+    progress: float,
+    tokens: int,
+    mix: bool,
+    curriculum: bool,
+    size: int = 6000,
+) -> list[Batch]:
     """A shuffled pool of batches of about `tokens` positions each, similar shapes together.
 
-    The curriculum: no canvas above 48 and no few-shot prompt in the first tenth of training.
+    The curriculum: no canvas above 48 and no few-shot prompt in the first tenth of training. `mix`: questions of
+    several kinds in each batch, as only coarsely similar prompt lengths stand together; costs padding.
     """
     rng = random.Random(seed)
-    problems = [train_problem(rng, 0.0 if progress < 0.1 else 0.08) for _ in range(size)]
-    problems = [p for p in problems if progress >= 0.1 or p.canvas <= 48]
-    prompts = tokenizer.encode_batch([chat(p.prompt) for p in problems], add_special_tokens=False)
+    early = curriculum and progress < 0.1
+    problems = [train_problem(rng, 0.0 if early else 0.08) for _ in range(size)]
+    problems = [p for p in problems if not early or p.canvas <= 48]
+    prompts = tokenizer.encode_batch([family.chat(p.prompt) for p in problems], add_special_tokens=False)
     answers = tokenizer.encode_batch([p.answer for p in problems], add_special_tokens=False)
     groups = collections.defaultdict(list)
     for problem, prompt, answer in zip(problems, prompts, answers, strict=True):
@@ -77,15 +82,20 @@ def pool(tokenizer: Tokenizer, seed: str, progress: float, tokens: int, size: in
     batches = []
     for canvas, rows in groups.items():
         rows.sort(key=lambda row: len(row[0]))
+        if mix:
+            size = -(-len(rows) // MIXED_PARTS)
+            parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+            rows = [row for part in parts for row in rng.sample(part, len(part))]
         while rows:
-            count = max(4, tokens // (len(rows[0][0]) + canvas))
-            batches.append(collate(rows[:count], canvas, tokenizer.token_to_id(EOS)))
+            longest = max(len(prompt) for prompt, _ in rows[:16])
+            count = max(4, tokens // (longest + canvas))
+            batches.append(collate(rows[:count], canvas, tokenizer.token_to_id(family.eos)))
             rows = rows[count:]
     rng.shuffle(batches)
     return batches
 
 
-def masked_loss(model: TinyLLaDA, batch: Batch, mask_id: int, generator: torch.Generator) -> Tensor:
+def masked_loss(model: TinyLM, batch: Batch, mask_id: int, generator: torch.Generator) -> Tensor:
     """Mean over the rows of the mean cross entropy over the row's masked response slots."""
     rows, canvas = len(batch.ids), batch.canvas
     ratio = (torch.arange(rows) + torch.rand(1, generator=generator)) / rows
@@ -94,18 +104,19 @@ def masked_loss(model: TinyLLaDA, batch: Batch, mask_id: int, generator: torch.G
     masked = torch.zeros_like(batch.ids, dtype=torch.bool)
     masked[:, -canvas:] = rank < count[:, None]
     hidden = model.hidden(batch.ids.masked_fill(masked, mask_id), batch.keys)
-    loss = F.cross_entropy(model.logits(hidden[masked]), batch.ids[masked], reduction="none")
+    read = masked.roll(-model.config.shift, 1)
+    loss = F.cross_entropy(model.logits(hidden[read]), batch.ids[masked], reduction="none")
     weight = (1.0 / (count * rows))[:, None].expand_as(masked)[masked]
     return (loss * weight).sum()
 
 
-def report(model: TinyLLaDA, tokenizer: Tokenizer, count: int, canvas: int = 0) -> Report:
+def report(model: TinyLM, tokenizer: Tokenizer, family: Family, count: int, canvas: int = 0) -> Report:
     """Print and return the held-out table for plain confidence and for the certainty prior (sigma 10).
 
     `canvas` replaces the problems' own canvas where it is larger.
     """
     problems = [replace(p, canvas=max(p.canvas, canvas)) for p in held_out(count, seed=1)]
-    table = {f"sigma={s:g}": evaluate(model, tokenizer, problems, s) for s in (0.0, 10.0)}
+    table = {f"sigma={s:g}": evaluate(model, tokenizer, family, problems, s) for s in (0.0, 10.0)}
     print(f"held-out exact match in %, {count} problems, full recompute")
     print("| kind | sigma=0 | sigma=10 |\n|---|---|---|")
     for kind in (*KINDS, "all"):
@@ -116,7 +127,7 @@ def report(model: TinyLLaDA, tokenizer: Tokenizer, count: int, canvas: int = 0) 
 class Muon:
     """Momentum with orthogonalised updates for the blocks' matrices, AdamW for everything else."""
 
-    def __init__(self, model: TinyLLaDA, lr: float, decay: float) -> None:
+    def __init__(self, model: TinyLM, lr: float, decay: float) -> None:
         named = list(model.named_parameters())
         self.matrices = [w for name, w in named if "blocks" in name and w.ndim == 2]
         rest = [w for name, w in named if not ("blocks" in name and w.ndim == 2)]
@@ -157,9 +168,12 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         self.args = args
-        self.tokenizer = build_tokenizer()
-        self.mask_id = self.tokenizer.token_to_id(MASK)
-        self.model, self.ema = TinyLLaDA(Config()), TinyLLaDA(Config())
+        self.family = FAMILIES[args.family]
+        self.tokenizer = self.family.build_tokenizer()
+        self.mask_id = self.tokenizer.token_to_id(self.family.mask)
+        self.model, self.ema = TinyLM(self.family.config), TinyLM(self.family.config)
+        if args.start:
+            tiny_dream.start_from_llada(self.model, *load_checkpoint(args.start, tiny_llada.LLADA), self.tokenizer)
         self.ema.load_state_dict(self.model.state_dict())
         self.optimizer = Muon(self.model, args.lr, 0.1)
         self.step, self.pools, self.minutes, self.accelerated = 0, 0, 0.0, False
@@ -220,7 +234,8 @@ def train(run: Run, out: Path) -> None:
     bar = tqdm(total=args.steps, initial=run.step, mininterval=10)
     progress = run.progress(run.minutes)
     while progress < 1:
-        for batch in pool(run.tokenizer, f"{args.seed}-{run.pools}", progress, args.tokens):
+        seed, curriculum = f"{args.seed}-{run.pools}", not args.start
+        for batch in pool(run.tokenizer, run.family, seed, progress, args.tokens, args.mix, curriculum):
             if progress >= 1:
                 break
             run.losses.append((run.step, run.update(batch, progress)))
@@ -231,7 +246,7 @@ def train(run: Run, out: Path) -> None:
         run.pools += 1
         if run.step - last >= args.every and progress < 1:
             last = run.step
-            scores = evaluate(run.ema, run.tokenizer, sample, 10.0)
+            scores = evaluate(run.ema, run.tokenizer, run.family, sample, 10.0)
             run.scores.append((run.step, run.minutes, scores))
             recent = [loss for _, loss in run.losses[-200:]]
             cells = " ".join(f"{kind} {100 * value:.0f}" for kind, value in scores.items())
@@ -242,53 +257,14 @@ def train(run: Run, out: Path) -> None:
     run.save(Path(args.state))
 
 
-def configuration(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json in the layout of the published LLaDA checkpoints."""
-    eos, no, none = tokenizer.token_to_id(EOS), False, None
-    return {
-        "activation_type": "silu", "alibi": no, "alibi_bias_max": 8.0, "architectures": ["LLaDAModelLM"],
-        "attention_dropout": 0.0, "attention_layer_norm": no, "attention_layer_norm_with_affine": True,
-        "auto_map": {
-            "AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM",
-            "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-        },
-        "bias_for_layer_norm": no, "block_group_size": 1, "block_type": "llama", "d_model": config.d_model,
-        "embedding_dropout": 0.0, "embedding_size": config.vocab_size, "eos_token_id": eos,
-        "flash_attention": no,
-        "include_bias": no, "include_qkv_bias": no, "init_cutoff_factor": none, "init_device": "cpu",
-        "init_fn": "mitchell", "init_std": 0.02, "input_emb_norm": no, "layer_norm_type": "rms",
-        "layer_norm_with_affine": True, "mask_token_id": tokenizer.token_to_id(MASK),
-        "max_sequence_length": 4096,
-        "mlp_hidden_size": config.mlp_hidden_size, "mlp_ratio": 4, "model_type": "llada",
-        "multi_query_attention": none, "n_heads": config.n_heads, "n_kv_heads": config.n_heads,
-        "n_layers": config.n_layers, "pad_token_id": eos, "precision": "amp_bf16", "residual_dropout": 0.0,
-        "rms_norm_eps": config.rms_norm_eps, "rope": True, "rope_full_precision": True,
-        "rope_theta": config.rope_theta, "scale_logits": no, "torch_dtype": "float32",
-        "transformers_version": "4.46.3", "use_cache": no, "vocab_size": config.vocab_size,
-        "weight_tying": no,
-    }  # fmt: skip
-
-
 def export(run: Run, out: Path, scores: Report) -> None:
     """Write the averaged weights as a checkpoint directory, with training.json and loss.png."""
     out.mkdir(parents=True, exist_ok=True)
-    eos = run.tokenizer.token_to_id(EOS)
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": EOS,
-        "clean_up_tokenization_spaces": False, "model_max_length": 4096, "chat_template": CHAT_TEMPLATE,
-    }  # fmt: skip
-    generation = {
-        "bos_token_id": run.tokenizer.token_to_id(BOS), "eos_token_id": eos, "pad_token_id": eos,
-        "mask_token_id": run.mask_id, "transformers_version": "4.46.2",
-    }  # fmt: skip
-    files = {
-        "config.json": configuration(run.model.config, run.tokenizer), "generation_config.json": generation,
-        "tokenizer_config.json": tokenizer_config, "training.json": record(run, scores),
-    }  # fmt: skip
+    files = run.family.files(run.model.config, run.tokenizer) | {"training.json": record(run, scores)}
     for name, content in files.items():
         (out / name).write_text(json.dumps(content, indent=1) + "\n")
-    run.tokenizer.save(str(out / "tokenizer.json"))
-    weights = {f"model.{name}": value.contiguous() for name, value in run.ema.state_dict().items()}
+    run.family.save_tokenizer(run.tokenizer, out)
+    weights = {run.family.tensor_name(name): value.contiguous() for name, value in run.ema.state_dict().items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     plot(run, out / "loss.png")
 
@@ -304,6 +280,7 @@ def record(run: Run, scores: Report) -> dict[str, Any]:
     """The facts of the run for training.json."""
     args = run.args
     return {
+        "family": args.family, "started_from": str(args.start) if args.start else None, "mixed_batches": args.mix,
         "seed": args.seed, "steps": run.step, "planned_steps": args.steps,
         "schedule_cut_by_time": run.accelerated,
         "positions_per_batch": args.tokens, "optimizer": "Muon for the blocks' matrices, AdamW for the rest",
@@ -339,19 +316,21 @@ def plot(run: Run, path: Path) -> None:
     pyplot.close(figure)
 
 
-def load_checkpoint(path: Path) -> tuple[TinyLLaDA, Tokenizer]:
-    """Read an exported directory back."""
-    config = json.loads((path / "config.json").read_text())
-    model = TinyLLaDA(Config(**{name: config[name] for name in asdict(Config())}))
+def load_checkpoint(path: Path, family: Family) -> tuple[TinyLM, Tokenizer]:
+    """Read an exported directory back; its sizes are the family's."""
+    model = TinyLM(family.config)
     weights = load_file(path / "model.safetensors")
-    model.load_state_dict({name.removeprefix("model."): value.float() for name, value in weights.items()})
-    return model, Tokenizer.from_file(str(path / "tokenizer.json"))
+    model.load_state_dict({name: weights[family.tensor_name(name)].float() for name in model.state_dict()})
+    return model, family.load_tokenizer(path)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True, help="checkpoint directory")
+    parser.add_argument("--family", choices=FAMILIES, default="llada")
+    parser.add_argument("--from", dest="start", type=Path, help="a tiny LLaDA whose weights a Dream starts from")
+    parser.add_argument("--mix", action="store_true", help="questions of all kinds in each batch")
     parser.add_argument("--steps", type=int, default=0, help="budget in steps (reproducible)")
     parser.add_argument("--minutes", type=float, default=0.0, help="budget in minutes")
     parser.add_argument("--seed", type=int, default=0)
@@ -367,15 +346,18 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.eval_only:
-        report(*load_checkpoint(args.out), args.problems, args.canvas)
+        family = FAMILIES[args.family]
+        report(*load_checkpoint(args.out, family), family, args.problems, args.canvas)
         return
+    if args.start and args.family != "dream":
+        parser.error("--from: only a Dream starts from another checkpoint")
     if not (args.steps or args.minutes):
         parser.error("give --steps or --minutes")
     run = Run(args)
     if args.resume:
         run.load(args.resume)
     train(run, args.out)
-    export(run, args.out, report(run.ema, run.tokenizer, args.problems))
+    export(run, args.out, report(run.ema, run.tokenizer, run.family, args.problems))
 
 
 if __name__ == "__main__":

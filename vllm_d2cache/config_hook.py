@@ -6,13 +6,14 @@ never meet any of it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
 from vllm_d2cache.compat import cpu_runner, front_end
-from vllm_d2cache.compat.internals import unsupported_version
+from vllm_d2cache.compat.internals import model_file, unsupported_version
 from vllm_d2cache.config import SECTION, parse_server_options
+from vllm_d2cache.generation_defaults import read_generation_defaults
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -21,6 +22,9 @@ logger = init_logger(__name__)
 
 REQUEST_CHECK = "vllm_d2cache.request_check:RequestCheck"
 SCHEDULER = "vllm_d2cache.scheduler.D2CacheScheduler"
+# Longest request, prompt and canvas, unless --max-model-len says otherwise: a first step computes all of it at once,
+# and vLLM measures and reserves memory for that. Dream's config.json promises 131072 positions.
+DEFAULT_MAX_MODEL_LEN = 8192
 
 
 class DiffusionConfigHook:
@@ -36,6 +40,14 @@ class DiffusionConfigHook:
         unsupported = model_config.hf_config.unsupported()
         if unsupported:
             raise ValueError("this checkpoint is not supported by vllm-d2cache: " + "; ".join(unsupported))
+        if model_config.original_max_model_len is None and model_config.max_model_len > DEFAULT_MAX_MODEL_LEN:
+            logger.info(
+                "max_model_len is %d instead of the checkpoint's %d: a request's first step computes all of its "
+                "positions at once. --max-model-len sets another.",
+                DEFAULT_MAX_MODEL_LEN,
+                model_config.max_model_len,
+            )
+            model_config.max_model_len = DEFAULT_MAX_MODEL_LEN
         front_end.install_length_check(frozenset(model_config.architectures))
         processors = list(model_config.logits_processors or [])
         if REQUEST_CHECK not in processors:
@@ -48,7 +60,13 @@ class DiffusionConfigHook:
         if reasons:
             raise ValueError("vllm-d2cache cannot serve this model with: " + "; ".join(reasons))
         additional = vllm_config.additional_config
-        parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
+        section = additional.get(SECTION) if isinstance(additional, dict) else None
+        parse_server_options(section)
+        if isinstance(additional, dict):
+            # Where the scheduler and the workers read the options, too; what the operator set wins.
+            defaults = _generation_defaults(vllm_config.model_config)
+            vllm_config.additional_config = {**additional, SECTION: {**defaults, **(section or {})}}
+            parse_server_options(vllm_config.additional_config[SECTION])
         _configure(vllm_config)
 
 
@@ -79,6 +97,22 @@ def _refusals(config: VllmConfig) -> list[str]:
         "VLLM_USE_V2_MODEL_RUNNER=0 (the plugin lives in Model Runner V2)": envs.VLLM_USE_V2_MODEL_RUNNER is False,
     }
     return [reason for reason, present in checks.items() if present]
+
+
+def _generation_defaults(model_config: ModelConfig) -> dict[str, Any]:
+    """Options from the checkpoint's generation_config.json, as ``--generation-config`` and its override have it."""
+    source = model_config.generation_config
+    raw: dict[str, Any] = {}
+    if source != "vllm":
+        directory = (model_config.hf_config_path or model_config.model) if source == "auto" else source
+        raw = model_file(directory, "generation_config.json", model_config.revision)
+    found = read_generation_defaults({**raw, **model_config.override_generation_config})
+    if found.options:
+        logger.info("Defaults from generation_config.json: %s", found.options)
+    if found.ignored:
+        ignored = "; ".join(f"{key}={value}" for key, value in found.ignored.items())
+        logger.info("Ignored in generation_config.json: %s", ignored)
+    return found.options
 
 
 def _configure(config: VllmConfig) -> None:

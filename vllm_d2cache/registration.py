@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 # Architecture name -> where vLLM finds the class when a checkpoint asks for it.
-ARCHITECTURES = {"LLaDAModelLM": "vllm_d2cache.models.llada:LLaDAModelLM"}
+ARCHITECTURES = {
+    "LLaDAModelLM": "vllm_d2cache.models.llada:LLaDAModelLM",
+    "DreamModel": "vllm_d2cache.models.dream:DreamModel",
+}
+
+# For checkpoints that bring no chat template of their own.
+CHAT_TEMPLATES = Path(__file__).parent / "models" / "chat_templates"
 
 
 def register_all() -> None:
-    """Register configurations, models, the config hook and the patches of patches/README.md."""
+    """Register configurations, tokenizers, models, the config hook and the patches of patches/README.md."""
     from vllm import ModelRegistry
 
     from vllm_d2cache.compat import cpu_runner, front_end
-    from vllm_d2cache.compat.internals import register_config_class, register_config_hook
+    from vllm_d2cache.compat.internals import register_chat_template, register_config_class, register_config_hook
     from vllm_d2cache.config_hook import DiffusionConfigHook
-    from vllm_d2cache.models.configs import LLaDAConfig
+    from vllm_d2cache.models.configs import DreamConfig, LLaDAConfig
+    from vllm_d2cache.models.tokenizer import register_tokenizers
 
-    register_config_class(LLaDAConfig.model_type, LLaDAConfig)
+    for config in (LLaDAConfig, DreamConfig):
+        register_config_class(config.model_type, config)
+        register_chat_template(config.model_type, CHAT_TEMPLATES / f"{config.model_type.lower()}.jinja")
+    register_tokenizers()
     for architecture, path in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, path)
         register_config_hook(architecture, DiffusionConfigHook)

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from tests.reference.oracle import ORACLE
+from tests.reference.oracle import ORACLE, case_names, load_case
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -132,3 +134,44 @@ def assert_same(got: list[Any], want: list[Any]) -> None:
     for i, ((tokens, trace), (tokens_alone, trace_alone)) in enumerate(zip(got, want, strict=True)):
         assert tokens == tokens_alone, f"request {i}"
         assert steps_of(trace) == steps_of(trace_alone), f"request {i}"
+
+
+def assert_traces(engine: Engine, family: str) -> None:
+    """The published implementation's traces, step by step."""
+    cases = [load_case(name) for name in case_names(family)]
+    requests = [{"prompt": c.prompt, "max_tokens": c.canvas_length, "options": c.options} for c in cases]
+    for case, (tokens, trace) in zip(cases, engine.run(requests), strict=True):
+        steps = [(line["refreshed"], [tuple(pair) for pair in line["committed"]]) for line in trace[1:-1]]
+        for number, (got, want) in enumerate(zip(steps, case.steps, strict=True)):
+            assert got == want, f"{case.name}, step {number}"
+        assert tokens == case.final_tokens, case.name
+        assert trace[-1] == {"output_token_ids": tokens, "finish_reason": "length"}
+
+
+def runner_of(engine: Engine) -> Any:
+    """vLLM's model runner inside the in-process engine."""
+    return engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def assert_golden_logits(engine: Engine, family: str, row: int) -> None:
+    """The published model's logits of every position, prompt and canvas."""
+    golden = np.load(ORACLE / "traces" / f"golden_{family}.npz")
+    padding = int((golden["attention_mask"][row] == 0).sum())
+    ids = golden["input_ids"][row, padding:].tolist()
+    canvas = ids.index(370)  # the traces' mask token: the rest of the row is canvas
+    model, hidden = runner_of(engine).model, []
+    stock = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden.append(stock(*args, **kwargs))
+        return hidden[-1]
+
+    model.forward = forward
+    try:
+        engine.run([{"prompt": ids[:canvas], "max_tokens": len(ids) - canvas}])
+    finally:
+        model.forward = stock
+    with torch.inference_mode():
+        logits = model.lm_logits(hidden[0])
+    want = torch.from_numpy(golden["logits_masked_batch"][row, padding:])
+    torch.testing.assert_close(logits, want, rtol=0, atol=1e-4)

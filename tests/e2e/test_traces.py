@@ -4,56 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.e2e.conftest import Engine
-from tests.reference.oracle import ORACLE, case_names, load_case
+from tests.e2e.conftest import Engine, assert_golden_logits, assert_traces, runner_of
 from vllm_d2cache.ops.row_stats import ROWS_PER_TILE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 
 
 def test_all_traces_through_generate(engine: Engine) -> None:
-    cases = [load_case(name) for name in case_names()]
-    requests = [{"prompt": c.prompt, "max_tokens": c.canvas_length, "options": c.options} for c in cases]
-    for case, (tokens, trace) in zip(cases, engine.run(requests), strict=True):
-        steps = [(line["refreshed"], [tuple(pair) for pair in line["committed"]]) for line in trace[1:-1]]
-        for number, (got, want) in enumerate(zip(steps, case.steps, strict=True)):
-            assert got == want, f"{case.name}, step {number}"
-        assert tokens == case.final_tokens, case.name
-        assert trace[-1] == {"output_token_ids": tokens, "finish_reason": "length"}
-
-
-def runner_of(engine: Engine) -> Any:
-    """vLLM's model runner inside the in-process engine."""
-    return engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    assert_traces(engine, "llada")
 
 
 @pytest.mark.parametrize("row", range(3))
 def test_published_logits_through_the_engine(engine: Engine, row: int) -> None:
-    golden = np.load(ORACLE / "traces" / "golden_llada.npz")
-    padding = int((golden["attention_mask"][row] == 0).sum())
-    ids = golden["input_ids"][row, padding:].tolist()
-    canvas = ids.index(370)  # the traces' mask token: the rest of the row is canvas
-    model, hidden = runner_of(engine).model, []
-    stock = model.forward
-
-    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-        hidden.append(stock(*args, **kwargs))
-        return hidden[-1]
-
-    model.forward = forward
-    try:
-        engine.run([{"prompt": ids[:canvas], "max_tokens": len(ids) - canvas}])
-    finally:
-        model.forward = stock
-    with torch.inference_mode():
-        logits = model.lm_logits(hidden[0])
-    want = torch.from_numpy(golden["logits_masked_batch"][row, padding:])
-    torch.testing.assert_close(logits, want, rtol=0, atol=1e-4)
+    assert_golden_logits(engine, "llada", row)
 
 
 def test_longest_request(engine: Engine) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.reference.llada import DenseLlada
+from tests.reference.dense import DenseModel
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions
 from vllm_d2cache.denoiser import Denoiser
@@ -31,7 +31,7 @@ class Job:
 
 
 def run_jobs(
-    models: list[DenseLlada],
+    models: list[DenseModel],
     jobs: list[Job],
     server: ServerOptions | None = None,
     start_at: list[int] | None = None,
@@ -39,7 +39,7 @@ def run_jobs(
     """Denoise all jobs in one batch; job i joins at step ``start_at[i]``. One model (cache) a job."""
     server = server or ServerOptions({})
     config = models[0].config
-    traits = FamilyTraits(config["mask_token_id"])
+    traits = FamilyTraits(config["mask_token_id"], models[0].logit_shift)
     max_len = max(len(j.prompt) + j.canvas_length for j in jobs)
     denoiser = Denoiser(len(jobs), max_len, torch.device("cpu"), traits, server)
     start_at = start_at or [0] * len(jobs)
@@ -66,7 +66,7 @@ def _is_done(job: Job) -> bool:
     return len(job.output) == job.canvas_length or bool(set(job.output) & set(job.sampling.stop_token_ids))
 
 
-def _step(denoiser: Denoiser, models: list[DenseLlada], jobs: list[Job], running: list[int]) -> None:
+def _step(denoiser: Denoiser, models: list[DenseModel], jobs: list[Job], running: list[int]) -> None:
     rows = denoiser.begin(torch.tensor(running), running)
     hidden, importance = [], torch.zeros(len(running), rows.view.num_positions)
     offset = 0

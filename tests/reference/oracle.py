@@ -29,7 +29,7 @@ def case_names(family: str = "llada") -> list[str]:
     for path in sorted((ORACLE / "traces").glob(f"{family}.*.json")):
         raw = json.loads(path.read_text())
         kwargs, cache = raw["generate_kwargs"], raw["cache"]
-        known = {"sigma", "strategy", "gen_length", "block_length", "threshold", "factor", "alg"}
+        known = {"sigma", "strategy", "gen_length", "block_length", "threshold", "factor", "alg", "top_p"}
         if kwargs["strategy"] != "vanilla" or not set(kwargs) <= known:
             continue
         # Without the repair the search window is a different one by design (docs/architecture.md).
@@ -50,6 +50,7 @@ def load_case(name: str) -> OracleCase:
         "score": _ALG[kwargs.get("alg", "maskgit_plus")],
         "threshold": kwargs.get("threshold", 0.0) or 0.0,
         "factor": kwargs.get("factor", 0.0) or 0.0,
+        "confidence_top_p": kwargs.get("top_p", 1.0) or 1.0,
     }
     if cache:
         options |= {

@@ -16,8 +16,9 @@ PACKAGE = Path(__file__).resolve().parents[2] / "vllm_d2cache"
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "records": (),
     "config": (),
+    "generation_defaults": (),
     "ops": (),
-    "compat": ("config",),
+    "compat": ("config", "generation_defaults"),
     "canvas": ("records", "config"),
     "samplers": ("records", "config", "ops"),
     "policies": ("records", "config", "ops", "canvas"),
@@ -33,12 +34,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "attention", "attention.capture", "runner_sampler", "compat",
     ),
     "models": ("records", "attention"),
-    "config_hook": ("config", "compat"),
+    "config_hook": ("config", "compat", "generation_defaults"),
     "registration": (),
     "__init__": (),
 }  # fmt: skip
 PURE = (
-    "records", "config", "ops", "canvas", "samplers", "policies", "denoiser", "trace", "attention.capture",
+    "records", "config", "generation_defaults", "ops", "canvas", "samplers", "policies", "denoiser", "trace",
+    "attention.capture",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

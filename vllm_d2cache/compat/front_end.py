@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from vllm_d2cache.config import DEFAULT_CANVAS_LENGTH
+from vllm_d2cache.generation_defaults import UNSUPPORTED_DEFAULTS
 
 _MARK = "_vllm_d2cache"
 # Request classes of the OpenAI server, and the fields in which a client may give the canvas length.
@@ -47,6 +48,10 @@ def install(architectures: frozenset[str]) -> None:
             return params
         # The OpenAI server asks for these once, in its own process, after its request classes are there.
         _patch_protocols()
+        # A default that every request would be refused for; the config hook names it in the log. An operator's own
+        # override stays, and is refused by name.
+        for name in set(UNSUPPORTED_DEFAULTS) - set(self.override_generation_config):
+            params.pop(name, None)
         return CanvasDefaults({"max_tokens": DEFAULT_CANVAS_LENGTH, "temperature": 0.0, **params})
 
     setattr(get_diff_sampling_param, _MARK, True)

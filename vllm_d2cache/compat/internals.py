@@ -6,6 +6,7 @@ they touch.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
@@ -44,6 +45,25 @@ def register_config_hook(architecture: str, hook: type) -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     MODELS_CONFIG_MAP[architecture] = hook
+
+
+def register_chat_template(model_type: str, path: Path) -> None:
+    """The template for checkpoints of this type that bring none of their own."""
+    from vllm.transformers_utils.chat_templates.registry import (
+        get_chat_template_fallback_path,
+        register_chat_template_fallback_path,
+    )
+
+    # Registering twice warns.
+    if get_chat_template_fallback_path(model_type, "") is None:
+        register_chat_template_fallback_path(model_type, path)
+
+
+def model_file(model: str, name: str, revision: str | None) -> dict[str, Any]:
+    """A JSON file of a checkpoint, from its directory or the hub; empty if it has none."""
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+    return get_hf_file_to_dict(name, model, revision) or {}
 
 
 def append_canvas(request: Request, mask_token_id: int, length: int) -> None:

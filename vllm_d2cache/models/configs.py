@@ -6,12 +6,37 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+from vllm_d2cache.models.shape import TransformerShape
+from vllm_d2cache.records import FamilyTraits
 
-class LLaDAConfig(PretrainedConfig):
+
+class DiffusionLMConfig(PretrainedConfig):
+    """What the plugin asks of every family's configuration."""
+
+    supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Key of config.json -> the values the model class computes. Keys that are absent are not looked at."""
+
+    def unsupported(self) -> list[str]:
+        """Settings of the checkpoint that ask for something the model class does not do."""
+        return [
+            f"{key}={getattr(self, key)!r} (supported: {', '.join(map(repr, values))})"
+            for key, values in self.supported_values.items()
+            if hasattr(self, key) and getattr(self, key) not in values
+        ]
+
+    def traits(self) -> FamilyTraits:
+        """What the decoding loop must know of the family."""
+        raise NotImplementedError
+
+    def shape(self) -> TransformerShape:
+        """What the network is built from."""
+        raise NotImplementedError
+
+
+class LLaDAConfig(DiffusionLMConfig):
     """LLaDA's config.json (d2cache.md, section 9) under the names vLLM looks for.
 
-    Keys this class does not name are kept as attributes. ``check`` refuses variants of the architecture that the
-    model class does not compute.
+    Keys this class does not name are kept as attributes.
     """
 
     model_type = "llada"
@@ -23,6 +48,22 @@ class LLaDAConfig(PretrainedConfig):
         "intermediate_size": "mlp_hidden_size",
         "max_position_embeddings": "max_sequence_length",
         "tie_word_embeddings": "weight_tying",
+    }
+    supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "activation_type": ("silu",),
+        "block_type": ("llama",),
+        "layer_norm_type": ("rms",),
+        "rope": (True,),
+        "alibi": (False,),
+        "attention_layer_norm": (False,),
+        "input_emb_norm": (False,),
+        "scale_logits": (False,),
+        "include_bias": (False,),
+        "include_qkv_bias": (False, None),
+        "bias_for_layer_norm": (False, None),
+        "layer_norm_with_affine": (True,),
+        "multi_query_attention": (None, False),
+        "clip_qkv": (None,),
     }
 
     def __init__(
@@ -58,26 +99,87 @@ class LLaDAConfig(PretrainedConfig):
         kwargs.pop("tie_word_embeddings", None)
         super().__init__(tie_word_embeddings=weight_tying, **kwargs)
 
-    def unsupported(self) -> list[str]:
-        """Settings of the checkpoint that ask for something the model class does not do."""
-        expected = {
-            "activation_type": ("silu",),
-            "block_type": ("llama",),
-            "layer_norm_type": ("rms",),
-            "rope": (True,),
-            "alibi": (False,),
-            "attention_layer_norm": (False,),
-            "input_emb_norm": (False,),
-            "scale_logits": (False,),
-            "include_bias": (False,),
-            "include_qkv_bias": (False, None),
-            "bias_for_layer_norm": (False, None),
-            "layer_norm_with_affine": (True,),
-            "multi_query_attention": (None, False),
-            "clip_qkv": (None,),
-        }
-        return [
-            f"{key}={getattr(self, key)!r} (supported: {', '.join(map(repr, values))})"
-            for key, values in expected.items()
-            if hasattr(self, key) and getattr(self, key) not in values
-        ]
+    def traits(self) -> FamilyTraits:
+        """A canvas slot reads the logits of its own position."""
+        return FamilyTraits(self.mask_token_id)
+
+    def shape(self) -> TransformerShape:
+        """No bias anywhere; the published model rotates in fp32 (rope_full_precision)."""
+        return TransformerShape(
+            hidden_size=self.d_model,
+            num_layers=self.n_layers,
+            num_heads=self.n_heads,
+            num_kv_heads=self.n_kv_heads,
+            intermediate_size=self.mlp_hidden_size,
+            vocab_size=self.vocab_size,
+            embedding_size=self.embedding_size,
+            max_positions=self.max_sequence_length,
+            norm_eps=self.rms_norm_eps,
+            rope_theta=self.rope_theta,
+            rope_in_fp32=True,
+            tied_head=self.weight_tying,
+        )
+
+
+class DreamConfig(DiffusionLMConfig):
+    """Dream's config.json (d2cache.md, section 9): Qwen2.5's keys and a mask token."""
+
+    model_type = "Dream"
+    supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "hidden_act": ("silu",),
+        "use_sliding_window": (False,),
+        "use_mrope": (False,),
+        "rope_type": ("default",),
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 152064,
+        hidden_size: int = 3584,
+        intermediate_size: int = 18944,
+        num_hidden_layers: int = 28,
+        num_attention_heads: int = 28,
+        num_key_value_heads: int | None = 4,
+        max_position_embeddings: int = 131072,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 1000000.0,
+        rope_scaling: dict[str, Any] | None = None,
+        mask_token_id: int = 151666,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        # Files written by newer versions of transformers hold both in one entry.
+        rope = kwargs.pop("rope_parameters", None) or rope_scaling or {}
+        self.rope_theta = rope.get("rope_theta", rope_theta)
+        self.rope_type = rope.get("rope_type", rope.get("type", "default"))
+        self.mask_token_id = mask_token_id
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def traits(self) -> FamilyTraits:
+        """Made from an autoregressive model: a position predicts the token to its right."""
+        return FamilyTraits(self.mask_token_id, logit_shift=1)
+
+    def shape(self) -> TransformerShape:
+        """Biases on q, k and v alone; q and k are rotated in the model's dtype."""
+        return TransformerShape(
+            hidden_size=self.hidden_size,
+            num_layers=self.num_hidden_layers,
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads,
+            intermediate_size=self.intermediate_size,
+            vocab_size=self.vocab_size,
+            embedding_size=self.vocab_size,
+            max_positions=self.max_position_embeddings,
+            norm_eps=self.rms_norm_eps,
+            rope_theta=self.rope_theta,
+            qkv_bias=True,
+            tied_head=self.tie_word_embeddings,
+        )

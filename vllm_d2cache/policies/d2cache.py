@@ -62,7 +62,7 @@ class D2CachePolicy(CachePolicy):
         selected = self._select_masked(view, outcome)
         stage_1 = canvas_to_positions(selected, view, self.logit_shift)
         certain = stage_1 | canvas_to_positions(outcome.committed, view)
-        share = _rollout_share(outcome.importance, view.in_text & ~certain)
+        share = _rollout_share(outcome.importance, view.in_text & ~(certain & _behind_prompt(view)))
         chosen = certain | _head_of_mass(share, view.options.rollout_p)
         if self.logit_shift:
             chosen = self._assign_last_prompt_position(chosen, selected, view)
@@ -174,3 +174,9 @@ def _inflate(chosen: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
     before = torch.where(chosen, position, -far).cummax(1).values
     after = torch.where(chosen, position, far).flip(1).cummin(1).values.flip(1)
     return chosen | (after - before <= width.unsqueeze(1))
+
+
+def _behind_prompt(view: CanvasView) -> torch.Tensor:
+    """[R, T] bool: the position is at or behind the first canvas slot."""
+    position = torch.arange(view.num_positions, device=view.masked.device).unsqueeze(0)
+    return position >= view.prompt_len.unsqueeze(1)

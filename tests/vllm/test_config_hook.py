@@ -1,0 +1,93 @@
+"""What the config hook makes of a checkpoint's files and the operator's flags; no engine is started."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.reference.oracle import ORACLE
+from vllm_d2cache.config_hook import DEFAULT_MAX_MODEL_LEN
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Dream's configuration files without weights, with the auto_map of the published ones."""
+    config = json.loads((ORACLE / "dream" / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(ORACLE / "dream" / "generation_config.json", tmp_path)
+    return tmp_path
+
+
+def configured(directory: Path, **settings: Any) -> VllmConfig:
+    return EngineArgs(str(directory), skip_tokenizer_init=True, **settings).create_engine_config()
+
+
+def options(config: VllmConfig) -> dict[str, Any]:
+    return config.additional_config["d2cache"]
+
+
+def test_a_checkpoint_without_wishes_gets_the_defaults(checkpoint: Path) -> None:
+    config = configured(checkpoint)
+    assert options(config) == {}
+    assert config.model_config.max_model_len == DEFAULT_MAX_MODEL_LEN
+    assert config.scheduler_config.max_num_batched_tokens >= DEFAULT_MAX_MODEL_LEN
+
+
+def test_longest_request_is_the_operators_choice(checkpoint: Path) -> None:
+    assert configured(checkpoint, max_model_len=20000).model_config.max_model_len == 20000
+
+
+def test_generation_config_is_mapped_and_the_operator_wins(checkpoint: Path) -> None:
+    wishes = {"top_p": 0.9, "alg": "entropy", "temperature": 0.2, "repetition_penalty": 1.05}
+    (checkpoint / "generation_config.json").write_text(json.dumps(wishes))
+    config = configured(checkpoint)
+    assert options(config) == {"confidence_top_p": 0.9, "score": "entropy"}
+    defaults = config.model_config.get_diff_sampling_param()
+    assert defaults == {"max_tokens": 256, "temperature": 0.2, "top_p": 0.9}
+    chosen = {"d2cache": {"score": "margin", "window": 8}}
+    assert options(configured(checkpoint, additional_config=chosen)) == {
+        "confidence_top_p": 0.9,
+        "score": "margin",
+        "window": 8,
+    }
+    assert options(configured(checkpoint, generation_config="vllm")) == {}
+    overridden = configured(checkpoint, override_generation_config={"top_p": 0.5})
+    assert options(overridden)["confidence_top_p"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_sliding_window", True),
+        ("hidden_act", "gelu"),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
+    ],
+)
+def test_other_variants_of_dream_are_refused(checkpoint: Path, key: str, value: Any) -> None:
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    named = "rope_type='yarn'" if key == "rope_scaling" else f"{key}={value!r}"
+    with pytest.raises(ValueError, match=named):
+        configured(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline-parallel-size"),
+        ({"enable_lora": True}, "enable-lora"),
+        ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(checkpoint: Path, settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        configured(checkpoint, **settings)

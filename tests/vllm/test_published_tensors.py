@@ -1,0 +1,156 @@
+"""Checkpoints with the published tensor lists and scaled-down widths, loaded by vLLM's own loader; no engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from vllm.config import set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model
+
+pytestmark = pytest.mark.vllm
+
+Tensors = dict[str, torch.Tensor]
+WIDTH, HIDDEN, VOCAB = 64, 96, 128
+# Read off d2cache.md, section 9, and nothing else: config.json with the widths scaled down.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llada": {
+        "architectures": ["LLaDAModelLM"], "model_type": "llada", "d_model": WIDTH, "n_layers": 32, "n_heads": 4,
+        "n_kv_heads": 4, "mlp_hidden_size": HIDDEN, "mlp_ratio": 4, "activation_type": "silu", "block_type": "llama",
+        "layer_norm_type": "rms", "layer_norm_with_affine": True, "rms_norm_eps": 1e-5, "rope": True,
+        "rope_theta": 500000.0, "rope_full_precision": True, "max_sequence_length": 4096, "vocab_size": VOCAB,
+        "embedding_size": VOCAB, "weight_tying": False, "include_bias": False, "include_qkv_bias": False,
+        "bias_for_layer_norm": False, "attention_layer_norm": False, "input_emb_norm": False, "scale_logits": False,
+        "alibi": False, "mask_token_id": 126, "eos_token_id": 127, "pad_token_id": 127, "use_cache": False,
+        "precision": "amp_bf16", "init_device": "meta", "torch_dtype": "bfloat16",
+        "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"},
+    },
+    "dream": {
+        "architectures": ["DreamModel"], "model_type": "Dream", "hidden_size": WIDTH, "num_hidden_layers": 28,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": HIDDEN, "hidden_act": "silu",
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": None, "max_position_embeddings": 131072,
+        "vocab_size": VOCAB, "tie_word_embeddings": False, "mask_token_id": 126, "pad_token_id": 127,
+        "eos_token_id": 127, "use_sliding_window": False, "torch_dtype": "bfloat16",
+        "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+    },
+}  # fmt: skip
+HEADS = {"llada": "model.transformer.ff_out.weight", "dream": "lm_head.weight"}
+EMBEDDINGS = {"llada": "model.transformer.wte.weight", "dream": "model.embed_tokens.weight"}
+TIES = {"llada": "weight_tying", "dream": "tie_word_embeddings"}
+
+
+def published(family: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor."""
+    d, m, v = WIDTH, HIDDEN, VOCAB
+    if family == "llada":
+        prefix, layers = "model.transformer", 32
+        top = {f"{prefix}.wte.weight": (v, d), f"{prefix}.ln_f.weight": (d,), f"{prefix}.ff_out.weight": (v, d)}
+        square, wide = ("q_proj", "k_proj", "v_proj", "attn_out"), ("ff_proj", "up_proj")
+        layer: dict[str, tuple[int, ...]] = {f"{name}.weight": (d, d) for name in square}
+        layer |= {f"{name}.weight": (m, d) for name in wide}
+        layer |= {"ff_out.weight": (d, m), "attn_norm.weight": (d,), "ff_norm.weight": (d,)}
+        prefix += ".blocks"
+    else:
+        prefix, layers = "model.layers", 28
+        top = {"model.embed_tokens.weight": (v, d), "lm_head.weight": (v, d), "model.norm.weight": (d,)}
+        layer = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,)}
+        for name, rows in {"q": d, "k": d // 2, "v": d // 2}.items():
+            layer |= {f"self_attn.{name}_proj.weight": (rows, d), f"self_attn.{name}_proj.bias": (rows,)}
+        layer |= {"self_attn.o_proj.weight": (d, d), "mlp.down_proj.weight": (d, m)}
+        layer |= {"mlp.gate_proj.weight": (m, d), "mlp.up_proj.weight": (m, d)}
+    return top | {f"{prefix}.{i}.{name}": size for i in range(layers) for name, size in layer.items()}
+
+
+def write(directory: Path, config: dict[str, Any], tensors: Tensors, shards: int = 3) -> Path:
+    """A sharded checkpoint with its index."""
+    (directory / "config.json").write_text(json.dumps(config))
+    index: dict[str, str] = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in sorted(tensors)[i::shards]}
+        save_file(part, directory / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return directory
+
+
+def random_tensors(family: str) -> Tensors:
+    return {name: torch.randn(size).to(torch.bfloat16) for name, size in published(family).items()}
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], torch.nn.Module]]:
+    """Loads a model as a worker does."""
+    # vLLM's CPU worker takes care of this; the loader alone would ask for an accelerator.
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+
+    def loaded(directory: Path) -> torch.nn.Module:
+        config = EngineArgs(str(directory), skip_tokenizer_init=True, max_model_len=256).create_engine_config()
+        with set_current_vllm_config(config):
+            init_distributed_environment(1, 0, f"file://{tmp_path}/rendezvous", 0, backend="gloo")
+            initialize_model_parallel(1, 1)
+            return get_model(vllm_config=config)
+
+    yield loaded
+    cleanup_dist_env_and_memory()
+
+
+def numbers(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """All elements, sorted."""
+    return torch.cat([t.flatten().float() for t in tensors]).sort().values
+
+
+@pytest.mark.parametrize(("family", "count"), [("llada", 291), ("dream", 339)])
+def test_published_list_loads_to_the_last_number(family: str, count: int, tmp_path: Path, load: Any) -> None:
+    tensors = random_tensors(family)
+    assert len(tensors) == count
+    model = load(write(tmp_path, CONFIGS[family], tensors))
+    parameters = list(model.parameters())
+    assert {p.dtype for p in parameters} == {torch.bfloat16}
+    assert torch.equal(numbers(parameters), numbers(list(tensors.values())))
+
+
+@pytest.mark.parametrize("carries_the_head", [False, True])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_tied_head(family: str, carries_the_head: bool, tmp_path: Path, load: Any) -> None:
+    tensors = random_tensors(family)
+    del tensors[HEADS[family]]
+    copy = {HEADS[family]: tensors[EMBEDDINGS[family]].clone()} if carries_the_head else {}
+    write(tmp_path, {**CONFIGS[family], TIES[family]: True}, {**tensors, **copy})
+    model = load(tmp_path)
+    assert model.lm_head.weight is model.embed_tokens.weight
+    assert torch.equal(numbers(list(model.parameters())), numbers(list(tensors.values())))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_wrong_tensors_are_named(family: str, change: str, tmp_path: Path, load: Any) -> None:
+    tensors = random_tensors(family)
+    victim = sorted(name for name in tensors if "k_proj" in name)[5]
+    if change == "missing":
+        del tensors[victim]
+    elif change == "unknown":
+        victim = victim.replace("k_proj.", "k_norm.")
+        tensors[victim] = torch.zeros(4)
+    else:
+        tensors[victim] = torch.zeros(8, *tensors[victim].shape[1:])
+    with pytest.raises(ValueError, match=victim):
+        load(write(tmp_path, CONFIGS[family], tensors))
+
+
+def test_an_untied_checkpoint_needs_its_head(tmp_path: Path, load: Any) -> None:
+    tensors = random_tensors("dream")
+    del tensors["lm_head.weight"]
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+        load(write(tmp_path, CONFIGS["dream"], tensors))

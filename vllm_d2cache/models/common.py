@@ -1,0 +1,262 @@
+"""The network all families share, in vLLM's layers, so that tensor parallelism and quantised weights come with them.
+
+A llama-type transformer without a causal mask (d2cache.md, section 9). A family adds the names its checkpoints give to
+the tensors, and its configuration the sizes and switches (shape.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import ClassVar
+
+import torch
+from torch import nn
+from vllm.config import CacheConfig, VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+
+from vllm_d2cache.attention.backend import D2CacheAttentionBackend
+from vllm_d2cache.models.configs import DiffusionLMConfig
+from vllm_d2cache.models.shape import TransformerShape
+
+# A buffer that some tools save; it follows from config.json.
+_REDUNDANT = "rotary_emb.inv_freq"
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over all positions."""
+
+    def __init__(
+        self,
+        shape: TransformerShape,
+        cache_config: CacheConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        head_size, world = shape.head_size, get_tensor_model_parallel_world_size()
+        self.qkv_proj = QKVParallelLinear(
+            shape.hidden_size,
+            head_size,
+            shape.num_heads,
+            shape.num_kv_heads,
+            bias=shape.qkv_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            shape.hidden_size, shape.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+        )
+        num_heads = shape.num_heads // world
+        num_kv_heads = max(1, shape.num_kv_heads // world)
+        self.sizes = [num_heads * head_size, num_kv_heads * head_size, num_kv_heads * head_size]
+        self.rope_in_fp32 = shape.rope_in_fp32
+        self.rotary_emb = get_rope(
+            head_size,
+            max_position=shape.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+            is_neox_style=True,
+            dtype=torch.float32 if shape.rope_in_fp32 else None,
+        )
+        self.attn = Attention(
+            num_heads,
+            head_size,
+            head_size**-0.5,
+            num_kv_heads=num_kv_heads,
+            cache_config=cache_config,
+            quant_config=quant_config,
+            prefix=f"{prefix}.attn",
+            attn_backend=D2CacheAttentionBackend,
+        )
+
+    def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, d] -> [N, d]."""
+        qkv, _ = self.qkv_proj(hidden)
+        q, k, v = qkv.split(self.sizes, dim=-1)
+        if self.rope_in_fp32 and q.dtype != torch.float32:
+            q32, k32 = self.rotary_emb(positions, q.float(), k.float())
+            q, k = q32.to(v.dtype), k32.to(v.dtype)
+        else:
+            q, k = self.rotary_emb(positions, q, k)
+        out, _ = self.o_proj(self.attn(q, k, v))
+        return out
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, shape: TransformerShape, quant_config: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            shape.hidden_size,
+            [shape.intermediate_size] * 2,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.down_proj = RowParallelLinear(
+            shape.intermediate_size,
+            shape.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.down_proj",
+        )
+        self.act = SiluAndMul()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, d] -> [N, d]."""
+        gate_up, _ = self.gate_up_proj(hidden)
+        out, _ = self.down_proj(self.act(gate_up))
+        return out
+
+
+class TransformerLayer(nn.Module):
+    """Attention and an MLP, each behind an RMS norm."""
+
+    def __init__(
+        self,
+        shape: TransformerShape,
+        cache_config: CacheConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(shape, cache_config, quant_config, f"{prefix}.self_attn")
+        self.mlp = GatedMLP(shape, quant_config, f"{prefix}.mlp")
+        self.input_layernorm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+
+    def forward(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N, d] and the residual stream [N, d] before it is added -> the same after the layer."""
+        if residual is None:
+            residual = hidden
+            hidden = self.input_layernorm(hidden)
+        else:
+            hidden, residual = self.input_layernorm(hidden, residual)
+        hidden = self.self_attn(positions, hidden)
+        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class DiffusionLM(nn.Module):
+    """A masked diffusion language model; subclasses name the tensors of their checkpoints."""
+
+    hf_to_vllm_mapper: ClassVar[WeightsMapper]
+    head_tensor: ClassVar[str]
+    """The LM head's name in a checkpoint. A tied checkpoint may carry it all the same."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: DiffusionLMConfig = vllm_config.model_config.hf_config
+        quant_config = vllm_config.quant_config
+        shape = config.shape()
+        self.config = config
+        self.shape = shape
+        self.quant_config = quant_config
+        self.traits = config.traits()
+        # embedding_size may exceed vocab_size; the rows beyond it are padding and never predicted.
+        self.embed_tokens = VocabParallelEmbedding(
+            shape.embedding_size,
+            shape.hidden_size,
+            quant_config=quant_config,
+            prefix=maybe_prefix(prefix, "embed_tokens"),
+        )
+        self.layers = nn.ModuleList(
+            TransformerLayer(shape, vllm_config.cache_config, quant_config, maybe_prefix(prefix, f"layers.{i}"))
+            for i in range(shape.num_layers)
+        )
+        self.norm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+        self.lm_head = ParallelLMHead(
+            shape.embedding_size,
+            shape.hidden_size,
+            quant_config=quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if shape.tied_head:
+            self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
+        self.logits_processor = LogitsProcessor(shape.embedding_size, shape.vocab_size)
+        # Set by the model state while a step is under way: the sampler then applies the head itself, a tile of rows
+        # at a time, and compute_logits hands the hidden states through.
+        self.head_in_sampler = False
+
+    @staticmethod
+    def tensor_shapes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of an unquantised checkpoint, the LM head included."""
+        raise NotImplementedError
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """How vLLM's model runner finds the state class that conducts a step."""
+        from vllm_d2cache.model_state import D2CacheModelState
+
+        return D2CacheModelState
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[N] -> [N, d]."""
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: object | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[N] token ids at [N] absolute positions, in any order -> [N, d] final hidden states."""
+        hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        residual = None
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        hidden, _ = self.norm(hidden, residual)
+        return hidden
+
+    def lm_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, d] -> [n, vocab] logits."""
+        return self.logits_processor(self.lm_head, hidden)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, d] -> [n, vocab] logits, or ``hidden`` itself within a step (see ``head_in_sampler``)."""
+        return hidden if self.head_in_sampler else self.lm_logits(hidden)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint in the family's published layout.
+
+        Raises:
+            ValueError: a tensor is unknown, missing or has another shape; the message has its name.
+        """
+        if self.quant_config is None:
+            weights = self._checked(weights)
+        if self.shape.tied_head:
+            weights = ((name, tensor) for name, tensor in weights if name != self.head_tensor)
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+    def _checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same tensors, compared with the list. A quantised checkpoint has others: vLLM's layers check those."""
+        expected = self.tensor_shapes(self.shape)
+        missing = set(expected)
+        if self.shape.tied_head:
+            missing.discard(self.head_tensor)
+        for name, tensor in weights:
+            if name.endswith(_REDUNDANT):
+                continue
+            if name not in expected:
+                raise ValueError(f"the checkpoint has a tensor {name} that {type(self).__name__} does not know")
+            if tuple(tensor.shape) != expected[name]:
+                raise ValueError(
+                    f"the checkpoint's tensor {name} has the shape {tuple(tensor.shape)}; "
+                    f"config.json asks for {expected[name]}"
+                )
+            missing.discard(name)
+            yield name, tensor
+        if missing:
+            raise ValueError(f"the checkpoint lacks {', '.join(sorted(missing))}")
