@@ -44,7 +44,9 @@ class Denoiser:
         self.canvas.add(slot, request, prompt, emitted)
         index = torch.tensor([slot], device=self.canvas.device)
         view = self.canvas.view(index, [slot])
-        self._store(self._policy(request.options.policy).first_plan(view), view)
+        policy = self._policy(request.options.policy)
+        policy.start(slot, request.options)
+        self._store(policy.first_plan(view), view)
 
     def remove(self, slot: int) -> None:
         """Forget the request in ``slot``."""

@@ -91,6 +91,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"window": 7, "tokens_per_step": 3, "score": "margin"},
     {"score": "entropy", "rollout_p": 0.5, "inflate_w": 3},
     {"sigma": 0, "current_k": 8, "rollout_p": 0.02, "confidence_top_p": 0.9},
+    {"policy": "prefix", "window": 7},
+    {"policy": "dual", "window": 8, "threshold": 0.2},
 ]
 
 

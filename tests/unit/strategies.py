@@ -19,25 +19,38 @@ RULES: list[dict[str, Any]] = [
     {"factor": 3.0},
 ]
 
-options = st.builds(
-    lambda rule, rest: {**rule, **rest},
-    st.sampled_from(RULES),
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "policy": st.sampled_from(["d2cache", "full"]),
-            "window": st.sampled_from([0, 1, 3, 8, 100]),
-            "score": st.sampled_from(["confidence", "margin", "entropy"]),
-            "sigma": st.sampled_from([0, 0.5, 3, 10]),
-            "selection_sigma": st.sampled_from([0, 0.5, 3, 10]),
-            "current_k": st.sampled_from([1, 2, 5, 32]),
-            "rollout_p": st.sampled_from([0, 0.05, 0.3, 0.99, 1]),
-            "inflate_w": st.sampled_from([0, 1, 2, 4, 50]),
-            "confidence_memory": st.sampled_from(["first", "latest"]),
-            "confidence_top_p": st.sampled_from([0.5, 0.9, 1.0]),
-        },
-    ),
-)
+DECODING = {
+    "window": st.sampled_from([0, 1, 3, 8, 100]),
+    "score": st.sampled_from(["confidence", "margin", "entropy"]),
+    "sigma": st.sampled_from([0, 0.5, 3, 10]),
+    "confidence_top_p": st.sampled_from([0.5, 0.9, 1.0]),
+}
+
+# The options of each policy's own.
+POLICIES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "d2cache": {
+        "selection_sigma": st.sampled_from([0, 0.5, 3, 10]),
+        "current_k": st.sampled_from([1, 2, 5, 32]),
+        "rollout_p": st.sampled_from([0, 0.05, 0.3, 0.99, 1]),
+        "inflate_w": st.sampled_from([0, 1, 2, 4, 50]),
+        "confidence_memory": st.sampled_from(["first", "latest"]),
+    },
+    "full": {},
+    "prefix": {},
+    "dual": {},
+}
+
+
+def options_of(policy: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Options of a request for ``policy``, which it names but for the default one."""
+    return st.builds(
+        lambda rule, rest: {**({} if policy == "d2cache" else {"policy": policy}), **rule, **rest},
+        st.sampled_from(RULES),
+        st.fixed_dictionaries({}, optional={**DECODING, **POLICIES[policy]}),
+    )
+
+
+options = st.one_of([options_of(policy) for policy in POLICIES])
 
 samplings = st.builds(
     SamplingSpec,
@@ -50,7 +63,7 @@ samplings = st.builds(
 
 def jobs(policy: str | None = None, stops: bool = False) -> st.SearchStrategy[FakeJob]:
     """Requests of up to 40 positions; prompts may hold literal mask ids."""
-    chosen = options if policy is None else options.map(lambda o: {**o, "policy": policy})
+    chosen = options if policy is None else options_of(policy)
     sampling = samplings
     if stops:
         ids = st.lists(st.sampled_from([t for t in range(VOCAB) if t != MASK]), min_size=1, max_size=3, unique=True)

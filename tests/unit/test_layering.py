@@ -15,12 +15,14 @@ PACKAGE = Path(__file__).resolve().parents[2] / "vllm_d2cache"
 # Module or folder -> what of the package it may import at module level.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "records": (),
-    "config": (),
+    "option_types": (),
+    "policy_registry": ("option_types",),
+    "config": ("option_types", "policy_registry"),
     "ops": (),
     "compat": ("config",),
     "canvas": ("records", "config"),
     "samplers": ("records", "config", "ops"),
-    "policies": ("records", "config", "ops", "canvas"),
+    "policies": ("option_types", "policy_registry", "records", "config", "ops", "canvas"),
     "denoiser": ("records", "config", "ops", "canvas", "policies", "samplers"),
     "trace": ("records", "canvas"),
     "attention.capture": ("ops",),
@@ -38,7 +40,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "__init__": (),
 }  # fmt: skip
 PURE = (
-    "records", "config", "ops", "canvas", "samplers", "policies", "denoiser", "trace", "attention.capture",
+    "option_types", "policy_registry", "records", "config", "ops", "canvas", "samplers", "policies", "denoiser",
+    "trace", "attention.capture",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 
