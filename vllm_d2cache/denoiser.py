@@ -100,7 +100,7 @@ class Denoiser:
         )
         scores = {r.options.score for r in requests}
         params = RowParams(temperature, top_p, top_k.long(), draw, samples, filters)
-        return params, SCORES[1] in scores, SCORES[2] in scores
+        return params, SCORES[1] in scores, SCORES[2] in scores or self._reads_entropy(requests)
 
     def finish(self, rows: StepRows, stats: RowStats, importance: torch.Tensor | None) -> StepResult:
         """Commit, plan the next step, and say what is new.
@@ -119,8 +119,13 @@ class Denoiser:
         candidates = rows.predicted & view.in_window
         committed = choose_commits(self._with_prior(score, rows), candidates, view.options)
         after = self._commit(view, committed, token)
+        entropy = None
+        if self._reads_entropy(self._requests(rows)):
+            assert stats.entropy is not None
+            entropy = torch.zeros(view.masked.shape, device=canvas.device)
+            entropy[who, slot] = stats.entropy
         outcome = StepOutcome(
-            committed, rows.predicted, score, view.window_start, canvas.step[view.slots] == 0, importance
+            committed, rows.predicted, score, view.window_start, canvas.step[view.slots] == 0, importance, entropy
         )
         canvas.step[view.slots] += 1
         self._plan(after, outcome, [r.options.policy for r in self._requests(rows)])
@@ -128,6 +133,10 @@ class Denoiser:
 
     def _requests(self, rows: StepRows) -> list[Request]:
         return [self.canvas.requests[s] for s in rows.slots]
+
+    @staticmethod
+    def _reads_entropy(requests: list[Request]) -> bool:
+        return any(POLICY_CLASSES[r.options.policy].reads_entropy for r in requests)
 
     def _with_prior(self, score: torch.Tensor, rows: StepRows) -> torch.Tensor:
         """Score times certainty density where a request asks for the prior (section 2, step 6)."""

@@ -23,6 +23,9 @@ BUILT_IN = {
     "full": "vllm_d2cache.policies.full:FullPolicy",
     "prefix": "vllm_d2cache.policies.fast_dllm:PrefixPolicy",
     "dual": "vllm_d2cache.policies.fast_dllm:DualPolicy",
+    "dkv": "vllm_d2cache.policies.dkv:DKVPolicy",
+    "vicinity": "vllm_d2cache.policies.vicinity:VicinityPolicy",
+    "entropy": "vllm_d2cache.policies.entropy:EntropyPolicy",
 }
 
 

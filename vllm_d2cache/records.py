@@ -108,6 +108,7 @@ class StepOutcome:
     window_start: torch.Tensor  # [R] int64, the window in which this step committed
     first: torch.Tensor  # [R] bool, the request's first step
     importance: torch.Tensor | None  # [R, T] float32, attention rollout; None where no policy reads it
+    entropy: torch.Tensor | None = None  # [R, G] float32, nats, 0 where not predicted; None where no policy reads it
 
     def select(self, rows: torch.Tensor) -> StepOutcome:
         """The outcome of some rows only."""
@@ -118,6 +119,7 @@ class StepOutcome:
             self.window_start[rows],
             self.first[rows],
             None if self.importance is None else self.importance[rows],
+            None if self.entropy is None else self.entropy[rows],
         )
 
 

@@ -93,6 +93,10 @@ OPTIONS: list[dict[str, Any]] = [
     {"sigma": 0, "current_k": 8, "rollout_p": 0.02, "confidence_top_p": 0.9},
     {"policy": "prefix", "window": 7},
     {"policy": "dual", "window": 8, "threshold": 0.2},
+    {"policy": "dkv", "window": 8, "cache_steps": 3},
+    {"policy": "dkv", "dkv_variant": "pd", "cache_steps": 4, "tokens_per_step": 2},
+    {"policy": "vicinity", "window": 8, "prefix_look": 3, "after_look": 5, "warmup_steps": 1},
+    {"policy": "entropy", "entropy_tau": 3.0, "entropy_k": 3, "score": "entropy"},
 ]
 
 

@@ -38,6 +38,20 @@ POLICIES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "full": {},
     "prefix": {},
     "dual": {},
+    "dkv": {
+        "dkv_variant": st.sampled_from(["decode", "prefill", "pd"]),
+        "cache_steps": st.sampled_from([1, 2, 3, 8, 10**30]),
+    },
+    "vicinity": {
+        "prefix_look": st.sampled_from([0, 1, 5, 10**30]),
+        "after_look": st.sampled_from([0, 1, 5, 10**30]),
+        "warmup_steps": st.sampled_from([0, 1, 4]),
+        "cache_update_freq": st.sampled_from([0, 1, 3]),
+    },
+    "entropy": {
+        "entropy_tau": st.sampled_from([0, 0.5, 1.5, 1e300]),
+        "entropy_k": st.sampled_from([0, 1, 4, 10**30]),
+    },
 }
 
 

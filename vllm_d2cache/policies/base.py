@@ -37,6 +37,8 @@ class CachePolicy(ABC):
     """Published settings of decoding options; they apply where neither request nor server sets one."""
     reads_importance: ClassVar[bool] = False
     """Whether the engine must collect attention maps and compute the rollout for this policy's requests."""
+    reads_entropy: ClassVar[bool] = False
+    """Whether the engine must compute the entropy of the predicted slots' distributions."""
 
     def __init__(
         self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
