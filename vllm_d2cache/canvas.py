@@ -43,6 +43,8 @@ class CanvasStates:
         self.terminal = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by canvas slot
         self.refresh = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by position
         self.observe = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by canvas slot
+        self.eligible = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by canvas slot
+        self.visible = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by position
         self.emitted = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.prompt_len = torch.zeros(num_slots, dtype=torch.int64, device=device)

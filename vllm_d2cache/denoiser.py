@@ -64,7 +64,9 @@ class Denoiser:
         refresh = canvas.refresh[slots, : view.num_positions] & view.in_text
         observe = canvas.observe[slots, : view.masked.shape[1]]
         computed = positions_to_canvas(refresh, view, self.traits.logit_shift)
-        predicted = computed & view.masked & view.live & (view.in_window | observe)
+        eligible = view.in_window & canvas.eligible[slots, : view.masked.shape[1]]
+        predictable = computed & view.masked & view.live
+        predicted = predictable & (eligible | observe)
 
         counts = refresh.sum(1).tolist()
         request, positions = refresh.nonzero(as_tuple=True)
@@ -76,13 +78,28 @@ class Denoiser:
             counts=counts,
             full=[n == r.prompt_len + r.canvas_len for n, r in zip(counts, requests, strict=True)],
             reads_importance=[POLICY_CLASSES[r.options.policy].reads_importance for r in requests],
+            keys=self._visible_keys(view, requests),
             positions=positions,
             input_ids=canvas.tokens[slots[request], positions],
             request=request,
+            candidates=predictable & eligible,
             predicted=predicted,
             predicted_index=(who, slot),
             logits_rows=row_of[who, view.prompt_len[who] + slot - self.traits.logit_shift],
         )
+
+    def _visible_keys(self, view: CanvasView, requests: list[Request]) -> list[torch.Tensor | None]:
+        """StepRows.keys; costs nothing where no request's policy hides keys."""
+        keys: list[torch.Tensor | None] = [None] * len(requests)
+        hiding = [r for r, request in enumerate(requests) if POLICY_CLASSES[request.options.policy].hides_keys]
+        if hiding:
+            chosen = torch.tensor(hiding, device=self.canvas.device)
+            visible = self.canvas.visible[view.slots[chosen], : view.num_positions] & view.in_text[chosen]
+            counts = visible.sum(1).tolist()
+            for r, count, positions in zip(hiding, counts, visible.nonzero()[:, 1].split(counts), strict=True):
+                if count < requests[r].prompt_len + requests[r].canvas_len:
+                    keys[r] = positions
+        return keys
 
     def row_params(self, rows: StepRows) -> tuple[RowParams, bool, bool]:
         """Sampling parameters of the predicted rows, and whether margins and entropies are wanted."""
@@ -116,8 +133,7 @@ class Denoiser:
         token = torch.zeros(view.masked.shape, dtype=torch.int32, device=canvas.device)
         token[who, slot] = stats.token.int()
 
-        candidates = rows.predicted & view.in_window
-        committed = choose_commits(self._with_prior(score, rows), candidates, view.options)
+        committed = choose_commits(self._with_prior(score, rows), rows.candidates, view.options)
         after = self._commit(view, committed, token)
         entropy = None
         if self._reads_entropy(self._requests(rows)):
@@ -186,6 +202,10 @@ class Denoiser:
     def _store(self, plan: StepPlan, view: CanvasView) -> None:
         self.canvas.refresh[view.slots, : plan.refresh.shape[1]] = plan.refresh
         self.canvas.observe[view.slots, : plan.observe.shape[1]] = plan.observe
+        eligible = True if plan.candidates is None else plan.candidates
+        self.canvas.eligible[view.slots, : plan.observe.shape[1]] = eligible
+        if plan.visible is not None:
+            self.canvas.visible[view.slots, : plan.visible.shape[1]] = plan.visible
 
     def _emit(self, view: CanvasView, committed: torch.Tensor) -> StepResult:
         """Hand out the newly contiguous tokens from the left."""

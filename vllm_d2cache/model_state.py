@@ -147,6 +147,7 @@ class D2CacheModelState(ModelState):
             table,
             [self._first_block[s] for s in rows.slots],
             slots,
+            rows.keys,
         )
         self.capture = ImportanceCapture(
             layout, rows.reads_importance, rows.positions, self._pool, self._tensor_parallel

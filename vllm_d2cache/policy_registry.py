@@ -26,6 +26,8 @@ BUILT_IN = {
     "dkv": "vllm_d2cache.policies.dkv:DKVPolicy",
     "vicinity": "vllm_d2cache.policies.vicinity:VicinityPolicy",
     "entropy": "vllm_d2cache.policies.entropy:EntropyPolicy",
+    "window_diffusion": "vllm_d2cache.policies.window_diffusion:WindowDiffusionPolicy",
+    "streaming": "vllm_d2cache.policies.streaming:StreamingPolicy",
 }
 
 
@@ -95,6 +97,8 @@ def _problem(name: str, cls: object) -> str | None:
         return "is not a subclass of vllm_d2cache.policies.CachePolicy"
     if getattr(cls, "name", None) != name:
         return f"calls itself {getattr(cls, 'name', None)!r}"
+    if cls.reads_importance and cls.hides_keys:
+        return "reads importance and hides keys: the rollout is defined over all positions"
     for option, spec in cls.options.items():
         if not isinstance(spec, Number | Choice):
             return f"has an option {option!r} that is neither a Number nor a Choice of vllm_d2cache.option_types"

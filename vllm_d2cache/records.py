@@ -129,6 +129,10 @@ class StepPlan:
 
     refresh: torch.Tensor  # [R, T] bool, positions whose K and V are recomputed
     observe: torch.Tensor  # [R, G] bool, slots whose statistics the policy wants besides the window's
+    candidates: torch.Tensor | None = None  # [R, G] bool, slots that may be committed; None = all of the window
+    # [R, T] bool, keys that the rows attend to: each must have been refreshed in this step or an earlier one. Of
+    # policies with ``hides_keys``; None = all.
+    visible: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -140,9 +144,11 @@ class StepRows:
     counts: list[int]  # rows of each request
     full: list[bool]  # every position of the request is refreshed
     reads_importance: list[bool]  # the request's policy wants the attention rollout
+    keys: list[torch.Tensor | None]  # of each request: [n] int64 ascending positions its rows attend to; None = all
     positions: torch.Tensor  # [N] int64, absolute
     input_ids: torch.Tensor  # [N] int32
     request: torch.Tensor  # [N] int64, row of the batch each belongs to
+    candidates: torch.Tensor  # [R, G] bool, slots that may be committed
     predicted: torch.Tensor  # [R, G] bool, slots whose statistics are taken
     predicted_index: tuple[torch.Tensor, torch.Tensor]  # [n] request and [n] slot of each predicted slot, row-major
     logits_rows: torch.Tensor  # [n] int64 into N, one for each predicted slot

@@ -96,6 +96,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"policy": "dkv", "window": 8, "cache_steps": 3},
     {"policy": "dkv", "dkv_variant": "pd", "cache_steps": 4, "tokens_per_step": 2},
     {"policy": "vicinity", "window": 8, "prefix_look": 3, "after_look": 5, "warmup_steps": 1},
+    {"policy": "window_diffusion", "outer_window": 9, "inner_window": 4, "phase_steps": 5},
+    {"policy": "streaming", "window": 8, "suffix_window": 6, "tokens_per_step": 2},
     {"policy": "entropy", "entropy_tau": 3.0, "entropy_k": 3, "score": "entropy"},
 ]
 

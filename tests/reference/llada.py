@@ -25,6 +25,7 @@ class DenseLlada:
         self.head_dim = self.config["d_model"] // self.heads
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
+        self.visible: torch.Tensor | None = None  # positions the next rows attend to; None = all
 
     def reset(self, num_positions: int) -> None:
         """Forget the cache and make room for ``num_positions``."""
@@ -44,8 +45,9 @@ class DenseLlada:
             v = (x @ self.w[p + "v_proj.weight"].T).view(-1, self.kv_heads, self.head_dim)
             self.keys[i][positions], self.values[i][positions] = k, v
             group = self.heads // self.kv_heads
-            keys = self.keys[i].repeat_interleave(group, 1)
-            values = self.values[i].repeat_interleave(group, 1)
+            seen = slice(None) if self.visible is None else self.visible
+            keys = self.keys[i][seen].repeat_interleave(group, 1)
+            values = self.values[i][seen].repeat_interleave(group, 1)
             weights = (torch.einsum("qhd,thd->hqt", q, keys) * self.head_dim**-0.5).softmax(-1)
             maps.append(weights.mean(0))
             out = torch.einsum("hqt,thd->qhd", weights, values).reshape(len(ids), -1)

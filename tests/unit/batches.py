@@ -30,6 +30,7 @@ class Step:
     committed: list[tuple[int, int]]  # slot, token
     emitted: list[int]
     masked: list[int]  # slots still masked afterwards
+    keys: list[int] | None = None  # positions the rows attended to; None = all
 
 
 @dataclass
@@ -147,7 +148,9 @@ class Batch:
             predicted = rows.predicted[r].nonzero().flatten().tolist()
             masked = result.masked[r].nonzero().flatten().tolist()
             window = range(start, min(start + length, job.canvas_length))
-            job.steps.append(Step(positions, rows.full[r], predicted, window, committed, emitted, masked))
+            visible = rows.keys[r]
+            keys = None if visible is None else visible.tolist()
+            job.steps.append(Step(positions, rows.full[r], predicted, window, committed, emitted, masked, keys))
             job.output += emitted
 
 

@@ -24,6 +24,7 @@ class Replayed:
 
     refreshed: list[int]  # positions
     candidates: list[int]  # slots that could be committed
+    keys: list[int] | None  # positions the rows attend to; None = all
 
 
 def replay(
@@ -56,8 +57,9 @@ def replay(
         result = denoiser.finish(rows, RowStats(token, wanted.float(), None, entropy), None)
         got = result.committed[0].nonzero().flatten().tolist()
         assert got == sorted(move), f"step {i} cannot commit {sorted(move)}: candidates are {slots.tolist()}"
-        candidates = (rows.predicted & rows.view.in_window)[0].nonzero().flatten().tolist()
-        steps.append(Replayed(rows.positions.tolist(), candidates))
+        candidates = rows.candidates[0].nonzero().flatten().tolist()
+        keys = rows.keys[0]
+        steps.append(Replayed(rows.positions.tolist(), candidates, None if keys is None else keys.tolist()))
     return steps
 
 

@@ -52,6 +52,12 @@ POLICIES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "entropy_tau": st.sampled_from([0, 0.5, 1.5, 1e300]),
         "entropy_k": st.sampled_from([0, 1, 4, 10**30]),
     },
+    "window_diffusion": {
+        "outer_window": st.sampled_from([1, 2, 6, 10**30]),
+        "inner_window": st.sampled_from([1, 2, 4, 10**30]),
+        "phase_steps": st.sampled_from([1, 2, 5, 10**30]),
+    },
+    "streaming": {"suffix_window": st.sampled_from([0, 1, 5, 10**30])},
 }
 
 

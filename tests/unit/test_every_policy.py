@@ -24,6 +24,8 @@ EVERYTHING: dict[str, dict[str, Any]] = {
     "dkv": {"dkv_variant": "decode", "cache_steps": 1},
     "vicinity": {"prefix_look": 100, "after_look": 100},
     "entropy": {"entropy_tau": 0.0, "confidence_top_p": 1.0},
+    "window_diffusion": {"outer_window": 100, "inner_window": 100, "phase_steps": 1},
+    "streaming": {"suffix_window": 100, "window": 1},
 }
 
 
@@ -79,6 +81,28 @@ def test_every_step_commits_and_keeps_to_the_rows_reserved(policy: str, shift: i
         assert job.steps[-1].committed
     assert sorted(slot for step in job.steps for slot, _ in step.committed) == list(range(job.canvas_length))
     assert max((len(step.refreshed) for step in job.steps[1:]), default=0) <= bound <= job.total
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_rows_attend_to_what_has_been_computed(policy: str, shift: int, data: st.DataObject) -> None:
+    """A key that is seen has been computed, with the token that stands there now or the one before."""
+    job = run_alone(data.draw(jobs(policy)), shift=shift)
+    computed: set[int] = set()
+    for step in job.steps:
+        computed |= set(step.refreshed)
+        seen = range(job.total) if step.keys is None else step.keys
+        assert set(seen) <= computed
+        assert set(step.refreshed) <= set(seen)
+        assert step.keys is None or POLICY_CLASSES[policy].hides_keys
+    owed: set[int] = set()
+    for step in job.steps:
+        owed = (owed - set(step.refreshed)) | {len(job.prompt) + slot for slot, _ in step.committed}
+    if policy not in ("prefix", "dual", "vicinity", "streaming"):
+        # These refresh a shifted window's last slot with the next window.
+        assert len(owed) <= max(len(step.committed) for step in job.steps)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

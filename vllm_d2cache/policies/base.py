@@ -39,6 +39,8 @@ class CachePolicy(ABC):
     """Whether the engine must collect attention maps and compute the rollout for this policy's requests."""
     reads_entropy: ClassVar[bool] = False
     """Whether the engine must compute the entropy of the predicted slots' distributions."""
+    hides_keys: ClassVar[bool] = False
+    """Whether the plans say which positions are visible; without it, rows attend to all."""
 
     def __init__(
         self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
