@@ -11,13 +11,21 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vllm_d2cache.canvas import CanvasStates, Request, make_view, positions_to_canvas
+from vllm_d2cache.canvas import CanvasStates, Request, canvas_to_positions, make_view, positions_to_canvas
 from vllm_d2cache.config import SCORES, ServerOptions
 from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.ops.random import uniform
 from vllm_d2cache.ops.row_stats import RowParams, RowStats
 from vllm_d2cache.policies import POLICY_CLASSES, CachePolicy
-from vllm_d2cache.records import CanvasView, FamilyTraits, StepOutcome, StepPlan, StepResult, StepRows
+from vllm_d2cache.records import (
+    CanvasView,
+    FamilyTraits,
+    KeyChoice,
+    StepOutcome,
+    StepPlan,
+    StepResult,
+    StepRows,
+)
 from vllm_d2cache.samplers import choose_commits, ranking_score
 
 
@@ -69,6 +77,7 @@ class Denoiser:
         predicted = predictable & (eligible | observe)
 
         counts = refresh.sum(1).tolist()
+        keys, choices = self._visible_keys(view, requests, refresh)
         request, positions = refresh.nonzero(as_tuple=True)
         row_of = refresh.view(-1).cumsum(0).view_as(refresh) - 1  # [R, T] row of each refreshed position
         who, slot = predicted.nonzero(as_tuple=True)
@@ -78,7 +87,8 @@ class Denoiser:
             counts=counts,
             full=[n == r.prompt_len + r.canvas_len for n, r in zip(counts, requests, strict=True)],
             reads_importance=[POLICY_CLASSES[r.options.policy].reads_importance for r in requests],
-            keys=self._visible_keys(view, requests),
+            keys=keys,
+            choices=choices,
             positions=positions,
             input_ids=canvas.tokens[slots[request], positions],
             request=request,
@@ -88,18 +98,28 @@ class Denoiser:
             logits_rows=row_of[who, view.prompt_len[who] + slot - self.traits.logit_shift],
         )
 
-    def _visible_keys(self, view: CanvasView, requests: list[Request]) -> list[torch.Tensor | None]:
-        """StepRows.keys; costs nothing where no request's policy hides keys."""
+    def _visible_keys(
+        self, view: CanvasView, requests: list[Request], refresh: torch.Tensor
+    ) -> tuple[list[torch.Tensor | None], list[KeyChoice | None]]:
+        """StepRows.keys and choices; costs nothing where no request's policy hides keys."""
         keys: list[torch.Tensor | None] = [None] * len(requests)
+        choices: list[KeyChoice | None] = [None] * len(requests)
         hiding = [r for r, request in enumerate(requests) if POLICY_CLASSES[request.options.policy].hides_keys]
-        if hiding:
-            chosen = torch.tensor(hiding, device=self.canvas.device)
-            visible = self.canvas.visible[view.slots[chosen], : view.num_positions] & view.in_text[chosen]
-            counts = visible.sum(1).tolist()
-            for r, count, positions in zip(hiding, counts, visible.nonzero()[:, 1].split(counts), strict=True):
-                if count < requests[r].prompt_len + requests[r].canvas_len:
-                    keys[r] = positions
-        return keys
+        if not hiding:
+            return keys, choices
+        chosen = torch.tensor(hiding, device=self.canvas.device)
+        visible = self.canvas.visible[view.slots[chosen], : view.num_positions] & view.in_text[chosen]
+        numbers = self.canvas.kept[view.slots[chosen]].tolist()
+        window = canvas_to_positions(view.in_window, view)
+        counts = visible.sum(1).tolist()
+        for i, positions in enumerate(visible.nonzero()[:, 1].split(counts)):
+            r, (choose, apply, count, pool) = hiding[i], numbers[i]
+            if choose or apply:
+                queries = window[r][refresh[r]].nonzero().flatten()
+                choices[r] = KeyChoice(bool(choose), positions, queries, count, pool)
+            elif counts[i] < requests[r].prompt_len + requests[r].canvas_len:
+                keys[r] = positions
+        return keys, choices
 
     def row_params(self, rows: StepRows) -> tuple[RowParams, bool, bool]:
         """Sampling parameters of the predicted rows, and whether margins and entropies are wanted."""
@@ -206,6 +226,7 @@ class Denoiser:
         self.canvas.eligible[view.slots, : plan.observe.shape[1]] = eligible
         if plan.visible is not None:
             self.canvas.visible[view.slots, : plan.visible.shape[1]] = plan.visible
+            self.canvas.kept[view.slots] = 0 if plan.kept is None else torch.stack([x.long() for x in plan.kept], 1)
 
     def _emit(self, view: CanvasView, committed: torch.Tensor) -> StepResult:
         """Hand out the newly contiguous tokens from the left."""

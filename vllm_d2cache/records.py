@@ -123,6 +123,26 @@ class StepOutcome:
         )
 
 
+class KeptKeys(NamedTuple):
+    """Keys beyond the visible ones, another set in each layer; each [R]. A request may choose them once in a while."""
+
+    choose: torch.Tensor  # bool, the step attends to everything, and each layer chooses of what is not visible
+    apply: torch.Tensor  # bool, the step attends to the visible positions and to those its layer has chosen
+    count: torch.Tensor  # int64, how many a layer chooses: by their scores under the window's mean query
+    pool: torch.Tensor  # int64, width of the neighbourhood whose best score counts (ops/key_choice.py)
+
+
+@dataclass(frozen=True)
+class KeyChoice:
+    """KeptKeys of one request, as the layers need it."""
+
+    choose: bool  # else apply
+    visible: torch.Tensor  # [n] int64, ascending positions that every layer sees
+    queries: torch.Tensor  # [b] int64, the window's rows, as indices into the request's rows
+    count: int
+    pool: int
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """What a cache policy wants of the next step."""
@@ -133,6 +153,7 @@ class StepPlan:
     # [R, T] bool, keys that the rows attend to: each must have been refreshed in this step or an earlier one. Of
     # policies with ``hides_keys``; None = all.
     visible: torch.Tensor | None = None
+    kept: KeptKeys | None = None  # of policies with ``hides_keys`` whose key sets differ between layers
 
 
 @dataclass(frozen=True)
@@ -145,6 +166,7 @@ class StepRows:
     full: list[bool]  # every position of the request is refreshed
     reads_importance: list[bool]  # the request's policy wants the attention rollout
     keys: list[torch.Tensor | None]  # of each request: [n] int64 ascending positions its rows attend to; None = all
+    choices: list[KeyChoice | None]  # of each request whose keys differ from layer to layer
     positions: torch.Tensor  # [N] int64, absolute
     input_ids: torch.Tensor  # [N] int32
     request: torch.Tensor  # [N] int64, row of the batch each belongs to

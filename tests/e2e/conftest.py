@@ -98,6 +98,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"policy": "vicinity", "window": 8, "prefix_look": 3, "after_look": 5, "warmup_steps": 1},
     {"policy": "window_diffusion", "outer_window": 9, "inner_window": 4, "phase_steps": 5},
     {"policy": "streaming", "window": 8, "suffix_window": 6, "tokens_per_step": 2},
+    {"policy": "sparse_dllm", "window": 8, "keep_ratio": 0.3},
     {"policy": "entropy", "entropy_tau": 3.0, "entropy_k": 3, "score": "entropy"},
 ]
 

@@ -72,7 +72,7 @@ def _step(denoiser: Denoiser, models: list[DenseLlada], jobs: list[Job], running
     offset = 0
     for r, (i, count) in enumerate(zip(running, rows.counts, strict=True)):
         positions = rows.positions[offset : offset + count]
-        models[i].visible = rows.keys[r]
+        models[i].visible, models[i].choice = rows.keys[r], rows.choices[r]
         out, maps = models[i].forward(rows.input_ids[offset : offset + count].long(), positions)
         hidden.append(out)
         if rows.reads_importance[r]:

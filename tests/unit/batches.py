@@ -31,6 +31,7 @@ class Step:
     emitted: list[int]
     masked: list[int]  # slots still masked afterwards
     keys: list[int] | None = None  # positions the rows attended to; None = all
+    choice: tuple[bool, int, int] | None = None  # whether layers chose their keys, or had; how many; pooling
 
 
 @dataclass
@@ -150,7 +151,9 @@ class Batch:
             window = range(start, min(start + length, job.canvas_length))
             visible = rows.keys[r]
             keys = None if visible is None else visible.tolist()
-            job.steps.append(Step(positions, rows.full[r], predicted, window, committed, emitted, masked, keys))
+            chosen = rows.choices[r]
+            choice = None if chosen is None else (chosen.choose, chosen.count, chosen.pool)
+            job.steps.append(Step(positions, rows.full[r], predicted, window, committed, emitted, masked, keys, choice))
             job.output += emitted
 
 

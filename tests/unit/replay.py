@@ -13,7 +13,7 @@ from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.ops.row_stats import RowStats
-from vllm_d2cache.records import FamilyTraits, SamplingSpec
+from vllm_d2cache.records import FamilyTraits, KeyChoice, SamplingSpec
 
 MASK = 370
 
@@ -25,6 +25,7 @@ class Replayed:
     refreshed: list[int]  # positions
     candidates: list[int]  # slots that could be committed
     keys: list[int] | None  # positions the rows attend to; None = all
+    choice: KeyChoice | None
 
 
 def replay(
@@ -59,7 +60,9 @@ def replay(
         assert got == sorted(move), f"step {i} cannot commit {sorted(move)}: candidates are {slots.tolist()}"
         candidates = rows.candidates[0].nonzero().flatten().tolist()
         keys = rows.keys[0]
-        steps.append(Replayed(rows.positions.tolist(), candidates, None if keys is None else keys.tolist()))
+        steps.append(
+            Replayed(rows.positions.tolist(), candidates, None if keys is None else keys.tolist(), rows.choices[0])
+        )
     return steps
 
 

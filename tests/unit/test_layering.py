@@ -26,13 +26,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "denoiser": ("records", "config", "ops", "canvas", "policies", "samplers"),
     "trace": ("records", "canvas"),
     "attention.capture": ("ops",),
-    "attention": ("ops", "attention.capture"),
+    "attention.eviction": ("records", "ops", "attention.capture"),
+    "attention": ("ops", "attention.capture", "attention.eviction"),
     "request_check": ("config",),
     "scheduler": ("config", "policies", "compat"),
     "runner_sampler": ("ops",),
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "trace",
-        "attention", "attention.capture", "runner_sampler", "compat",
+        "attention", "attention.capture", "attention.eviction", "runner_sampler", "compat",
     ),
     "models": ("records", "attention"),
     "config_hook": ("config", "compat"),
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 PURE = (
     "option_types", "policy_registry", "records", "config", "ops", "canvas", "samplers", "policies", "denoiser",
-    "trace", "attention.capture",
+    "trace", "attention.capture", "attention.eviction",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

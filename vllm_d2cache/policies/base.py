@@ -64,7 +64,7 @@ class CachePolicy(ABC):
             self._columns[name][slot] = number
 
     def option(self, name: str, view: CanvasView) -> torch.Tensor:
-        """[R] one of ``options``: int64 for integers and for choices (index into their values), float32 otherwise."""
+        """[R] one of ``options``: int64 for integers and for choices (index into their values), float64 otherwise."""
         return self._columns[name][view.slots]
 
     def read_from(self, slots: torch.Tensor, view: CanvasView) -> torch.Tensor:
@@ -84,7 +84,7 @@ class CachePolicy(ABC):
 
 
 def _column_type(spec: Number | Choice) -> torch.dtype:
-    return torch.float32 if isinstance(spec, Number) and spec.kind is float else torch.int64
+    return torch.float64 if isinstance(spec, Number) and spec.kind is float else torch.int64
 
 
 def nothing(view: CanvasView) -> torch.Tensor:
