@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vllm_d2cache.config import CONFIDENCE_MEMORIES, SCORES, RequestOptions
-from vllm_d2cache.records import CanvasView, FamilyTraits, OptionColumns, SamplingSpec
+from vllm_d2cache.records import CanvasView, FamilyTraits, KeptKeys, OptionColumns, SamplingSpec
 
 # Wider than any text, and still exact in float32.
 _WIDEST_GAP = 1 << 20
@@ -43,6 +43,9 @@ class CanvasStates:
         self.terminal = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by canvas slot
         self.refresh = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by position
         self.observe = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by canvas slot
+        self.eligible = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by canvas slot
+        self.visible = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by position
+        self.kept = torch.zeros(num_slots, len(KeptKeys._fields), dtype=torch.int64, device=device)
         self.emitted = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.prompt_len = torch.zeros(num_slots, dtype=torch.int64, device=device)

@@ -7,16 +7,20 @@ server's, the server's over the defaults. Nothing here imports vLLM or torch.
 
 from __future__ import annotations
 
-import math
-import sys
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
+
+from vllm_d2cache.option_types import Choice as _Choice
+from vllm_d2cache.option_types import Number as _Number
+from vllm_d2cache.policy_registry import POLICY_CLASSES, PolicyError
 
 PREFIX = "d2cache_"
 SECTION = "d2cache"
 
-POLICIES = ("d2cache", "full")
+POLICIES = tuple(POLICY_CLASSES)  # names alone: the classes are loaded when they are needed
 SCORES = ("confidence", "margin", "entropy")
 CONFIDENCE_MEMORIES = ("first", "latest")
 
@@ -26,47 +30,6 @@ DEFAULT_CANVAS_LENGTH = 256
 
 class OptionError(ValueError):
     """An option is unknown or out of range. The message names the field and the valid values."""
-
-
-@dataclass(frozen=True)
-class _Number:
-    """An int or float option within [low, high] (or (low, high] when ``open_low``)."""
-
-    kind: type
-    low: float
-    high: float = math.inf
-    open_low: bool = False
-    note: str = ""
-
-    def describe(self) -> str:
-        noun = "an integer" if self.kind is int else "a number"
-        low = f"> {self.low:g}" if self.open_low else f">= {self.low:g}"
-        high = "" if self.high == math.inf else f" and <= {self.high:g}"
-        return f"{noun} {low}{high}" + (f" ({self.note})" if self.note else "")
-
-    def parse(self, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return None
-        if not abs(value) <= sys.float_info.max:  # NaN, infinity, or an int that no float can hold
-            return None
-        if self.kind is int and value != int(value):
-            return None
-        if value > self.high or value < self.low or (self.open_low and value == self.low):
-            return None
-        return self.kind(value)
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """A string option out of a fixed list."""
-
-    values: tuple[str, ...]
-
-    def describe(self) -> str:
-        return "one of " + ", ".join(repr(v) for v in self.values)
-
-    def parse(self, value: Any) -> Any:
-        return value if isinstance(value, str) and value in self.values else None
 
 
 REQUEST_FIELDS: dict[str, _Number | _Choice] = {
@@ -107,6 +70,7 @@ class RequestOptions:
         confidence_memory: ``first`` ranks masked positions by their confidence in the first step, as published;
             ``latest`` by their most recent one, as the paper describes (section 3.7).
         confidence_top_p: nucleus filter on the vocabulary before confidences are taken; 1 = off.
+        policy_options: what the policy has in options of its own beyond these fields (docs/policies.md), by name.
     """
 
     policy: str = "d2cache"
@@ -122,11 +86,16 @@ class RequestOptions:
     inflate_w: int = 0
     confidence_memory: str = "first"
     confidence_top_p: float = 1.0
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def commits_many(self) -> bool:
         """Whether a step may commit more than ``tokens_per_step`` tokens."""
         return self.threshold > 0 or self.factor > 0
+
+    def value(self, name: str) -> Any:
+        """An option by name, be it a field or one of the policy's own."""
+        return self.policy_options[name] if name in self.policy_options else getattr(self, name)
 
     def window_length(self, canvas_length: int) -> int:
         """Window length in positions for a canvas of ``canvas_length``."""
@@ -159,6 +128,7 @@ class ServerOptions:
             if request.get(name, 0) > 0 and other not in request:
                 chosen.pop(other, None)
         chosen.update(request)
+        chosen = _with_policy_options(chosen, request)
         if chosen.get("threshold", 0) > 0 and chosen.get("factor", 0) > 0:
             raise OptionError(
                 "threshold and factor are alternatives: give one (in a request d2cache_threshold or d2cache_factor)"
@@ -168,8 +138,43 @@ class ServerOptions:
         return RequestOptions(**chosen)
 
 
+@functools.cache
+def option_types() -> Mapping[str, _Number | _Choice]:
+    """The type of every option a request may name: the fields above and what each policy adds.
+
+    Raises:
+        PolicyError: a policy cannot be loaded, or claims a name that is taken.
+    """
+    types: dict[str, _Number | _Choice] = dict(REQUEST_FIELDS)
+    for policy, cls in POLICY_CLASSES.items():
+        for name, spec in cls.options.items():
+            if name in SERVER_ONLY_FIELDS or types.setdefault(name, spec) is not spec:
+                raise PolicyError(f"cache policy {policy!r}: its option {name!r} has a name that is taken")
+    return MappingProxyType(types)
+
+
+def _with_policy_options(chosen: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of RequestOptions: the policy's defaults under what was chosen, its own options gathered in one.
+
+    Raises:
+        OptionError: the request names an option that only other policies read.
+    """
+    policy = POLICY_CLASSES[chosen.get("policy", RequestOptions.policy)]
+    for name in request:
+        readers = [other for other, cls in POLICY_CLASSES.items() if name in cls.options]
+        if readers and policy.name not in readers and not policy.takes_all_options:
+            own = ", ".join(PREFIX + n for n in policy.options) or "none"
+            raise OptionError(
+                f"{PREFIX}{name}: an option of {PREFIX}policy {' or '.join(map(repr, readers))}, but this request's "
+                f"policy is {policy.name!r}; the options of that policy are: {own}"
+            )
+    fields_ = {name: value for name, value in chosen.items() if name in REQUEST_FIELDS}
+    own_options = {n: chosen.get(n, s.default) for n, s in policy.options.items() if n not in REQUEST_FIELDS}
+    return {**policy.defaults, **fields_, "policy_options": own_options}
+
+
 def _parse_field(name: str, label: str, value: Any) -> Any:
-    spec = REQUEST_FIELDS[name]
+    spec = option_types()[name]
     parsed = spec.parse(value)
     if parsed is None:
         raise OptionError(f"{label}: must be {spec.describe()}, got {value!r}")
@@ -181,6 +186,7 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
 
     Raises:
         OptionError: unknown key or value out of range.
+        PolicyError: a cache policy from outside the package cannot be used.
     """
     if raw is not None and not isinstance(raw, Mapping):
         raise OptionError(f'additional_config["{SECTION}"]: must be an object, got {raw!r}')
@@ -188,7 +194,7 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
     trace_dir, budget = None, None
     for name, value in (raw or {}).items():
         label = f'additional_config["{SECTION}"]["{name}"]'
-        if name in REQUEST_FIELDS:
+        if name in option_types():
             defaults[name] = _parse_field(name, label, value)
         elif name == "trace_dir":
             if value is not None and not (isinstance(value, str) and value):
@@ -199,8 +205,9 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
             if value is not None and budget is None:
                 raise OptionError(f"{label}: must be {_BUDGET.describe()}, got {value!r}")
         else:
-            valid = ", ".join([*REQUEST_FIELDS, *SERVER_ONLY_FIELDS])
+            valid = ", ".join([*option_types(), *SERVER_ONLY_FIELDS])
             raise OptionError(f"{label}: unknown option; valid options are {valid}")
+    option_types()  # says now, not at the first request, what is wrong with a policy from outside
     options = ServerOptions(defaults, trace_dir, budget)
     options.resolve({})
     return options
@@ -215,12 +222,12 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> dict[str, Any
     parsed: dict[str, Any] = {}
     for key, value in (extra_args or {}).items():
         name = str(key).removeprefix(PREFIX)
-        if not str(key).startswith(PREFIX) or name not in REQUEST_FIELDS:
+        if not str(key).startswith(PREFIX) or name not in option_types():
             hint = f"; {key!r} is set server-wide only" if name in SERVER_ONLY_FIELDS else ""
-            valid = ", ".join(PREFIX + n for n in REQUEST_FIELDS)
+            valid = ", ".join(PREFIX + n for n in option_types())
             raise OptionError(f"{key}: unknown request option{hint}; valid options are {valid}")
         parsed[name] = _parse_field(name, key, value)
     return parsed
 
 
-assert set(REQUEST_FIELDS) == {f.name for f in fields(RequestOptions)}
+assert {*REQUEST_FIELDS, "policy_options"} == {f.name for f in fields(RequestOptions)}

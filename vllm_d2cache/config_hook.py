@@ -48,7 +48,7 @@ class DiffusionConfigHook:
                 model_config.max_model_len,
             )
             model_config.max_model_len = DEFAULT_MAX_MODEL_LEN
-        front_end.install_length_check(frozenset(model_config.architectures))
+        front_end.install_request_check(frozenset(model_config.architectures))
         processors = list(model_config.logits_processors or [])
         if REQUEST_CHECK not in processors:
             model_config.logits_processors = [*processors, REQUEST_CHECK]

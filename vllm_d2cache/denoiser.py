@@ -11,13 +11,21 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vllm_d2cache.canvas import CanvasStates, Request, make_view, positions_to_canvas
+from vllm_d2cache.canvas import CanvasStates, Request, canvas_to_positions, make_view, positions_to_canvas
 from vllm_d2cache.config import SCORES, ServerOptions
 from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.ops.random import uniform
 from vllm_d2cache.ops.row_stats import RowParams, RowStats
 from vllm_d2cache.policies import POLICY_CLASSES, CachePolicy
-from vllm_d2cache.records import CanvasView, FamilyTraits, StepOutcome, StepPlan, StepResult, StepRows
+from vllm_d2cache.records import (
+    CanvasView,
+    FamilyTraits,
+    KeyChoice,
+    StepOutcome,
+    StepPlan,
+    StepResult,
+    StepRows,
+)
 from vllm_d2cache.samplers import choose_commits, ranking_score
 
 
@@ -44,7 +52,9 @@ class Denoiser:
         self.canvas.add(slot, request, prompt, emitted)
         index = torch.tensor([slot], device=self.canvas.device)
         view = self.canvas.view(index, [slot])
-        self._store(self._policy(request.options.policy).first_plan(view), view)
+        policy = self._policy(request.options.policy)
+        policy.start(slot, request.options)
+        self._store(policy.first_plan(view), view)
 
     def remove(self, slot: int) -> None:
         """Forget the request in ``slot``."""
@@ -62,9 +72,12 @@ class Denoiser:
         refresh = canvas.refresh[slots, : view.num_positions] & view.in_text
         observe = canvas.observe[slots, : view.masked.shape[1]]
         computed = positions_to_canvas(refresh, view, self.traits.logit_shift)
-        predicted = computed & view.masked & view.live & (view.in_window | observe)
+        eligible = view.in_window & canvas.eligible[slots, : view.masked.shape[1]]
+        predictable = computed & view.masked & view.live
+        predicted = predictable & (eligible | observe)
 
         counts = refresh.sum(1).tolist()
+        keys, choices = self._visible_keys(view, requests, refresh)
         request, positions = refresh.nonzero(as_tuple=True)
         row_of = refresh.view(-1).cumsum(0).view_as(refresh) - 1  # [R, T] row of each refreshed position
         who, slot = predicted.nonzero(as_tuple=True)
@@ -74,13 +87,39 @@ class Denoiser:
             counts=counts,
             full=[n == r.prompt_len + r.canvas_len for n, r in zip(counts, requests, strict=True)],
             reads_importance=[POLICY_CLASSES[r.options.policy].reads_importance for r in requests],
+            keys=keys,
+            choices=choices,
             positions=positions,
             input_ids=canvas.tokens[slots[request], positions],
             request=request,
+            candidates=predictable & eligible,
             predicted=predicted,
             predicted_index=(who, slot),
             logits_rows=row_of[who, view.prompt_len[who] + slot - self.traits.logit_shift],
         )
+
+    def _visible_keys(
+        self, view: CanvasView, requests: list[Request], refresh: torch.Tensor
+    ) -> tuple[list[torch.Tensor | None], list[KeyChoice | None]]:
+        """StepRows.keys and choices; costs nothing where no request's policy hides keys."""
+        keys: list[torch.Tensor | None] = [None] * len(requests)
+        choices: list[KeyChoice | None] = [None] * len(requests)
+        hiding = [r for r, request in enumerate(requests) if POLICY_CLASSES[request.options.policy].hides_keys]
+        if not hiding:
+            return keys, choices
+        chosen = torch.tensor(hiding, device=self.canvas.device)
+        visible = self.canvas.visible[view.slots[chosen], : view.num_positions] & view.in_text[chosen]
+        numbers = self.canvas.kept[view.slots[chosen]].tolist()
+        window = canvas_to_positions(view.in_window, view)
+        counts = visible.sum(1).tolist()
+        for i, positions in enumerate(visible.nonzero()[:, 1].split(counts)):
+            r, (choose, apply, count, pool) = hiding[i], numbers[i]
+            if choose or apply:
+                queries = window[r][refresh[r]].nonzero().flatten()
+                choices[r] = KeyChoice(bool(choose), positions, queries, count, pool)
+            elif counts[i] < requests[r].prompt_len + requests[r].canvas_len:
+                keys[r] = positions
+        return keys, choices
 
     def row_params(self, rows: StepRows) -> tuple[RowParams, bool, bool]:
         """Sampling parameters of the predicted rows, and whether margins and entropies are wanted."""
@@ -98,7 +137,7 @@ class Denoiser:
         )
         scores = {r.options.score for r in requests}
         params = RowParams(temperature, top_p, top_k.long(), draw, samples, filters)
-        return params, SCORES[1] in scores, SCORES[2] in scores
+        return params, SCORES[1] in scores, SCORES[2] in scores or self._reads_entropy(requests)
 
     def finish(self, rows: StepRows, stats: RowStats, importance: torch.Tensor | None) -> StepResult:
         """Commit, plan the next step, and say what is new.
@@ -114,11 +153,15 @@ class Denoiser:
         token = torch.zeros(view.masked.shape, dtype=torch.int32, device=canvas.device)
         token[who, slot] = stats.token.int()
 
-        candidates = rows.predicted & view.in_window
-        committed = choose_commits(self._with_prior(score, rows), candidates, view.options)
+        committed = choose_commits(self._with_prior(score, rows), rows.candidates, view.options)
         after = self._commit(view, committed, token)
+        entropy = None
+        if self._reads_entropy(self._requests(rows)):
+            assert stats.entropy is not None
+            entropy = torch.zeros(view.masked.shape, device=canvas.device)
+            entropy[who, slot] = stats.entropy
         outcome = StepOutcome(
-            committed, rows.predicted, score, view.window_start, canvas.step[view.slots] == 0, importance
+            committed, rows.predicted, score, view.window_start, canvas.step[view.slots] == 0, importance, entropy
         )
         canvas.step[view.slots] += 1
         self._plan(after, outcome, [r.options.policy for r in self._requests(rows)])
@@ -126,6 +169,10 @@ class Denoiser:
 
     def _requests(self, rows: StepRows) -> list[Request]:
         return [self.canvas.requests[s] for s in rows.slots]
+
+    @staticmethod
+    def _reads_entropy(requests: list[Request]) -> bool:
+        return any(POLICY_CLASSES[r.options.policy].reads_entropy for r in requests)
 
     def _with_prior(self, score: torch.Tensor, rows: StepRows) -> torch.Tensor:
         """Score times certainty density where a request asks for the prior (section 2, step 6)."""
@@ -175,6 +222,11 @@ class Denoiser:
     def _store(self, plan: StepPlan, view: CanvasView) -> None:
         self.canvas.refresh[view.slots, : plan.refresh.shape[1]] = plan.refresh
         self.canvas.observe[view.slots, : plan.observe.shape[1]] = plan.observe
+        eligible = True if plan.candidates is None else plan.candidates
+        self.canvas.eligible[view.slots, : plan.observe.shape[1]] = eligible
+        if plan.visible is not None:
+            self.canvas.visible[view.slots, : plan.visible.shape[1]] = plan.visible
+            self.canvas.kept[view.slots] = 0 if plan.kept is None else torch.stack([x.long() for x in plan.kept], 1)
 
     def _emit(self, view: CanvasView, committed: torch.Tensor) -> StepResult:
         """Hand out the newly contiguous tokens from the left."""

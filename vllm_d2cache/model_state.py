@@ -23,6 +23,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_d2cache.attention.backend import D2CacheMetadata
 from vllm_d2cache.attention.capture import ImportanceCapture, MapPool, TensorParallel
+from vllm_d2cache.attention.eviction import KeptBySlot, LayerKeys
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
 from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
@@ -52,6 +53,7 @@ class D2CacheModelState(ModelState):
         self._pool = MapPool()
         size = vllm_config.parallel_config.tensor_parallel_size
         self._tensor_parallel = TensorParallel(size, tensor_model_parallel_all_reduce) if size > 1 else None
+        self._kept_keys: KeptBySlot = {}
         self._slots: dict[str, int] = {}
         self._first_block: dict[int, int] = {}
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
@@ -98,6 +100,7 @@ class D2CacheModelState(ModelState):
             if self.tracer:
                 self.tracer.finish(slot, "abort")
             self._unsettled.pop(slot, None)
+            self._kept_keys.pop(slot, None)
             self.denoiser.remove(slot)
 
     def preprocess_state(
@@ -147,11 +150,15 @@ class D2CacheModelState(ModelState):
             table,
             [self._first_block[s] for s in rows.slots],
             slots,
+            rows.keys,
         )
         self.capture = ImportanceCapture(
             layout, rows.reads_importance, rows.positions, self._pool, self._tensor_parallel
         )
-        metadata = D2CacheMetadata(layout, self.capture)
+        layer_keys = None
+        if any(rows.choices):
+            layer_keys = LayerKeys(layout, rows.choices, rows.slots, self._kept_keys, self._tensor_parallel)
+        metadata = D2CacheMetadata(layout, self.capture, layer_keys)
         return dict.fromkeys((name for g in kv_cache_config.kv_cache_groups for name in g.layer_names), metadata)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:

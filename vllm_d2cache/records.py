@@ -108,6 +108,7 @@ class StepOutcome:
     window_start: torch.Tensor  # [R] int64, the window in which this step committed
     first: torch.Tensor  # [R] bool, the request's first step
     importance: torch.Tensor | None  # [R, T] float32, attention rollout; None where no policy reads it
+    entropy: torch.Tensor | None = None  # [R, G] float32, nats, 0 where not predicted; None where no policy reads it
 
     def select(self, rows: torch.Tensor) -> StepOutcome:
         """The outcome of some rows only."""
@@ -118,7 +119,28 @@ class StepOutcome:
             self.window_start[rows],
             self.first[rows],
             None if self.importance is None else self.importance[rows],
+            None if self.entropy is None else self.entropy[rows],
         )
+
+
+class KeptKeys(NamedTuple):
+    """Keys beyond the visible ones, another set in each layer; each [R]. A request may choose them once in a while."""
+
+    choose: torch.Tensor  # bool, the step attends to everything, and each layer chooses of what is not visible
+    apply: torch.Tensor  # bool, the step attends to the visible positions and to those its layer has chosen
+    count: torch.Tensor  # int64, how many a layer chooses: by their scores under the window's mean query
+    pool: torch.Tensor  # int64, width of the neighbourhood whose best score counts (ops/key_choice.py)
+
+
+@dataclass(frozen=True)
+class KeyChoice:
+    """KeptKeys of one request, as the layers need it."""
+
+    choose: bool  # else apply
+    visible: torch.Tensor  # [n] int64, ascending positions that every layer sees
+    queries: torch.Tensor  # [b] int64, the window's rows, as indices into the request's rows
+    count: int
+    pool: int
 
 
 @dataclass(frozen=True)
@@ -127,6 +149,11 @@ class StepPlan:
 
     refresh: torch.Tensor  # [R, T] bool, positions whose K and V are recomputed
     observe: torch.Tensor  # [R, G] bool, slots whose statistics the policy wants besides the window's
+    candidates: torch.Tensor | None = None  # [R, G] bool, slots that may be committed; None = all of the window
+    # [R, T] bool, keys that the rows attend to: each must have been refreshed in this step or an earlier one. Of
+    # policies with ``hides_keys``; None = all.
+    visible: torch.Tensor | None = None
+    kept: KeptKeys | None = None  # of policies with ``hides_keys`` whose key sets differ between layers
 
 
 @dataclass(frozen=True)
@@ -138,9 +165,12 @@ class StepRows:
     counts: list[int]  # rows of each request
     full: list[bool]  # every position of the request is refreshed
     reads_importance: list[bool]  # the request's policy wants the attention rollout
+    keys: list[torch.Tensor | None]  # of each request: [n] int64 ascending positions its rows attend to; None = all
+    choices: list[KeyChoice | None]  # of each request whose keys differ from layer to layer
     positions: torch.Tensor  # [N] int64, absolute
     input_ids: torch.Tensor  # [N] int32
     request: torch.Tensor  # [N] int64, row of the batch each belongs to
+    candidates: torch.Tensor  # [R, G] bool, slots that may be committed
     predicted: torch.Tensor  # [R, G] bool, slots whose statistics are taken
     predicted_index: tuple[torch.Tensor, torch.Tensor]  # [n] request and [n] slot of each predicted slot, row-major
     logits_rows: torch.Tensor  # [n] int64 into N, one for each predicted slot

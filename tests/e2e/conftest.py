@@ -93,6 +93,15 @@ OPTIONS: list[dict[str, Any]] = [
     {"window": 7, "tokens_per_step": 3, "score": "margin"},
     {"score": "entropy", "rollout_p": 0.5, "inflate_w": 3},
     {"sigma": 0, "current_k": 8, "rollout_p": 0.02, "confidence_top_p": 0.9},
+    {"policy": "prefix", "window": 7},
+    {"policy": "dual", "window": 8, "threshold": 0.2},
+    {"policy": "dkv", "window": 8, "cache_steps": 3},
+    {"policy": "dkv", "dkv_variant": "pd", "cache_steps": 4, "tokens_per_step": 2},
+    {"policy": "vicinity", "window": 8, "prefix_look": 3, "after_look": 5, "warmup_steps": 1},
+    {"policy": "window_diffusion", "outer_window": 9, "inner_window": 4, "phase_steps": 5},
+    {"policy": "streaming", "window": 8, "suffix_window": 6, "tokens_per_step": 2},
+    {"policy": "sparse_dllm", "window": 8, "keep_ratio": 0.3},
+    {"policy": "entropy", "entropy_tau": 3.0, "entropy_k": 3, "score": "entropy"},
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -90,6 +90,30 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: fl
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
     return {"rtol": 2e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.03}
+
+
+@pytest.mark.parametrize("heads", [(8, 2), (4, 4)], ids=["gqa", "mha"])
+@pytest.mark.parametrize("consecutive", [True, False], ids=["consecutive", "scattered"])
+def test_rows_attend_to_the_keys_that_are_named(consecutive: bool, heads: tuple[int, int]) -> None:
+    counts, lengths = [5, 63, 20, 7], [63, 63, 129, 129]
+    paged = make_paged(counts, lengths, heads[1], consecutive=consecutive)
+    named = [torch.arange(63), None, torch.randperm(129)[:40].sort().values, torch.tensor([128])]
+    layout = replace(paged.layout, keys=named)
+    # What is not named may hold anything.
+    hidden = torch.ones(129, dtype=torch.bool)
+    hidden[named[2]] = False
+    where = slots_of(layout.block_table, 2, hidden.nonzero().flatten(), 16)
+    poison = torch.full((len(where), heads[1], HEAD), torch.nan)
+    write_kv(paged.cache, poison, poison, where)
+    query = torch.randn(sum(counts), heads[0], HEAD)
+    output = torch.full_like(query, torch.nan)
+    paged_attention(query, paged.cache, layout, 0.3, output, [None] * 4)
+    offset = 0
+    for r, n in enumerate(counts):
+        keys = slice(None) if named[r] is None else named[r]
+        want, _ = dense_attention(query[offset : offset + n], paged.keys[r][keys], paged.values[r][keys], 0.3)
+        torch.testing.assert_close(output[offset : offset + n].double(), want, **tolerance(torch.float32))
+        offset += n
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from vllm_d2cache.records import KeyChoice
+
 
 class DenseModel:
     """One request's forward passes: fresh rows attend to all T positions of the dense cache.
@@ -33,6 +35,9 @@ class DenseModel:
         self.head_dim = self.width // self.heads
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
+        self.visible: torch.Tensor | None = None  # positions the next rows attend to; None = all
+        self.choice: KeyChoice | None = None  # of the next rows, where layers differ in their keys
+        self.kept: dict[int, list[int]] = {}  # layer -> positions it has chosen
 
     @staticmethod
     def common_name(name: str) -> str:
@@ -56,8 +61,9 @@ class DenseModel:
             v = self._linear(x, f"{i}.v").view(-1, self.kv_heads, self.head_dim)
             self.keys[i][positions], self.values[i][positions] = k, v
             group = self.heads // self.kv_heads
-            keys = self.keys[i].repeat_interleave(group, 1)
-            values = self.values[i].repeat_interleave(group, 1)
+            seen = self._seen(i, q)
+            keys = self.keys[i][seen].repeat_interleave(group, 1)
+            values = self.values[i][seen].repeat_interleave(group, 1)
             weights = (torch.einsum("qhd,thd->hqt", q, keys) * self.head_dim**-0.5).softmax(-1)
             maps.append(weights.mean(0))
             out = torch.einsum("hqt,thd->qhd", weights, values).reshape(len(ids), -1)
@@ -66,6 +72,26 @@ class DenseModel:
             gate = torch.nn.functional.silu(self._linear(x, f"{i}.gate"))
             h = h + self._linear(gate * self._linear(x, f"{i}.up"), f"{i}.down")
         return self._norm(h, "norm"), maps
+
+    def _seen(self, layer: int, q: torch.Tensor) -> torch.Tensor | slice:
+        """Positions the layer's rows attend to. rivals.md, section 2, in loops."""
+        if self.choice is None:
+            return slice(None) if self.visible is None else self.visible
+        always = self.choice.visible.tolist()
+        if not self.choice.choose:
+            return torch.tensor(sorted(always + self.kept[layer]))
+        group = self.heads // self.kv_heads
+        outside = [j for j in range(len(self.keys[layer])) if j not in always]
+        mean = q[self.choice.queries].mean(0)
+        score = [
+            float(sum(mean[h] @ self.keys[layer][j, h // group] for h in range(self.heads)) / self.heads)
+            for j in outside
+        ]
+        left, right = (self.choice.pool - 1) // 2, self.choice.pool // 2
+        best = [max(score[max(0, n - left) : n + right + 1]) for n in range(len(score))]
+        order = sorted(range(len(outside)), key=lambda n: (-best[n], n))
+        self.kept[layer] = [outside[n] for n in order[: self.choice.count]]
+        return slice(None)
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, d] -> [n, vocab] logits."""

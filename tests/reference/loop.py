@@ -72,11 +72,13 @@ def _step(denoiser: Denoiser, models: list[DenseModel], jobs: list[Job], running
     offset = 0
     for r, (i, count) in enumerate(zip(running, rows.counts, strict=True)):
         positions = rows.positions[offset : offset + count]
+        models[i].visible, models[i].choice = rows.keys[r], rows.choices[r]
         out, maps = models[i].forward(rows.input_ids[offset : offset + count].long(), positions)
         hidden.append(out)
-        layers = [push_back_map(m) for m in reversed(maps)]
-        total = len(jobs[i].prompt) + jobs[i].canvas_length
-        importance[r, :total] = rollout(layers, positions, total)
+        if rows.reads_importance[r]:
+            layers = [push_back_map(m) for m in reversed(maps)]
+            total = len(jobs[i].prompt) + jobs[i].canvas_length
+            importance[r, :total] = rollout(layers, positions, total)
         offset += count
     params, margin, entropy = denoiser.row_params(rows)
     selected = torch.cat(hidden)[rows.logits_rows]

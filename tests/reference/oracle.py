@@ -33,9 +33,18 @@ def case_names(family: str = "llada") -> list[str]:
         if kwargs["strategy"] != "vanilla" or not set(kwargs) <= known:
             continue
         # Without the repair the search window is a different one by design (docs/architecture.md).
-        if cache is None or (cache["kind"] == "d2cache" and "block_mask" in raw["repairs"]):
+        repaired = cache is not None and cache["kind"] == "d2cache" and "block_mask" in raw["repairs"]
+        if cache is None or cache["kind"] == "prefix" or repaired:
             names.append(path.stem)
     return names
+
+
+def _policy(cache: dict[str, Any] | None) -> str:
+    if cache is None:
+        return "full"
+    if cache["kind"] == "prefix":
+        return "dual" if cache["use_dual"] else "prefix"
+    return cache["kind"]
 
 
 def load_case(name: str) -> OracleCase:
@@ -44,7 +53,7 @@ def load_case(name: str) -> OracleCase:
     kwargs, cache = raw["generate_kwargs"], raw["cache"]
     length = kwargs["gen_length"]
     options: dict[str, Any] = {
-        "policy": "d2cache" if cache else "full",
+        "policy": _policy(cache),
         "window": kwargs.get("block_length", length) % length,
         "sigma": kwargs.get("sigma", 0.0) or 0.0,
         "score": _ALG[kwargs.get("alg", "maskgit_plus")],
@@ -52,7 +61,7 @@ def load_case(name: str) -> OracleCase:
         "factor": kwargs.get("factor", 0.0) or 0.0,
         "confidence_top_p": kwargs.get("top_p", 1.0) or 1.0,
     }
-    if cache:
+    if cache and cache["kind"] == "d2cache":
         options |= {
             "current_k": cache["current_k"],
             "rollout_p": cache["rollout_p"],

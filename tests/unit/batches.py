@@ -30,6 +30,8 @@ class Step:
     committed: list[tuple[int, int]]  # slot, token
     emitted: list[int]
     masked: list[int]  # slots still masked afterwards
+    keys: list[int] | None = None  # positions the rows attended to; None = all
+    choice: tuple[bool, int, int] | None = None  # whether layers chose their keys, or had; how many; pooling
 
 
 @dataclass
@@ -147,7 +149,11 @@ class Batch:
             predicted = rows.predicted[r].nonzero().flatten().tolist()
             masked = result.masked[r].nonzero().flatten().tolist()
             window = range(start, min(start + length, job.canvas_length))
-            job.steps.append(Step(positions, rows.full[r], predicted, window, committed, emitted, masked))
+            visible = rows.keys[r]
+            keys = None if visible is None else visible.tolist()
+            chosen = rows.choices[r]
+            choice = None if chosen is None else (chosen.choose, chosen.count, chosen.pool)
+            job.steps.append(Step(positions, rows.full[r], predicted, window, committed, emitted, masked, keys, choice))
             job.output += emitted
 
 

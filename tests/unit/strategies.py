@@ -19,25 +19,62 @@ RULES: list[dict[str, Any]] = [
     {"factor": 3.0},
 ]
 
-options = st.builds(
-    lambda rule, rest: {**rule, **rest},
-    st.sampled_from(RULES),
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "policy": st.sampled_from(["d2cache", "full"]),
-            "window": st.sampled_from([0, 1, 3, 8, 100]),
-            "score": st.sampled_from(["confidence", "margin", "entropy"]),
-            "sigma": st.sampled_from([0, 0.5, 3, 10]),
-            "selection_sigma": st.sampled_from([0, 0.5, 3, 10]),
-            "current_k": st.sampled_from([1, 2, 5, 32]),
-            "rollout_p": st.sampled_from([0, 0.05, 0.3, 0.99, 1]),
-            "inflate_w": st.sampled_from([0, 1, 2, 4, 50]),
-            "confidence_memory": st.sampled_from(["first", "latest"]),
-            "confidence_top_p": st.sampled_from([0.5, 0.9, 1.0]),
-        },
-    ),
-)
+DECODING = {
+    "window": st.sampled_from([0, 1, 3, 8, 100]),
+    "score": st.sampled_from(["confidence", "margin", "entropy"]),
+    "sigma": st.sampled_from([0, 0.5, 3, 10]),
+    "confidence_top_p": st.sampled_from([0.5, 0.9, 1.0]),
+}
+
+# The options of each policy's own.
+POLICIES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "d2cache": {
+        "selection_sigma": st.sampled_from([0, 0.5, 3, 10]),
+        "current_k": st.sampled_from([1, 2, 5, 32]),
+        "rollout_p": st.sampled_from([0, 0.05, 0.3, 0.99, 1]),
+        "inflate_w": st.sampled_from([0, 1, 2, 4, 50]),
+        "confidence_memory": st.sampled_from(["first", "latest"]),
+    },
+    "full": {},
+    "prefix": {},
+    "dual": {},
+    "dkv": {
+        "dkv_variant": st.sampled_from(["decode", "prefill", "pd"]),
+        "cache_steps": st.sampled_from([1, 2, 3, 8, 10**30]),
+    },
+    "vicinity": {
+        "prefix_look": st.sampled_from([0, 1, 5, 10**30]),
+        "after_look": st.sampled_from([0, 1, 5, 10**30]),
+        "warmup_steps": st.sampled_from([0, 1, 4]),
+        "cache_update_freq": st.sampled_from([0, 1, 3]),
+    },
+    "entropy": {
+        "entropy_tau": st.sampled_from([0, 0.5, 1.5, 1e300]),
+        "entropy_k": st.sampled_from([0, 1, 4, 10**30]),
+    },
+    "window_diffusion": {
+        "outer_window": st.sampled_from([1, 2, 6, 10**30]),
+        "inner_window": st.sampled_from([1, 2, 4, 10**30]),
+        "phase_steps": st.sampled_from([1, 2, 5, 10**30]),
+    },
+    "sparse_dllm": {
+        "keep_ratio": st.sampled_from([0, 0.3, 0.5, 1]),
+        "kernel_size": st.sampled_from([1, 2, 3, 10**30]),
+    },
+    "streaming": {"suffix_window": st.sampled_from([0, 1, 5, 10**30])},
+}
+
+
+def options_of(policy: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Options of a request for ``policy``, which it names but for the default one."""
+    return st.builds(
+        lambda rule, rest: {**({} if policy == "d2cache" else {"policy": policy}), **rule, **rest},
+        st.sampled_from(RULES),
+        st.fixed_dictionaries({}, optional={**DECODING, **POLICIES[policy]}),
+    )
+
+
+options = st.one_of([options_of(policy) for policy in POLICIES])
 
 samplings = st.builds(
     SamplingSpec,
@@ -50,7 +87,7 @@ samplings = st.builds(
 
 def jobs(policy: str | None = None, stops: bool = False) -> st.SearchStrategy[FakeJob]:
     """Requests of up to 40 positions; prompts may hold literal mask ids."""
-    chosen = options if policy is None else options.map(lambda o: {**o, "policy": policy})
+    chosen = options if policy is None else options_of(policy)
     sampling = samplings
     if stops:
         ids = st.lists(st.sampled_from([t for t in range(VOCAB) if t != MASK]), min_size=1, max_size=3, unique=True)

@@ -15,23 +15,26 @@ PACKAGE = Path(__file__).resolve().parents[2] / "vllm_d2cache"
 # Module or folder -> what of the package it may import at module level.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "records": (),
-    "config": (),
+    "option_types": (),
+    "policy_registry": ("option_types",),
+    "config": ("option_types", "policy_registry"),
     "generation_defaults": (),
     "ops": (),
     "compat": ("config", "generation_defaults"),
     "canvas": ("records", "config"),
     "samplers": ("records", "config", "ops"),
-    "policies": ("records", "config", "ops", "canvas"),
+    "policies": ("option_types", "policy_registry", "records", "config", "ops", "canvas"),
     "denoiser": ("records", "config", "ops", "canvas", "policies", "samplers"),
     "trace": ("records", "canvas"),
     "attention.capture": ("ops",),
-    "attention": ("ops", "attention.capture"),
+    "attention.eviction": ("records", "ops", "attention.capture"),
+    "attention": ("ops", "attention.capture", "attention.eviction"),
     "request_check": ("config",),
     "scheduler": ("config", "policies", "compat"),
     "runner_sampler": ("ops",),
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "trace",
-        "attention", "attention.capture", "runner_sampler", "compat",
+        "attention", "attention.capture", "attention.eviction", "runner_sampler", "compat",
     ),
     "models": ("records", "attention"),
     "config_hook": ("config", "compat", "generation_defaults"),
@@ -39,8 +42,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "__init__": (),
 }  # fmt: skip
 PURE = (
-    "records", "config", "generation_defaults", "ops", "canvas", "samplers", "policies", "denoiser", "trace",
-    "attention.capture",
+    "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
+    "policies", "denoiser", "trace", "attention.capture", "attention.eviction",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

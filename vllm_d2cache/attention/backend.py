@@ -17,6 +17,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_d2cache.attention.capture import ImportanceCapture
+from vllm_d2cache.attention.eviction import LayerKeys
 from vllm_d2cache.ops.paged_attention import PagedLayout, paged_attention, write_kv
 
 
@@ -26,6 +27,7 @@ class D2CacheMetadata(AttentionMetadata):
 
     layout: PagedLayout
     capture: ImportanceCapture
+    layer_keys: LayerKeys | None = None  # where the keys of some request differ from layer to layer
 
 
 class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
@@ -78,6 +80,8 @@ class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
             return output.zero_()
         layout = attn_metadata.layout
         write_kv(kv_cache, key, value, layout.slots)
+        if attn_metadata.layer_keys is not None:
+            layout = attn_metadata.layer_keys.start_layer(query, kv_cache)
         maps = attn_metadata.capture.start_layer(query, kv_cache, self.scale)
         paged_attention(query, kv_cache, layout, self.scale, output, maps)
         return output

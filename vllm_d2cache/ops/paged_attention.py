@@ -26,6 +26,8 @@ class PagedLayout:
     block_table: torch.Tensor  # [R, blocks] int, KV block ids
     first_block: list[int]  # id of a request's first block if its blocks are consecutive, else -1
     slots: torch.Tensor  # [N] int64, flat KV slot of each query row; -1 for a padding row
+    # Of each request: [n] int64 positions its rows attend to, None = all of them. The default is None for everyone.
+    keys: list[torch.Tensor | None] | None = None
 
 
 def write_kv(kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
@@ -75,14 +77,15 @@ def paged_attention(
     output: torch.Tensor,
     maps: list[torch.Tensor | None],
 ) -> None:
-    """Attend from every query row to all T positions of its request.
+    """Attend from every query row to all T positions of its request, or to those the layout names.
 
     Args:
         query: [N, heads, head size].
         kv_cache: [blocks, kv heads, block size, 2 * head size].
         scale: of the logits.
         output: [N, heads, head size], written.
-        maps: one for each request: float32 [rows, T], written with the mean probability over heads, or None.
+        maps: one for each request: float32 [rows, T], written with the mean probability over heads, or None. A request
+            that attends to a part of its positions has none.
     """
     offset = 0
     for r, count in enumerate(layout.counts):
@@ -91,6 +94,10 @@ def paged_attention(
         if count == 0:
             continue
         key, value = read_kv(kv_cache, layout, r)
+        visible = layout.keys[r] if layout.keys else None
+        if visible is not None:
+            assert maps[r] is None
+            key, value = key[:, visible], value[:, visible]
         q = query[rows].transpose(0, 1)  # [heads, n, D]
         destination = output[rows].transpose(0, 1)
         target = maps[r]

@@ -7,11 +7,12 @@ stands alone (no top-up, no batch-wide maxima), and the search window goes by th
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 
 from vllm_d2cache.canvas import canvas_to_positions, positions_to_canvas
-from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.config import REQUEST_FIELDS, RequestOptions
 from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.policies.base import CachePolicy
 from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
@@ -24,6 +25,10 @@ class D2CachePolicy(CachePolicy):
     """Certainty density chooses masked positions, attention rollout chooses the rest."""
 
     name = "d2cache"
+    options: ClassVar = {
+        name: REQUEST_FIELDS[name]
+        for name in ("selection_sigma", "current_k", "rollout_p", "inflate_w", "confidence_memory")
+    }
     reads_importance = True
 
     def __init__(

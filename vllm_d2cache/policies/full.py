@@ -10,9 +10,13 @@ from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
 
 
 class FullPolicy(CachePolicy):
-    """Recomputes everything; reads nothing."""
+    """Recomputes everything; reads nothing.
+
+    The yardstick: a request is compared with it by changing its policy alone, the options of the other one stay.
+    """
 
     name = "full"
+    takes_all_options = True
 
     @staticmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:

@@ -1,0 +1,61 @@
+"""Every cache policy through the engine: as in the plain reference, and without costs it did not ask for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.conftest import OPTIONS, Engine
+from tests.reference.llada import DenseLlada
+from tests.reference.loop import Job, run_jobs
+from tests.reference.oracle import ORACLE
+from vllm_d2cache.attention import capture
+from vllm_d2cache.policies import POLICY_CLASSES
+
+pytestmark = [pytest.mark.vllm, pytest.mark.engine]
+
+
+def request(options: dict[str, Any], seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(0, 360, (20 + 7 * seed,), generator=generator).tolist()
+    return {"prompt": prompt, "max_tokens": 24, "options": options}
+
+
+def test_every_policy_is_among_the_engine_tests() -> None:
+    assert {options.get("policy", "d2cache") for options in OPTIONS} == set(POLICY_CLASSES)
+
+
+def test_one_batch_of_all_policies_as_in_the_reference(engine: Engine) -> None:
+    requests = [request(options, seed) for seed, options in enumerate(OPTIONS)]
+    for wanted, (tokens, trace) in zip(requests, engine.run(requests), strict=True):
+        job = Job(wanted["prompt"], wanted["max_tokens"], wanted["options"])
+        run_jobs([DenseLlada(ORACLE / "llada")], [job])
+        steps = [(line["refreshed"], [tuple(pair) for pair in line["committed"]]) for line in trace[1:-1]]
+        for number, (got, want) in enumerate(zip(steps, job.steps, strict=True)):
+            assert got == want, f"{wanted['options']}, step {number}"
+        assert tokens == job.output, wanted["options"]
+
+
+def test_attention_maps_are_taken_for_those_who_read_them(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    elements: list[int] = []
+    rollouts: list[int] = []
+    take, rollout = capture.MapPool.take, capture.rollout
+
+    def counted_take(self: Any, layer: int, shapes: list[tuple[int, int]], device: torch.device) -> Any:
+        elements.append(sum(n * t for n, t in shapes))
+        return take(self, layer, shapes, device)
+
+    def counted_rollout(layers: Any, rows: torch.Tensor, length: int) -> torch.Tensor:
+        rollouts.append(length)
+        return rollout(layers, rows, length)
+
+    monkeypatch.setattr(capture.MapPool, "take", counted_take)
+    monkeypatch.setattr(capture, "rollout", counted_rollout)
+    frugal = [options for options in OPTIONS if not POLICY_CLASSES[options.get("policy", "d2cache")].reads_importance]
+    engine.run([request(options, seed) for seed, options in enumerate(frugal)])
+    assert (sum(elements), rollouts) == (0, [])
+    ((_, trace), _) = engine.run([request({"current_k": 1}, 0), request({"policy": "dual"}, 5)])
+    assert sum(elements) > 0
+    assert rollouts == [44] * len(trace[1:-1]), "one a step of the request that reads it, of its length"

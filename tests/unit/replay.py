@@ -1,0 +1,71 @@
+"""Requests through the real Denoiser with every commit decided beforehand: shows what a policy makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_d2cache.canvas import Request
+from vllm_d2cache.config import ServerOptions
+from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.ops.row_stats import RowStats
+from vllm_d2cache.records import FamilyTraits, KeyChoice, SamplingSpec
+
+MASK = 370
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What the network was asked for in one step; lists are ascending."""
+
+    refreshed: list[int]  # positions
+    candidates: list[int]  # slots that could be committed
+    keys: list[int] | None  # positions the rows attend to; None = all
+    choice: KeyChoice | None
+
+
+def replay(
+    options: dict[str, Any],
+    prompt_len: int,
+    canvas_len: int,
+    moves: Sequence[dict[int, int]],
+    shift: int = 0,
+    entropies: Sequence[float] | None = None,
+) -> list[Replayed]:
+    """Run a request whose step i commits ``moves[i]``: slot -> token.
+
+    Args:
+        options: by plain name.
+        shift: logit shift of the family.
+        entropies: of every row in step i, in nats.
+    """
+    # A threshold between the two confidences below commits exactly what is asked for.
+    chosen = ServerOptions({}).resolve({"sigma": 0.0, "threshold": 0.5, **options})
+    traits = FamilyTraits(MASK, shift)
+    denoiser = Denoiser(3, prompt_len + canvas_len + 2, torch.device("cpu"), traits, ServerOptions({}))
+    denoiser.add(1, Request("r", prompt_len, canvas_len, chosen, SamplingSpec()), np.ones(prompt_len, dtype=np.int64))
+    steps = []
+    for i, move in enumerate(moves):
+        rows = denoiser.begin(torch.tensor([1]), [1])
+        slots = rows.predicted_index[1]
+        wanted = torch.tensor([int(s) in move for s in slots])
+        token = torch.tensor([move.get(int(s), 0) for s in slots])
+        entropy = None if entropies is None else torch.full(slots.shape, entropies[i])
+        result = denoiser.finish(rows, RowStats(token, wanted.float(), None, entropy), None)
+        got = result.committed[0].nonzero().flatten().tolist()
+        assert got == sorted(move), f"step {i} cannot commit {sorted(move)}: candidates are {slots.tolist()}"
+        candidates = rows.candidates[0].nonzero().flatten().tolist()
+        keys = rows.keys[0]
+        steps.append(
+            Replayed(rows.positions.tolist(), candidates, None if keys is None else keys.tolist(), rows.choices[0])
+        )
+    return steps
+
+
+def one_by_one(*slots: int) -> list[dict[int, int]]:
+    """Moves that commit one slot a step."""
+    return [{slot: 7} for slot in slots]

@@ -1,0 +1,73 @@
+"""EntropyCache: the uncertainty of the tokens just committed says whether the cache is still good.
+
+rivals.md, section 7. No code has been published; docs/policies.md has what had to be chosen.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from vllm_d2cache.canvas import canvas_to_positions
+from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.option_types import Number
+from vllm_d2cache.policies.base import CachePolicy, nothing
+from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
+
+
+class EntropyPolicy(CachePolicy):
+    """Everything after a commit of entropy above ``entropy_tau``, else the window's masks and the latest commits.
+
+    The latest commits are the ``entropy_k`` last ones in the order of commitment, and all of the last step's, so that
+    no token keeps the K and V of its mask.
+    """
+
+    name = "entropy"
+    options: ClassVar = {
+        "entropy_tau": Number(float, 0, note="nats", default=1.0),
+        "entropy_k": Number(int, 0, note="tokens", default=8),
+    }
+    defaults: ClassVar = {"window": 32, "sigma": 0.0}
+    reads_entropy = True
+
+    def __init__(
+        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
+    ) -> None:
+        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
+        self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # number of the step under way, from 1
+        # By canvas slot: the number of the step that committed it, 0 for none.
+        self.committed_in = torch.zeros(num_slots, max_len, dtype=torch.int64, device=device)
+
+    @staticmethod
+    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
+        """All positions, after an uncertain commit; a refresh budget does not apply."""
+        return prompt_len + canvas_len
+
+    def first_plan(self, view: CanvasView) -> StepPlan:
+        """Everything."""
+        self.step[view.slots] = 1
+        self.committed_in[view.slots] = 0
+        return super().first_plan(view)
+
+    def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
+        """Everything after an uncertain commit, else what has changed of late."""
+        assert outcome.entropy is not None
+        entropy = outcome.entropy.masked_fill(~outcome.committed, 0.0).amax(1)
+        uncertain = entropy > self.option("entropy_tau", view)
+        masked = view.masked & view.in_window
+        latest = canvas_to_positions(self._latest(view, outcome), view)
+        partial = canvas_to_positions(masked, view) | self.read_from(masked, view) | latest
+        return StepPlan(torch.where(uncertain.unsqueeze(1), view.in_text, partial), nothing(view))
+
+    def _latest(self, view: CanvasView, outcome: StepOutcome) -> torch.Tensor:
+        """[R, G] bool: the last commits. Ties in the order of commitment go to the lower slot."""
+        width = view.masked.shape[1]
+        step = self.step[view.slots].unsqueeze(1)
+        when = torch.where(outcome.committed, step, self.committed_in[view.slots, :width])
+        self.committed_in[view.slots, :width] = when
+        self.step[view.slots] += 1
+        index = when.argsort(dim=1, descending=True, stable=True)
+        first_k = (view.slot_index < self.option("entropy_k", view).unsqueeze(1)).expand_as(index)
+        recent = torch.zeros_like(outcome.committed).scatter_(1, index, first_k)
+        return (recent & (when > 0)) | outcome.committed
