@@ -20,6 +20,15 @@ POLICIES = ("d2cache", "full")
 SCORES = ("confidence", "margin", "entropy")
 CONFIDENCE_MEMORIES = ("first", "latest")
 
+# Decoder -> the options that only some decoders read. A request that names one its decoder does not read is refused.
+DECODER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "confidence": ("threshold", "factor", "score"),
+    "eb": ("gamma", "score"),
+}
+DECODERS = tuple(DECODER_OPTIONS)
+# Commit as many tokens as their rule allows, with or without a threshold.
+_PARALLEL_DECODERS = ("eb",)
+
 # Canvas length of a request that names no max_tokens (the published gen_length of most tasks).
 DEFAULT_CANVAS_LENGTH = 256
 
@@ -83,6 +92,8 @@ REQUEST_FIELDS: dict[str, _Number | _Choice] = {
     "inflate_w": _Number(int, 0),
     "confidence_memory": _Choice(CONFIDENCE_MEMORIES),
     "confidence_top_p": _Number(float, 0, 1, open_low=True, note="1 = off"),
+    "decoder": _Choice(DECODERS),
+    "gamma": _Number(float, 0, note="nats"),
 }
 SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget")
 _BUDGET = _Number(int, 1, note="rows per request and step")
@@ -107,6 +118,8 @@ class RequestOptions:
         confidence_memory: ``first`` ranks masked positions by their confidence in the first step, as published;
             ``latest`` by their most recent one, as the paper describes (section 3.7).
         confidence_top_p: nucleus filter on the vocabulary before confidences are taken; 1 = off.
+        decoder: which rule commits tokens, one of :data:`DECODERS` (docs/decoders.md).
+        gamma: eb: entropy, in nats, that the tokens of a step may have besides the largest.
     """
 
     policy: str = "d2cache"
@@ -122,11 +135,13 @@ class RequestOptions:
     inflate_w: int = 0
     confidence_memory: str = "first"
     confidence_top_p: float = 1.0
+    decoder: str = "confidence"
+    gamma: float = 0.001
 
     @property
     def commits_many(self) -> bool:
         """Whether a step may commit more than ``tokens_per_step`` tokens."""
-        return self.threshold > 0 or self.factor > 0
+        return self.threshold > 0 or self.factor > 0 or self.decoder in _PARALLEL_DECODERS
 
     def window_length(self, canvas_length: int) -> int:
         """Window length in positions for a canvas of ``canvas_length``."""
@@ -159,13 +174,33 @@ class ServerOptions:
             if request.get(name, 0) > 0 and other not in request:
                 chosen.pop(other, None)
         chosen.update(request)
+        chosen = _without_other_decoders(chosen, request)
         if chosen.get("threshold", 0) > 0 and chosen.get("factor", 0) > 0:
             raise OptionError(
                 "threshold and factor are alternatives: give one (in a request d2cache_threshold or d2cache_factor)"
             )
-        if chosen.get("threshold", 0) > 0 or chosen.get("factor", 0) > 0:
+        if RequestOptions(**chosen).commits_many:
             chosen = {**_PARALLEL_DEFAULTS, **chosen}
         return RequestOptions(**chosen)
+
+
+def _without_other_decoders(chosen: dict[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    """``chosen`` without options its decoder does not read; the server may have set them for other requests.
+
+    Raises:
+        OptionError: the request itself names one.
+    """
+    decoder = chosen.get("decoder", RequestOptions.decoder)
+    read = DECODER_OPTIONS[decoder]
+    foreign = {name for names in DECODER_OPTIONS.values() for name in names} - set(read)
+    for name in request:
+        if name in foreign:
+            owners = ", ".join(repr(d) for d, names in DECODER_OPTIONS.items() if name in names)
+            raise OptionError(
+                f"{PREFIX}{name}: not an option of {PREFIX}decoder {decoder!r}, whose own options are "
+                f"{', '.join(PREFIX + n for n in read)}; decoders that read it are {owners}"
+            )
+    return {name: value for name, value in chosen.items() if name not in foreign}
 
 
 def _parse_field(name: str, label: str, value: Any) -> Any:

@@ -6,7 +6,7 @@ the next plans, and the tokens to emit. In between the caller runs the network o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ from vllm_d2cache.canvas import CanvasStates, Request, make_view, positions_to_c
 from vllm_d2cache.config import SCORES, ServerOptions
 from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.ops.random import uniform
-from vllm_d2cache.ops.row_stats import RowParams, RowStats
+from vllm_d2cache.ops.row_stats import RowParams, RowStats, row_stats
 from vllm_d2cache.policies import POLICY_CLASSES, CachePolicy
 from vllm_d2cache.records import CanvasView, FamilyTraits, StepOutcome, StepPlan, StepResult, StepRows
-from vllm_d2cache.samplers import choose_commits, ranking_score
+from vllm_d2cache.samplers import DECODER_CLASSES, Decoder, DecoderStep, PredictedRows, ranking_score
 
 
 class Denoiser:
@@ -38,6 +38,8 @@ class Denoiser:
         self.canvas = CanvasStates(num_slots, max_len, device, traits)
         self._policy_args = (num_slots, max_len, device, traits.logit_shift, options.refresh_budget)
         self._policies: dict[str, CachePolicy] = {}
+        self._decoder_args = (num_slots, max_len, device)
+        self._decoders: dict[str, Decoder] = {}
 
     def add(self, slot: int, request: Request, prompt: np.ndarray, emitted: int = 0) -> None:
         """Start a request in ``slot``; see CanvasStates.add."""
@@ -45,9 +47,11 @@ class Denoiser:
         index = torch.tensor([slot], device=self.canvas.device)
         view = self.canvas.view(index, [slot])
         self._store(self._policy(request.options.policy).first_plan(view), view)
+        self._decoder(request.options.decoder).start(slot, request.options, request.canvas_len)
 
     def remove(self, slot: int) -> None:
         """Forget the request in ``slot``."""
+        self._decoder(self.canvas.requests[slot].options.decoder).stop(slot)
         self.canvas.remove(slot)
 
     def begin(self, slots: torch.Tensor, slots_host: Sequence[int]) -> StepRows:
@@ -62,6 +66,9 @@ class Denoiser:
         refresh = canvas.refresh[slots, : view.num_positions] & view.in_text
         observe = canvas.observe[slots, : view.masked.shape[1]]
         computed = positions_to_canvas(refresh, view, self.traits.logit_shift)
+        observes_all = [DECODER_CLASSES[r.options.decoder].observes_all for r in requests]
+        if any(observes_all):
+            observe = observe | torch.tensor(observes_all, device=canvas.device).unsqueeze(1)
         predicted = computed & view.masked & view.live & (view.in_window | observe)
 
         counts = refresh.sum(1).tolist()
@@ -82,8 +89,34 @@ class Denoiser:
             logits_rows=row_of[who, view.prompt_len[who] + slot - self.traits.logit_shift],
         )
 
-    def row_params(self, rows: StepRows) -> tuple[RowParams, bool, bool]:
-        """Sampling parameters of the predicted rows, and whether margins and entropies are wanted."""
+    def row_stats(
+        self, rows: StepRows, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor]
+    ) -> RowStats:
+        """Statistics of the predicted slots: those that some request of the step reads.
+
+        Args:
+            hidden: [n, d] final hidden states, in the order of ``rows.logits_rows``.
+            lm_head: maps [m, d] to [m, vocab] logits.
+        """
+        params = self._row_params(rows)
+        requests = self._requests(rows)
+        decoders = self._by_decoder(rows)
+        scores = {r.options.score for r in requests}
+        margin = SCORES[1] in scores
+        entropy = SCORES[2] in scores or any(decoder.reads_entropy for decoder, _ in decoders)
+        who, slot = rows.predicted_index
+        mask = self.traits.mask_token_id
+        readers = []
+        for decoder, members in decoders:
+            mine = torch.ones_like(who, dtype=torch.bool) if members is None else torch.isin(who, members)
+            part = PredictedRows(rows.view.slots[who], slot, mine, hidden, lm_head, params, mask)
+            reader = decoder.tile_reader(part)
+            if reader is not None:
+                readers.append(reader)
+        return row_stats(hidden, lm_head, params, mask, margin, entropy, readers)
+
+    def _row_params(self, rows: StepRows) -> RowParams:
+        """Sampling parameters of the predicted rows."""
         who, slot = rows.predicted_index
         slots = rows.view.slots[who]
         temperature, top_p, top_k = self.canvas.sampling[slots].unbind(1)
@@ -96,9 +129,7 @@ class Denoiser:
             or (r.sampling.temperature > 0 and (r.sampling.top_p < 1 or r.sampling.top_k > 0))
             for r in requests
         )
-        scores = {r.options.score for r in requests}
-        params = RowParams(temperature, top_p, top_k.long(), draw, samples, filters)
-        return params, SCORES[1] in scores, SCORES[2] in scores
+        return RowParams(temperature, top_p, top_k.long(), draw, samples, filters)
 
     def finish(self, rows: StepRows, stats: RowStats, importance: torch.Tensor | None) -> StepResult:
         """Commit, plan the next step, and say what is new.
@@ -109,13 +140,9 @@ class Denoiser:
         """
         view, canvas = rows.view, self.canvas
         who, slot = rows.predicted_index
-        score = torch.zeros(view.masked.shape, device=canvas.device)
-        score[who, slot] = ranking_score(stats, view.options.score[who])
         token = torch.zeros(view.masked.shape, dtype=torch.int32, device=canvas.device)
         token[who, slot] = stats.token.int()
-
-        candidates = rows.predicted & view.in_window
-        committed = choose_commits(self._with_prior(score, rows), candidates, view.options)
+        score, committed = self._choose(rows, stats)
         after = self._commit(view, committed, token)
         outcome = StepOutcome(
             committed, rows.predicted, score, view.window_start, canvas.step[view.slots] == 0, importance
@@ -126,6 +153,35 @@ class Denoiser:
 
     def _requests(self, rows: StepRows) -> list[Request]:
         return [self.canvas.requests[s] for s in rows.slots]
+
+    def _choose(self, rows: StepRows, stats: RowStats) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores [R, G] of the predicted slots without the prior, and the slots [R, G] that are committed."""
+        view, decoders = rows.view, self._by_decoder(rows)
+        who, slot = rows.predicted_index
+        flat = ranking_score(stats, view.options.score[who])
+        for decoder, members in decoders:
+            changed = decoder.rescore(stats, flat, view.slots[who])
+            flat = changed if members is None else torch.where(torch.isin(who, members), changed, flat)
+        score = torch.zeros(view.masked.shape, device=self.canvas.device)
+        score[who, slot] = flat
+        entropy = None
+        if stats.entropy is not None:
+            entropy = torch.zeros_like(score)
+            entropy[who, slot] = stats.entropy
+        step = DecoderStep(
+            view,
+            rows.predicted & view.in_window,
+            self._with_prior(score, rows),
+            view.options.tokens_per_step,
+            entropy,
+        )
+        committed = torch.zeros_like(view.masked)
+        for decoder, members in decoders:
+            if members is None:
+                committed = decoder.choose(step)
+            else:
+                committed[members] = decoder.choose(step.select(members))
+        return score, committed
 
     def _with_prior(self, score: torch.Tensor, rows: StepRows) -> torch.Tensor:
         """Score times certainty density where a request asks for the prior (section 2, step 6)."""
@@ -161,6 +217,20 @@ class Denoiser:
         if name not in self._policies:
             self._policies[name] = POLICY_CLASSES[name](*self._policy_args)
         return self._policies[name]
+
+    def _decoder(self, name: str) -> Decoder:
+        """The decoder of that name; made when the first request asks for it."""
+        if name not in self._decoders:
+            self._decoders[name] = DECODER_CLASSES[name](*self._decoder_args)
+        return self._decoders[name]
+
+    def _by_decoder(self, rows: StepRows) -> list[tuple[Decoder, torch.Tensor | None]]:
+        """Each decoder of the step and its rows [m] int64 of the batch; None where one decoder has them all."""
+        names = [r.options.decoder for r in self._requests(rows)]
+        if len(set(names)) == 1:
+            return [(self._decoder(names[0]), None)]
+        members = {name: [i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
+        return [(self._decoder(name), torch.tensor(m, device=self.canvas.device)) for name, m in members.items()]
 
     def _plan(self, view: CanvasView, outcome: StepOutcome, names: list[str]) -> None:
         """Ask each policy for the next plans of its requests; ``names`` has each row's policy."""

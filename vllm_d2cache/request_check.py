@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 
-from vllm_d2cache.config import ServerOptions, parse_request_options
+from vllm_d2cache.config import parse_request_options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,7 +55,8 @@ def check_sampling_params(params: SamplingParams) -> None:
         raise ValueError("max_tokens: must be an integer >= 1 (the length of the canvas), got None")
     if params.seed is not None and not -(2**63) <= params.seed < 2**63:
         raise ValueError(f"seed: must be an integer of 64 bits, got {params.seed}")
-    ServerOptions({}).resolve(parse_request_options(params.extra_args))
+    # Whether the options go together depends on the server's as well: compat/front_end.py asks that.
+    parse_request_options(params.extra_args)
 
 
 class RequestCheck(LogitsProcessor):

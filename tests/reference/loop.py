@@ -13,7 +13,6 @@ from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.ops.rollout import push_back_map, rollout
-from vllm_d2cache.ops.row_stats import row_stats
 from vllm_d2cache.records import FamilyTraits, SamplingSpec
 
 
@@ -78,9 +77,7 @@ def _step(denoiser: Denoiser, models: list[DenseLlada], jobs: list[Job], running
         total = len(jobs[i].prompt) + jobs[i].canvas_length
         importance[r, :total] = rollout(layers, positions, total)
         offset += count
-    params, margin, entropy = denoiser.row_params(rows)
-    selected = torch.cat(hidden)[rows.logits_rows]
-    stats = row_stats(selected, models[0].lm_head, params, denoiser.traits.mask_token_id, margin, entropy)
+    stats = denoiser.row_stats(rows, torch.cat(hidden)[rows.logits_rows], models[0].lm_head)
     result = denoiser.finish(rows, stats, importance)
     offset = 0
     for r, i in enumerate(running):

@@ -9,6 +9,9 @@ from typing import Any
 
 ORACLE = Path(__file__).resolve().parents[1] / "data" / "oracle"
 _ALG = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
+_STRATEGIES = {"vanilla": "confidence"}
+# Argument of the published code -> the decoder it belongs to, where no strategy names it.
+_DECODER_KEYS = {"gamma": "eb"}
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ def case_names(family: str = "llada") -> list[str]:
     for path in sorted((ORACLE / "traces").glob(f"{family}.*.json")):
         raw = json.loads(path.read_text())
         kwargs, cache = raw["generate_kwargs"], raw["cache"]
-        known = {"sigma", "strategy", "gen_length", "block_length", "threshold", "factor", "alg"}
-        if kwargs["strategy"] != "vanilla" or not set(kwargs) <= known:
+        known = {"sigma", "strategy", "gen_length", "block_length", "threshold", "factor", "alg", *_DECODER_KEYS}
+        if kwargs["strategy"] not in _STRATEGIES or not set(kwargs) <= known:
             continue
         # Without the repair the search window is a different one by design (docs/architecture.md).
         if cache is None or (cache["kind"] == "d2cache" and "block_mask" in raw["repairs"]):
@@ -48,9 +51,9 @@ def load_case(name: str) -> OracleCase:
         "window": kwargs.get("block_length", length) % length,
         "sigma": kwargs.get("sigma", 0.0) or 0.0,
         "score": _ALG[kwargs.get("alg", "maskgit_plus")],
-        "threshold": kwargs.get("threshold", 0.0) or 0.0,
-        "factor": kwargs.get("factor", 0.0) or 0.0,
     }
+    options |= {key: kwargs[key] for key in ("threshold", "factor") if kwargs.get(key)}
+    options |= _decoder_options(kwargs)
     if cache:
         options |= {
             "current_k": cache["current_k"],
@@ -66,3 +69,10 @@ def load_case(name: str) -> OracleCase:
         pairs = list(zip(moves["positions"], moves["tokens"], strict=True))
         steps.append((None if active is None else sorted(active[0]), sorted(pairs)))
     return OracleCase(name, raw["input_ids"][0], length, options, steps, raw["final_tokens"][0])
+
+
+def _decoder_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The decoder and the options of its own."""
+    own = {key: kwargs[key] for key in _DECODER_KEYS if key in kwargs}
+    decoder = next((_DECODER_KEYS[key] for key in own), _STRATEGIES[kwargs["strategy"]])
+    return {"decoder": decoder, **own}

@@ -12,7 +12,6 @@ import torch
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions, parse_request_options, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
-from vllm_d2cache.ops.row_stats import row_stats
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.records import FamilyTraits, SamplingSpec, StepResult, StepRows
 
@@ -128,9 +127,7 @@ class Batch:
             if rows.reads_importance[r]:
                 importance[r, : self.jobs[i].total] = column
             offset += count
-        params, margin, entropy = denoiser.row_params(rows)
-        hidden = torch.cat(logits)[rows.logits_rows]
-        stats = row_stats(hidden, torch.clone, params, MASK, margin, entropy)
+        stats = denoiser.row_stats(rows, torch.cat(logits)[rows.logits_rows], torch.clone)
         result = denoiser.finish(rows, stats, importance)
         self._record(running, rows, result)
 

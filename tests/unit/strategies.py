@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.unit.batches import MASK, VOCAB, FakeJob
+from vllm_d2cache.config import DECODER_OPTIONS
 from vllm_d2cache.records import SamplingSpec
 
 RULES: list[dict[str, Any]] = [
@@ -17,10 +18,20 @@ RULES: list[dict[str, Any]] = [
     {"threshold": 0.05, "tokens_per_step": 2},
     {"factor": 0.7},
     {"factor": 3.0},
+    {"decoder": "eb", "gamma": 0.5},
+    {"decoder": "eb", "gamma": 2.0, "tokens_per_step": 2},
 ]
 
+
+def _merged(rule: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    """``rule`` with those of the other options that its decoder reads."""
+    read = DECODER_OPTIONS[rule.get("decoder", "confidence")]
+    foreign = {name for names in DECODER_OPTIONS.values() for name in names} - set(read)
+    return {**rule, **{name: value for name, value in rest.items() if name not in foreign}}
+
+
 options = st.builds(
-    lambda rule, rest: {**rule, **rest},
+    _merged,
     st.sampled_from(RULES),
     st.fixed_dictionaries(
         {},

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from vllm_d2cache.config import (
+    DECODER_OPTIONS,
     REQUEST_FIELDS,
     OptionError,
     RequestOptions,
@@ -44,6 +45,9 @@ ACCEPTED: list[tuple[str, Any, Any]] = [
     ("confidence_memory", "latest", "latest"),
     ("confidence_top_p", 0.9, 0.9),
     ("confidence_top_p", 1, 1.0),
+    ("decoder", "eb", "eb"),
+    ("gamma", 0, 0.0),
+    ("gamma", 2.5, 2.5),
 ]
 
 WRONG_FOR_NUMBERS: list[Any] = [True, False, "1", None, [1], {}, NAN, INF, -INF, -1, -0.001, 10**400, -(10**400)]
@@ -58,7 +62,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("confidence_top_p", 0.0),
     ("confidence_top_p", 1.0001),
 ]
-CHOICES = ("policy", "score", "confidence_memory")
+CHOICES = ("policy", "score", "confidence_memory", "decoder")
 INTEGERS = ("window", "tokens_per_step", "current_k", "inflate_w")
 
 
@@ -76,6 +80,12 @@ def resolve(request: dict[str, Any] | None = None, server: dict[str, Any] | None
     """The whole way: both levels parsed, the request's over the server's over the defaults."""
     prefixed = {f"d2cache_{name}": value for name, value in (request or {}).items()}
     return parse_server_options(server).resolve(parse_request_options(prefixed))
+
+
+def reader_of(name: str) -> dict[str, str]:
+    """The decoder to choose so that option ``name`` is read; nothing if the default one reads it."""
+    readers = [decoder for decoder, names in DECODER_OPTIONS.items() if name in names]
+    return {"decoder": readers[0]} if readers and readers[0] != "confidence" else {}
 
 
 def test_defaults_are_the_published_ones() -> None:
@@ -144,7 +154,8 @@ def test_both_rules_across_levels_are_refused_only_if_the_request_names_both() -
 
 @pytest.mark.parametrize(("name", "value", "parsed"), ACCEPTED)
 def test_valid_values_are_read(name: str, value: Any, parsed: Any) -> None:
-    for options in (resolve({name: value}), resolve(server={name: value})):
+    decoder = reader_of(name)
+    for options in (resolve({**decoder, name: value}), resolve(server={**decoder, name: value})):
         got = getattr(options, name)
         assert got == parsed
         assert type(got) is type(parsed)
@@ -229,3 +240,39 @@ def test_window_length() -> None:
     assert RequestOptions(window=0).window_length(24) == 24
     assert RequestOptions(window=8).window_length(24) == 8
     assert RequestOptions(window=99).window_length(24) == 24
+
+
+FOREIGN = [
+    (decoder, name)
+    for decoder, own in DECODER_OPTIONS.items()
+    for name in dict.fromkeys(n for names in DECODER_OPTIONS.values() for n in names)
+    if name not in own
+]
+EXAMPLE: dict[str, Any] = {"score": "margin", "factor": 1.0}
+
+
+@pytest.mark.parametrize(("decoder", "name"), FOREIGN)
+def test_an_option_of_another_decoder_is_refused_where_the_request_names_it(decoder: str, name: str) -> None:
+    value = EXAMPLE.get(name, 1)
+    with pytest.raises(OptionError) as error:
+        resolve({"decoder": decoder, name: value})
+    assert str(error.value).startswith(f"d2cache_{name}: not an option of d2cache_decoder '{decoder}'")
+    for valid in DECODER_OPTIONS[decoder]:
+        assert f"d2cache_{valid}" in str(error.value)
+    with pytest.raises(OptionError, match=f"d2cache_{name}: not an option"):
+        resolve({name: value}, {"decoder": decoder})
+
+
+def test_server_defaults_of_one_decoder_do_not_reach_another() -> None:
+    server = {"decoder": "eb", "gamma": 0.5, "threshold": 0.9}
+    assert (resolve({}, server).gamma, resolve({}, server).threshold) == (0.5, 0.0)
+    options = resolve({"decoder": "confidence"}, server)
+    assert (options.threshold, options.gamma) == (0.9, RequestOptions.gamma)
+
+
+@pytest.mark.parametrize("decoder", ["eb"])
+def test_parallel_decoders_bring_the_parallel_defaults(decoder: str) -> None:
+    options = resolve({"decoder": decoder})
+    assert (options.window, options.inflate_w, options.sigma) == (32, 4, 0.0)
+    assert options.commits_many
+    assert resolve({"decoder": decoder, "window": 0, "sigma": 2}).sigma == 2.0

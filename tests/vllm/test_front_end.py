@@ -80,16 +80,33 @@ def test_protocol_patches_refuse_what_does_not_fit() -> None:
 
 
 def test_offline_canvas_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = SimpleNamespace(sampling_params=SimpleNamespace(max_tokens=30), prompt_token_ids=[1] * 80)
+    params = SimpleNamespace(max_tokens=30, extra_args=None)
+    request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1] * 80)
     monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
     front_end.install_length_check(OURS)
-    processor = SimpleNamespace(model_config=SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=100))
+    processor = SimpleNamespace(
+        model_config=SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=100),
+        vllm_config=SimpleNamespace(additional_config={}),
+    )
     with pytest.raises(VLLMValidationError, match=r"max_tokens: a canvas of 30 .* valid values are 1 to 20"):
         InputProcessor.process_inputs(processor)
     processor.model_config.max_model_len = 110
     assert InputProcessor.process_inputs(processor) is request
     processor.model_config = SimpleNamespace(architectures=["LlamaForCausalLM"], max_model_len=100)
     assert InputProcessor.process_inputs(processor) is request
+
+
+def test_options_must_go_with_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SimpleNamespace(max_tokens=30, extra_args={"d2cache_threshold": 0.9})
+    request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1] * 8)
+    monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
+    front_end.install_length_check(OURS)
+    config = SimpleNamespace(additional_config={"d2cache": {"decoder": "eb"}})
+    ours = SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=100)
+    with pytest.raises(VLLMValidationError, match="d2cache_threshold: not an option of d2cache_decoder 'eb'"):
+        InputProcessor.process_inputs(SimpleNamespace(model_config=ours, vllm_config=config))
+    params.extra_args = {"d2cache_gamma": 0.5}
+    assert InputProcessor.process_inputs(SimpleNamespace(model_config=ours, vllm_config=config)) is request
 
 
 def test_vllm_still_needs_the_patches() -> None:
