@@ -24,10 +24,14 @@ CONFIDENCE_MEMORIES = ("first", "latest")
 DECODER_OPTIONS: dict[str, tuple[str, ...]] = {
     "confidence": ("threshold", "factor", "score"),
     "eb": ("gamma", "score"),
+    "klass": ("kl_threshold", "kl_history_length", "threshold", "factor", "score"),
 }
 DECODERS = tuple(DECODER_OPTIONS)
 # Commit as many tokens as their rule allows, with or without a threshold.
-_PARALLEL_DECODERS = ("eb",)
+_PARALLEL_DECODERS = ("eb", "klass")
+# Without a threshold (for klass: without a factor either) these would commit one token a step, or everything.
+_THRESHOLD_DECODERS = ("klass",)
+_DEFAULT_THRESHOLD = 0.9
 
 # Canvas length of a request that names no max_tokens (the published gen_length of most tasks).
 DEFAULT_CANVAS_LENGTH = 256
@@ -94,6 +98,8 @@ REQUEST_FIELDS: dict[str, _Number | _Choice] = {
     "confidence_top_p": _Number(float, 0, 1, open_low=True, note="1 = off"),
     "decoder": _Choice(DECODERS),
     "gamma": _Number(float, 0, note="nats"),
+    "kl_threshold": _Number(float, 0, open_low=True, note="nats"),
+    "kl_history_length": _Number(int, 1, note="steps"),
 }
 SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget")
 _BUDGET = _Number(int, 1, note="rows per request and step")
@@ -120,6 +126,8 @@ class RequestOptions:
         confidence_top_p: nucleus filter on the vocabulary before confidences are taken; 1 = off.
         decoder: which rule commits tokens, one of :data:`DECODERS` (docs/decoders.md).
         gamma: eb: entropy, in nats, that the tokens of a step may have besides the largest.
+        kl_threshold: klass: a distribution that moved by less than this, in nats, has settled.
+        kl_history_length: klass: for how many steps in a row it must have settled.
     """
 
     policy: str = "d2cache"
@@ -137,6 +145,8 @@ class RequestOptions:
     confidence_top_p: float = 1.0
     decoder: str = "confidence"
     gamma: float = 0.001
+    kl_threshold: float = 0.01
+    kl_history_length: int = 2
 
     @property
     def commits_many(self) -> bool:
@@ -175,6 +185,7 @@ class ServerOptions:
                 chosen.pop(other, None)
         chosen.update(request)
         chosen = _without_other_decoders(chosen, request)
+        chosen = _with_threshold(chosen, request)
         if chosen.get("threshold", 0) > 0 and chosen.get("factor", 0) > 0:
             raise OptionError(
                 "threshold and factor are alternatives: give one (in a request d2cache_threshold or d2cache_factor)"
@@ -182,6 +193,22 @@ class ServerOptions:
         if RequestOptions(**chosen).commits_many:
             chosen = {**_PARALLEL_DEFAULTS, **chosen}
         return RequestOptions(**chosen)
+
+
+def _with_threshold(chosen: dict[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    """``chosen`` with a threshold where the decoder needs one.
+
+    Raises:
+        OptionError: the request turns it off.
+    """
+    decoder = chosen.get("decoder", RequestOptions.decoder)
+    if decoder not in _THRESHOLD_DECODERS or chosen.get("threshold", 0) > 0 or chosen.get("factor", 0) > 0:
+        return chosen
+    if "threshold" in request:
+        raise OptionError(
+            f"{PREFIX}threshold: must be > 0 with {PREFIX}decoder {decoder!r}, got {request['threshold']!r}"
+        )
+    return {**chosen, "threshold": _DEFAULT_THRESHOLD}
 
 
 def _without_other_decoders(chosen: dict[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 
 ORACLE = Path(__file__).resolve().parents[1] / "data" / "oracle"
 _ALG = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
-_STRATEGIES = {"vanilla": "confidence"}
+_STRATEGIES = {"vanilla": "confidence", "klass": "klass"}
 # Argument of the published code -> the decoder it belongs to, where no strategy names it.
-_DECODER_KEYS = {"gamma": "eb"}
+_DECODER_KEYS = {"gamma": "eb", "kl_threshold": "klass", "kl_history_length": "klass"}
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ ACCEPTED: list[tuple[str, Any, Any]] = [
     ("decoder", "eb", "eb"),
     ("gamma", 0, 0.0),
     ("gamma", 2.5, 2.5),
+    ("kl_threshold", 0.5, 0.5),
+    ("kl_history_length", 3, 3),
 ]
 
 WRONG_FOR_NUMBERS: list[Any] = [True, False, "1", None, [1], {}, NAN, INF, -INF, -1, -0.001, 10**400, -(10**400)]
@@ -61,9 +63,11 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("confidence_top_p", 0),
     ("confidence_top_p", 0.0),
     ("confidence_top_p", 1.0001),
+    ("kl_threshold", 0),
+    ("kl_history_length", 0),
 ]
 CHOICES = ("policy", "score", "confidence_memory", "decoder")
-INTEGERS = ("window", "tokens_per_step", "current_k", "inflate_w")
+INTEGERS = ("window", "tokens_per_step", "current_k", "inflate_w", "kl_history_length")
 
 
 def refused() -> list[tuple[str, Any]]:
@@ -270,9 +274,22 @@ def test_server_defaults_of_one_decoder_do_not_reach_another() -> None:
     assert (options.threshold, options.gamma) == (0.9, RequestOptions.gamma)
 
 
-@pytest.mark.parametrize("decoder", ["eb"])
+@pytest.mark.parametrize("decoder", ["eb", "klass"])
 def test_parallel_decoders_bring_the_parallel_defaults(decoder: str) -> None:
     options = resolve({"decoder": decoder})
     assert (options.window, options.inflate_w, options.sigma) == (32, 4, 0.0)
     assert options.commits_many
     assert resolve({"decoder": decoder, "window": 0, "sigma": 2}).sigma == 2.0
+
+
+@pytest.mark.parametrize("decoder", ["klass"])
+def test_a_decoder_that_needs_a_threshold_has_one(decoder: str) -> None:
+    assert resolve({"decoder": decoder}).threshold == resolve({}, {"decoder": decoder}).threshold == 0.9
+    assert resolve({"decoder": decoder}, {"threshold": 0.7}).threshold == 0.7
+    with pytest.raises(OptionError, match=f"d2cache_threshold: must be > 0 with d2cache_decoder '{decoder}'"):
+        resolve({"decoder": decoder, "threshold": 0})
+
+
+def test_klass_takes_a_factor_in_place_of_a_threshold() -> None:
+    options = resolve({"decoder": "klass", "factor": 1.0})
+    assert (options.threshold, options.factor) == (0.0, 1.0)

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from tests.unit.views import view_of
 from vllm_d2cache.config import RequestOptions
-from vllm_d2cache.samplers import DECODER_CLASSES, Decoder, DecoderStep
+from vllm_d2cache.ops.row_stats import RowParams
+from vllm_d2cache.samplers import DECODER_CLASSES, Decoder, DecoderStep, PredictedRows
+from vllm_d2cache.samplers.klass import KlassDecoder
+from vllm_d2cache.samplers.pool import CanvasPool
 
 
 def made(name: str, num_slots: int = 1, **options: Any) -> Decoder:
@@ -82,6 +85,117 @@ class TestEb:
                 count = n
         step = step_of("#" * len(pairs), score, entropy=entropy)
         assert chosen(made("eb", gamma=gamma / 8), step) == sorted(order[: max(1, count)])
+
+
+class TestKlass:
+    """Stable candidates by threshold, else the best."""
+
+    @staticmethod
+    def decoder(calm: list[int], **options: Any) -> Decoder:
+        decoder = made("klass", **options)
+        assert isinstance(decoder, KlassDecoder)
+        decoder.calm[0, : len(calm)] = torch.tensor(calm, dtype=torch.int32)
+        return decoder
+
+    def test_stable_ones_over_the_threshold_and_no_others(self) -> None:
+        step = step_of("####", [0.99, 0.8, 0.6, 0.7], threshold=0.65)
+        assert chosen(self.decoder([1, 2, 5, 3], kl_history_length=2), step) == [1, 3]
+        assert chosen(self.decoder([1, 2, 5, 3], kl_history_length=3), step) == [3]
+
+    def test_the_minimum_is_of_the_unstable_case_alone(self) -> None:
+        step = step_of("####", [0.99, 0.8, 0.6, 0.7], least=3, threshold=0.65)
+        assert chosen(self.decoder([0, 2, 0, 0]), step) == [1]
+        assert chosen(self.decoder([0, 0, 2, 0]), step) == [0, 1, 3]
+
+    def test_factor_among_the_stable(self) -> None:
+        # 2 * 0.05 = 0.1, 3 * 0.1 = 0.3, 4 * 0.2 = 0.8 >= 0.5: two of the three stable ones.
+        step = step_of("####", [0.8, 0.95, 0.99, 0.9], factor=0.5)
+        assert chosen(self.decoder([2, 2, 0, 2]), step) == [1, 3]
+        assert chosen(self.decoder([0, 2, 0, 0]), step) == [2], "one less than one is nothing"
+
+    def test_a_history_by_hand(self) -> None:
+        """Probabilities (1/2, 1/2), twice (3/4, 1/4), then (1/2, 1/2) again: divergence large, 0.131, 0, 0.144."""
+        half, three = [0.0, 0.0], [math.log(3), 0.0]
+        decoder = made("klass", kl_threshold=0.14)
+        assert isinstance(decoder, KlassDecoder)
+        seen = []
+        for logits in (half, three, three, half):
+            feed(decoder, torch.tensor([logits]), [2])
+            seen.append(int(decoder.calm[0, 2]))
+        assert seen == [0, 1, 2, 0]
+        assert decoder.calm[0, 1] == 2, "untouched slots start with a history of zeros"
+
+    def test_skipped_steps_do_not_count(self) -> None:
+        """With a partial cache a slot is compared with the last time it was computed."""
+        decoder = made("klass", kl_threshold=0.14)
+        assert isinstance(decoder, KlassDecoder)
+        feed(decoder, torch.tensor([[0.0, 1.0], [2.0, 0.0]]), [0, 1])
+        feed(decoder, torch.tensor([[-5.0, 1.0]]), [1])
+        feed(decoder, torch.tensor([[0.0, 1.0], [-5.0, 1.0]]), [0, 1])
+        assert decoder.calm[0, :2].tolist() == [1, 1]
+
+    def test_a_new_tenant_starts_over(self) -> None:
+        decoder = made("klass")
+        assert isinstance(decoder, KlassDecoder)
+        same = torch.tensor([[0.0, 1.0]])
+        feed(decoder, same, [0])
+        decoder.stop(0)
+        decoder.start(0, RequestOptions(decoder="klass"), 64)
+        assert decoder.calm[0, 0] == 2
+        feed(decoder, same, [0])
+        assert decoder.calm[0, 0] == 0, "there is no last distribution"
+
+
+def feed(decoder: Decoder, logits: torch.Tensor, canvas_slots: list[int]) -> torch.Tensor:
+    """Show a decoder the logits of one request's canvas slots; returns them as the decoder left them."""
+    n = len(canvas_slots)
+    zero = torch.zeros(n)
+    params = RowParams(zero, zero + 1, zero.long(), zero.double(), False, False)
+    slots = torch.zeros(n, dtype=torch.int64)
+    mine = torch.ones(n, dtype=torch.bool)
+    rows = PredictedRows(slots, torch.tensor(canvas_slots), mine, logits.clone(), torch.clone, params, 0)
+    read = decoder.tile_reader(rows)
+    assert read is not None
+    left = logits.clone()
+    read(0, n, left)
+    return left
+
+
+class TestPool:
+    """Ranges that never overlap, reused when free."""
+
+    def test_first_fit(self) -> None:
+        pool = CanvasPool(4, torch.device("cpu"))
+        assert [pool.take(slot, n) for slot, n in [(0, 5), (1, 3), (2, 4)]] == [slice(0, 5), slice(5, 8), slice(8, 12)]
+        pool.give_back(1)
+        assert pool.take(3, 4) == slice(12, 16)
+        assert pool.take(1, 2) == slice(5, 7)
+        assert pool.take(0, 6) == slice(16, 22), "a request that starts over gives up its range"
+        assert pool.num_lines == 22
+        slots = torch.tensor([1, 2, 0])
+        assert pool.lines(slots, torch.tensor([1, 0, 5])).tolist() == [6, 8, 21]
+
+    def test_memory_grows_with_its_contents(self) -> None:
+        pool = CanvasPool(2, torch.device("cpu"))
+        pool.take(0, 2)
+        memory = pool.fit(torch.zeros(0, 3)) + 1
+        assert pool.fit(memory) is memory
+        pool.take(1, 1)
+        assert pool.fit(memory).tolist() == [[1.0] * 3, [1.0] * 3, [0.0] * 3]
+
+    @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=30))
+    def test_ranges_do_not_overlap(self, moves: list[tuple[int, int]]) -> None:
+        pool, held = CanvasPool(5, torch.device("cpu")), {}
+        for slot, length in moves:
+            if length:
+                held[slot] = pool.take(slot, length)
+                assert held[slot].stop - held[slot].start == length
+            else:
+                pool.give_back(slot)
+                held.pop(slot, None)
+            lines = [line for part in held.values() for line in range(part.start, part.stop)]
+            assert len(lines) == len(set(lines))
+            assert pool.num_lines == max(lines, default=-1) + 1
 
 
 @pytest.mark.parametrize("name", DECODER_CLASSES)
