@@ -25,6 +25,7 @@ DECODER_OPTIONS: dict[str, tuple[str, ...]] = {
     "confidence": ("threshold", "factor", "score"),
     "eb": ("gamma", "score"),
     "klass": ("kl_threshold", "kl_history_length", "threshold", "factor", "score"),
+    "pc": ("clip_alpha",),
 }
 DECODERS = tuple(DECODER_OPTIONS)
 # Commit as many tokens as their rule allows, with or without a threshold.
@@ -100,8 +101,9 @@ REQUEST_FIELDS: dict[str, _Number | _Choice] = {
     "gamma": _Number(float, 0, note="nats"),
     "kl_threshold": _Number(float, 0, open_low=True, note="nats"),
     "kl_history_length": _Number(int, 1, note="steps"),
+    "clip_alpha": _Number(float, 0, open_low=True),
 }
-SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget")
+SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget", "token_frequencies")
 _BUDGET = _Number(int, 1, note="rows per request and step")
 
 
@@ -128,6 +130,7 @@ class RequestOptions:
         gamma: eb: entropy, in nats, that the tokens of a step may have besides the largest.
         kl_threshold: klass: a distribution that moved by less than this, in nats, has settled.
         kl_history_length: klass: for how many steps in a row it must have settled.
+        clip_alpha: pc: the highest score a rare token can have.
     """
 
     policy: str = "d2cache"
@@ -147,6 +150,7 @@ class RequestOptions:
     gamma: float = 0.001
     kl_threshold: float = 0.01
     kl_history_length: int = 2
+    clip_alpha: float = 10.0
 
     @property
     def commits_many(self) -> bool:
@@ -170,11 +174,13 @@ class ServerOptions:
         trace_dir: directory for per-request traces; None = off.
         refresh_budget: rows a request may recompute in a step after its first; None = as many as its policy
             asks for. What does not fit waits for the next step, which makes results approximate.
+        token_frequencies: ``.npy`` file of corpus frequencies for the pc decoder; None = there is none.
     """
 
     request_defaults: Mapping[str, Any]
     trace_dir: str | None = None
     refresh_budget: int | None = None
+    token_frequencies: str | None = None
 
     def resolve(self, request: Mapping[str, Any]) -> RequestOptions:
         """Options of one request from its own settings (already parsed) over the server's over the defaults."""
@@ -189,6 +195,11 @@ class ServerOptions:
         if chosen.get("threshold", 0) > 0 and chosen.get("factor", 0) > 0:
             raise OptionError(
                 "threshold and factor are alternatives: give one (in a request d2cache_threshold or d2cache_factor)"
+            )
+        if chosen.get("decoder") == "pc" and self.token_frequencies is None:
+            raise OptionError(
+                f"{PREFIX}decoder: 'pc' needs a table of corpus frequencies, and this server was started without one "
+                f'(additional_config["{SECTION}"]["token_frequencies"])'
             )
         if RequestOptions(**chosen).commits_many:
             chosen = {**_PARALLEL_DEFAULTS, **chosen}
@@ -247,7 +258,7 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
     if raw is not None and not isinstance(raw, Mapping):
         raise OptionError(f'additional_config["{SECTION}"]: must be an object, got {raw!r}')
     defaults: dict[str, Any] = {}
-    trace_dir, budget = None, None
+    trace_dir, budget, frequencies = None, None, None
     for name, value in (raw or {}).items():
         label = f'additional_config["{SECTION}"]["{name}"]'
         if name in REQUEST_FIELDS:
@@ -256,6 +267,10 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
             if value is not None and not (isinstance(value, str) and value):
                 raise OptionError(f"{label}: must be a directory name, got {value!r}")
             trace_dir = value
+        elif name == "token_frequencies":
+            if value is not None and not (isinstance(value, str) and value):
+                raise OptionError(f"{label}: must be the name of a .npy file, got {value!r}")
+            frequencies = value
         elif name == "refresh_budget":
             budget = None if value is None else _BUDGET.parse(value)
             if value is not None and budget is None:
@@ -263,7 +278,7 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
         else:
             valid = ", ".join([*REQUEST_FIELDS, *SERVER_ONLY_FIELDS])
             raise OptionError(f"{label}: unknown option; valid options are {valid}")
-    options = ServerOptions(defaults, trace_dir, budget)
+    options = ServerOptions(defaults, trace_dir, budget, frequencies)
     options.resolve({})
     return options
 

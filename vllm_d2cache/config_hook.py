@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm_d2cache.compat import cpu_runner, front_end
 from vllm_d2cache.compat.internals import unsupported_version
 from vllm_d2cache.config import SECTION, parse_server_options
+from vllm_d2cache.samplers.frequencies import load_frequencies
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -48,7 +49,9 @@ class DiffusionConfigHook:
         if reasons:
             raise ValueError("vllm-d2cache cannot serve this model with: " + "; ".join(reasons))
         additional = vllm_config.additional_config
-        parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
+        options = parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
+        if options.token_frequencies is not None:
+            load_frequencies(options.token_frequencies, vllm_config.model_config.hf_config.vocab_size)
         _configure(vllm_config)
 
 

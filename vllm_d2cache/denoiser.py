@@ -18,7 +18,15 @@ from vllm_d2cache.ops.random import uniform
 from vllm_d2cache.ops.row_stats import RowParams, RowStats, row_stats
 from vllm_d2cache.policies import POLICY_CLASSES, CachePolicy
 from vllm_d2cache.records import CanvasView, FamilyTraits, StepOutcome, StepPlan, StepResult, StepRows
-from vllm_d2cache.samplers import DECODER_CLASSES, Decoder, DecoderStep, PredictedRows, ranking_score
+from vllm_d2cache.samplers import (
+    DECODER_CLASSES,
+    Decoder,
+    DecoderResources,
+    DecoderStep,
+    PredictedRows,
+    ranking_score,
+)
+from vllm_d2cache.samplers.frequencies import load_frequencies
 
 
 class Denoiser:
@@ -38,7 +46,9 @@ class Denoiser:
         self.canvas = CanvasStates(num_slots, max_len, device, traits)
         self._policy_args = (num_slots, max_len, device, traits.logit_shift, options.refresh_budget)
         self._policies: dict[str, CachePolicy] = {}
-        self._decoder_args = (num_slots, max_len, device)
+        table = None if options.token_frequencies is None else load_frequencies(options.token_frequencies)
+        frequencies = None if table is None else torch.from_numpy(table)
+        self._decoder_resources = DecoderResources(num_slots, max_len, device, frequencies)
         self._decoders: dict[str, Decoder] = {}
 
     def add(self, slot: int, request: Request, prompt: np.ndarray, emitted: int = 0) -> None:
@@ -221,7 +231,7 @@ class Denoiser:
     def _decoder(self, name: str) -> Decoder:
         """The decoder of that name; made when the first request asks for it."""
         if name not in self._decoders:
-            self._decoders[name] = DECODER_CLASSES[name](*self._decoder_args)
+            self._decoders[name] = DECODER_CLASSES[name](self._decoder_resources)
         return self._decoders[name]
 
     def _by_decoder(self, rows: StepRows) -> list[tuple[Decoder, torch.Tensor | None]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.reference.oracle import ORACLE
+from tests.reference.oracle import ORACLE, SERVER
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -25,7 +25,7 @@ class Engine:
     def __init__(self, trace_dir: Path, **settings: Any) -> None:
         from vllm import LLM
 
-        additional = {"d2cache": {"trace_dir": str(trace_dir)}}
+        additional = {"d2cache": {"trace_dir": str(trace_dir), **SERVER}}
         defaults: dict[str, Any] = {
             "model": str(ORACLE / "llada"),
             "dtype": "float32",

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from tests.reference.llada import DenseLlada
+from tests.reference.oracle import SERVER
 from vllm_d2cache.canvas import Request
-from vllm_d2cache.config import ServerOptions
+from vllm_d2cache.config import ServerOptions, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.ops.rollout import push_back_map, rollout
 from vllm_d2cache.records import FamilyTraits, SamplingSpec
@@ -36,7 +37,7 @@ def run_jobs(
     start_at: list[int] | None = None,
 ) -> None:
     """Denoise all jobs in one batch; job i joins at step ``start_at[i]``. One model (cache) a job."""
-    server = server or ServerOptions({})
+    server = server or parse_server_options(SERVER)
     config = models[0].config
     traits = FamilyTraits(config["mask_token_id"])
     max_len = max(len(j.prompt) + j.canvas_length for j in jobs)

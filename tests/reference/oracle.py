@@ -11,7 +11,15 @@ ORACLE = Path(__file__).resolve().parents[1] / "data" / "oracle"
 _ALG = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
 _STRATEGIES = {"vanilla": "confidence", "klass": "klass"}
 # Argument of the published code -> the decoder it belongs to, where no strategy names it.
-_DECODER_KEYS = {"gamma": "eb", "kl_threshold": "klass", "kl_history_length": "klass"}
+_DECODER_KEYS = {
+    "gamma": "eb",
+    "kl_threshold": "klass",
+    "kl_history_length": "klass",
+    "clip_alpha": "pc",
+    "debias": "pc",
+}
+# Options of a server that can run all traces: the corpus table is the one that pc's were recorded with.
+SERVER = {"token_frequencies": str(ORACLE / "token_freq.npy")}
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,10 @@ def load_case(name: str) -> OracleCase:
         "policy": "d2cache" if cache else "full",
         "window": kwargs.get("block_length", length) % length,
         "sigma": kwargs.get("sigma", 0.0) or 0.0,
-        "score": _ALG[kwargs.get("alg", "maskgit_plus")],
     }
     options |= {key: kwargs[key] for key in ("threshold", "factor") if kwargs.get(key)}
+    if "alg" in kwargs:
+        options["score"] = _ALG[kwargs["alg"]]
     options |= _decoder_options(kwargs)
     if cache:
         options |= {
@@ -75,4 +84,5 @@ def _decoder_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The decoder and the options of its own."""
     own = {key: kwargs[key] for key in _DECODER_KEYS if key in kwargs}
     decoder = next((_DECODER_KEYS[key] for key in own), _STRATEGIES[kwargs["strategy"]])
+    own.pop("debias", None)
     return {"decoder": decoder, **own}

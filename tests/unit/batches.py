@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.records import FamilyTraits, SamplingSpec, StepResult, StepRows
 
 VOCAB, MASK = 13, 5
+# A table of corpus frequencies for this vocabulary.
+FREQUENCIES = str(Path(__file__).with_name("token_freq_13.npy"))
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Batch:
         self, jobs: Sequence[FakeJob], server: dict[str, Any] | None = None, max_steps: int = 300, shift: int = 0
     ) -> None:
         self.jobs = list(jobs)
-        self.server: ServerOptions = parse_server_options(server)
+        self.server: ServerOptions = parse_server_options({"token_frequencies": FREQUENCIES, **(server or {})})
         self.max_steps = max_steps
         longest = max(job.total for job in jobs)
         # One slot more than jobs, and longer than any of them.

@@ -22,6 +22,8 @@ RULES: list[dict[str, Any]] = [
     {"decoder": "eb", "gamma": 2.0, "tokens_per_step": 2},
     {"decoder": "klass", "kl_threshold": 2.0, "threshold": 0.2},
     {"decoder": "klass", "kl_threshold": 40.0, "kl_history_length": 1, "factor": 2.0},
+    {"decoder": "pc"},
+    {"decoder": "pc", "clip_alpha": 0.5, "tokens_per_step": 2},
 ]
 
 

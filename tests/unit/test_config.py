@@ -50,6 +50,7 @@ ACCEPTED: list[tuple[str, Any, Any]] = [
     ("gamma", 2.5, 2.5),
     ("kl_threshold", 0.5, 0.5),
     ("kl_history_length", 3, 3),
+    ("clip_alpha", 3, 3.0),
 ]
 
 WRONG_FOR_NUMBERS: list[Any] = [True, False, "1", None, [1], {}, NAN, INF, -INF, -1, -0.001, 10**400, -(10**400)]
@@ -65,6 +66,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("confidence_top_p", 1.0001),
     ("kl_threshold", 0),
     ("kl_history_length", 0),
+    ("clip_alpha", 0),
 ]
 CHOICES = ("policy", "score", "confidence_memory", "decoder")
 INTEGERS = ("window", "tokens_per_step", "current_k", "inflate_w", "kl_history_length")
@@ -83,7 +85,8 @@ def refused() -> list[tuple[str, Any]]:
 def resolve(request: dict[str, Any] | None = None, server: dict[str, Any] | None = None) -> RequestOptions:
     """The whole way: both levels parsed, the request's over the server's over the defaults."""
     prefixed = {f"d2cache_{name}": value for name, value in (request or {}).items()}
-    return parse_server_options(server).resolve(parse_request_options(prefixed))
+    table = {"token_frequencies": "table.npy"}
+    return parse_server_options({**table, **(server or {})}).resolve(parse_request_options(prefixed))
 
 
 def reader_of(name: str) -> dict[str, str]:
@@ -205,7 +208,13 @@ def test_unknown_server_keys_are_refused_with_the_valid_ones(key: str) -> None:
         assert name in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["trace_dir", "refresh_budget"])
+def test_pc_needs_a_table() -> None:
+    for server, request in [({}, {"d2cache_decoder": "pc"}), ({"decoder": "pc"}, {})]:
+        with pytest.raises(OptionError, match="'pc' needs a table of corpus frequencies"):
+            parse_server_options(server).resolve(parse_request_options(request))
+
+
+@pytest.mark.parametrize("name", ["trace_dir", "refresh_budget", "token_frequencies"])
 def test_server_only_keys_in_a_request_say_so(name: str) -> None:
     with pytest.raises(OptionError, match="server-wide only"):
         parse_request_options({f"d2cache_{name}": 1})
@@ -214,6 +223,7 @@ def test_server_only_keys_in_a_request_say_so(name: str) -> None:
 def test_server_only_fields() -> None:
     options = parse_server_options({"trace_dir": "traces", "refresh_budget": 64})
     assert (options.trace_dir, options.refresh_budget) == ("traces", 64)
+    assert parse_server_options({"token_frequencies": "t.npy"}).token_frequencies == "t.npy"
     empty = parse_server_options({"trace_dir": None, "refresh_budget": None})
     assert empty == parse_server_options(None) == parse_server_options({}) == ServerOptions({})
 
@@ -222,6 +232,12 @@ def test_server_only_fields() -> None:
 def test_bad_trace_dir(value: Any) -> None:
     with pytest.raises(OptionError, match=r"trace_dir.*directory"):
         parse_server_options({"trace_dir": value})
+
+
+@pytest.mark.parametrize("value", ["", 3, True, ["a"]])
+def test_bad_token_frequencies(value: Any) -> None:
+    with pytest.raises(OptionError, match=r"token_frequencies.*\.npy"):
+        parse_server_options({"token_frequencies": value})
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, "64", True, NAN, 10**400])

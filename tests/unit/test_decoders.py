@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 
 from tests.unit.views import view_of
 from vllm_d2cache.config import RequestOptions
-from vllm_d2cache.ops.row_stats import RowParams
-from vllm_d2cache.samplers import DECODER_CLASSES, Decoder, DecoderStep, PredictedRows
+from vllm_d2cache.ops.row_stats import RowParams, RowStats
+from vllm_d2cache.samplers import DECODER_CLASSES, Decoder, DecoderResources, DecoderStep, PredictedRows
 from vllm_d2cache.samplers.klass import KlassDecoder
 from vllm_d2cache.samplers.pool import CanvasPool
+
+FREQUENCIES = torch.tensor([0.5, 0.25, 0.125, 1.0, 0.0])
 
 
 def made(name: str, num_slots: int = 1, **options: Any) -> Decoder:
     """A decoder whose slots all hold requests with these options."""
-    decoder = DECODER_CLASSES[name](num_slots, 64, torch.device("cpu"))
+    decoder = DECODER_CLASSES[name](DecoderResources(num_slots, 64, torch.device("cpu"), FREQUENCIES))
     for slot in range(num_slots):
         decoder.start(slot, RequestOptions(decoder=name, **options), 64)
     return decoder
@@ -144,6 +146,28 @@ class TestKlass:
         assert decoder.calm[0, 0] == 2
         feed(decoder, same, [0])
         assert decoder.calm[0, 0] == 0, "there is no last distribution"
+
+
+class TestPc:
+    """Confidence times rarity, clipped."""
+
+    def test_the_debiased_confidence(self) -> None:
+        stats = RowStats(torch.tensor([0, 1, 2, 3, 4]), torch.tensor([0.5, 0.5, 1.0, 1.0, 0.75]), None, None)
+        decoder = made("pc", num_slots=2)
+        got = decoder.rescore(stats, torch.full((5,), math.nan), torch.tensor([0, 1, 0, 1, 0]))
+        want = [0.5 * math.log(2), 0.5 * math.log(4), math.log(8), 0.0, 10.0]
+        torch.testing.assert_close(got, torch.tensor(want), atol=1e-6, rtol=1e-6)
+
+    def test_the_clip_is_each_requests_own(self) -> None:
+        stats = RowStats(torch.tensor([4, 4]), torch.tensor([0.5, 1.0]), None, None)
+        decoder = made("pc", num_slots=2)
+        decoder.start(1, RequestOptions(decoder="pc", clip_alpha=0.25), 64)
+        got = decoder.rescore(stats, torch.zeros(2), torch.tensor([0, 1]))
+        torch.testing.assert_close(got, torch.tensor([10.0, 0.25]))
+
+    def test_a_fixed_count_and_ties_to_the_lower_slot(self) -> None:
+        assert chosen(made("pc"), step_of("###", [3.0, 10.0, 10.0])) == [1]
+        assert chosen(made("pc"), step_of("###", [3.0, 10.0, 10.0], least=2)) == [1, 2]
 
 
 def feed(decoder: Decoder, logits: torch.Tensor, canvas_slots: list[int]) -> torch.Tensor:

@@ -33,7 +33,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "attention", "attention.capture", "runner_sampler", "compat",
     ),
     "models": ("records", "attention"),
-    "config_hook": ("config", "compat"),
+    "config_hook": ("config", "compat", "samplers"),
+    "cli": ("config", "samplers"),
     "registration": (),
     "__init__": (),
 }  # fmt: skip

@@ -14,7 +14,7 @@ CASES = case_names()
 
 
 def test_there_are_traces() -> None:
-    assert len(CASES) >= 9
+    assert len(CASES) >= 12
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from vllm_d2cache.samplers.base import Decoder, DecoderStep, PredictedRows
+from vllm_d2cache.samplers.base import Decoder, DecoderResources, DecoderStep, PredictedRows
 from vllm_d2cache.samplers.eb import EbDecoder
 from vllm_d2cache.samplers.klass import KlassDecoder
+from vllm_d2cache.samplers.pc import PcDecoder
 from vllm_d2cache.samplers.quota import ConfidenceDecoder, choose_commits
 from vllm_d2cache.samplers.scores import ranking_score
 
-DECODER_CLASSES: dict[str, type[Decoder]] = {cls.name: cls for cls in (ConfidenceDecoder, EbDecoder, KlassDecoder)}
+DECODER_CLASSES: dict[str, type[Decoder]] = {
+    cls.name: cls for cls in (ConfidenceDecoder, EbDecoder, KlassDecoder, PcDecoder)
+}
 
-__all__ = ["DECODER_CLASSES", "Decoder", "DecoderStep", "PredictedRows", "choose_commits", "ranking_score"]
+__all__ = [
+    "DECODER_CLASSES",
+    "Decoder",
+    "DecoderResources",
+    "DecoderStep",
+    "PredictedRows",
+    "choose_commits",
+    "ranking_score",
+]

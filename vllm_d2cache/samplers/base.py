@@ -15,6 +15,22 @@ from vllm_d2cache.records import CanvasView
 
 
 @dataclass(frozen=True)
+class DecoderResources:
+    """What decoders are made from.
+
+    Attributes:
+        num_slots: requests that can run at a time.
+        max_len: most positions a request can have.
+        token_frequencies: [vocab] float32, share of each token in a corpus; None = the server has no table.
+    """
+
+    num_slots: int
+    max_len: int
+    device: torch.device
+    token_frequencies: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class PredictedRows:
     """The predicted rows of a step, before their statistics are taken; ``mine`` are those of one decoder."""
 
@@ -54,10 +70,6 @@ class Decoder(ABC):
 
     A decoder works on all its requests of a step at once and must not let one influence another. What it remembers is
     slot-indexed and overwritten in ``start``.
-
-    Args:
-        num_slots: requests that can run at a time.
-        max_len: most positions a request can have.
     """
 
     name: ClassVar[str]
@@ -68,9 +80,8 @@ class Decoder(ABC):
     option_names: ClassVar[tuple[str, ...]] = ()
     """Numbers of RequestOptions that it reads by slot, as ``self.number(name, slots)``."""
 
-    def __init__(self, num_slots: int, max_len: int, device: torch.device) -> None:
-        self.device = device
-        self._numbers = torch.zeros(len(self.option_names), num_slots, device=device)
+    def __init__(self, resources: DecoderResources) -> None:
+        self._numbers = torch.zeros(len(self.option_names), resources.num_slots, device=resources.device)
 
     def start(self, slot: int, options: RequestOptions, canvas_len: int) -> None:
         """A request begins, or starts over, in ``slot``: nothing of the last tenant remains."""

@@ -6,7 +6,14 @@ import torch
 
 from vllm_d2cache.config import RequestOptions
 from vllm_d2cache.ops.row_stats import TileReader, scaled_logits
-from vllm_d2cache.samplers.base import Decoder, DecoderStep, PredictedRows, rank_candidates, take_best
+from vllm_d2cache.samplers.base import (
+    Decoder,
+    DecoderResources,
+    DecoderStep,
+    PredictedRows,
+    rank_candidates,
+    take_best,
+)
 from vllm_d2cache.samplers.pool import CanvasPool
 from vllm_d2cache.samplers.quota import allowed_count
 
@@ -26,8 +33,9 @@ class KlassDecoder(Decoder):
     observes_all = True
     option_names = ("kl_threshold", "kl_history_length")
 
-    def __init__(self, num_slots: int, max_len: int, device: torch.device) -> None:
-        super().__init__(num_slots, max_len, device)
+    def __init__(self, resources: DecoderResources) -> None:
+        super().__init__(resources)
+        num_slots, max_len, device = resources.num_slots, resources.max_len, resources.device
         # By canvas slot: for how many steps in a row its divergence has been below the threshold.
         self.calm = torch.zeros(num_slots, max_len, dtype=torch.int32, device=device)
         self._pool = CanvasPool(num_slots, device)
