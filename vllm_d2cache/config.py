@@ -26,12 +26,15 @@ DECODER_OPTIONS: dict[str, tuple[str, ...]] = {
     "eb": ("gamma", "score"),
     "klass": ("kl_threshold", "kl_history_length", "threshold", "factor", "score"),
     "pc": ("clip_alpha",),
+    "credit": ("credit_alpha", "credit_beta", "credit_gamma", "threshold", "score"),
+    "hierarchical": ("low_threshold", "threshold", "score"),
+    "localleap": ("leap_threshold", "leap_radius", "threshold", "score"),
 }
 DECODERS = tuple(DECODER_OPTIONS)
 # Commit as many tokens as their rule allows, with or without a threshold.
-_PARALLEL_DECODERS = ("eb", "klass")
+_PARALLEL_DECODERS = ("eb", "klass", "credit", "hierarchical", "localleap")
 # Without a threshold (for klass: without a factor either) these would commit one token a step, or everything.
-_THRESHOLD_DECODERS = ("klass",)
+_THRESHOLD_DECODERS = ("klass", "credit", "hierarchical", "localleap")
 _DEFAULT_THRESHOLD = 0.9
 
 # Canvas length of a request that names no max_tokens (the published gen_length of most tasks).
@@ -102,6 +105,12 @@ REQUEST_FIELDS: dict[str, _Number | _Choice] = {
     "kl_threshold": _Number(float, 0, open_low=True, note="nats"),
     "kl_history_length": _Number(int, 1, note="steps"),
     "clip_alpha": _Number(float, 0, open_low=True),
+    "credit_alpha": _Number(float, 0),
+    "credit_beta": _Number(float, 0, 1),
+    "credit_gamma": _Number(float, 0),
+    "low_threshold": _Number(float, 0, 1),
+    "leap_threshold": _Number(float, 0, 1),
+    "leap_radius": _Number(int, 0, note="positions"),
 }
 SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget", "token_frequencies")
 _BUDGET = _Number(int, 1, note="rows per request and step")
@@ -131,6 +140,12 @@ class RequestOptions:
         kl_threshold: klass: a distribution that moved by less than this, in nats, has settled.
         kl_history_length: klass: for how many steps in a row it must have settled.
         clip_alpha: pc: the highest score a rare token can have.
+        credit_alpha: credit: how much credit raises a logit.
+        credit_beta: credit: what remains of a credit after a step.
+        credit_gamma: credit: a token of probability p gains p to this power.
+        low_threshold: hierarchical: score above which the best slot of a run of masks is committed.
+        leap_threshold: localleap: score that suffices near a slot that reaches ``threshold``.
+        leap_radius: localleap: how near, in positions.
     """
 
     policy: str = "d2cache"
@@ -151,6 +166,12 @@ class RequestOptions:
     kl_threshold: float = 0.01
     kl_history_length: int = 2
     clip_alpha: float = 10.0
+    credit_alpha: float = 0.7
+    credit_beta: float = 0.8
+    credit_gamma: float = 0.2
+    low_threshold: float = 0.4
+    leap_threshold: float = 0.75
+    leap_radius: int = 4
 
     @property
     def commits_many(self) -> bool:

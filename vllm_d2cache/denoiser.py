@@ -116,10 +116,11 @@ class Denoiser:
         entropy = SCORES[2] in scores or any(decoder.reads_entropy for decoder, _ in decoders)
         who, slot = rows.predicted_index
         mask = self.traits.mask_token_id
+        in_window = rows.view.in_window[who, slot]
         readers = []
         for decoder, members in decoders:
             mine = torch.ones_like(who, dtype=torch.bool) if members is None else torch.isin(who, members)
-            part = PredictedRows(rows.view.slots[who], slot, mine, hidden, lm_head, params, mask)
+            part = PredictedRows(rows.view.slots[who], slot, in_window, mine, hidden, lm_head, params, mask)
             reader = decoder.tile_reader(part)
             if reader is not None:
                 readers.append(reader)

@@ -24,6 +24,10 @@ RULES: list[dict[str, Any]] = [
     {"decoder": "klass", "kl_threshold": 40.0, "kl_history_length": 1, "factor": 2.0},
     {"decoder": "pc"},
     {"decoder": "pc", "clip_alpha": 0.5, "tokens_per_step": 2},
+    {"decoder": "credit", "threshold": 0.6},
+    {"decoder": "credit", "threshold": 0.9, "credit_alpha": 3.0, "credit_beta": 1.0, "credit_gamma": 0.0},
+    {"decoder": "hierarchical", "threshold": 0.6, "low_threshold": 0.3},
+    {"decoder": "localleap", "threshold": 0.5, "leap_threshold": 0.2, "leap_radius": 2},
 ]
 
 

@@ -51,6 +51,12 @@ ACCEPTED: list[tuple[str, Any, Any]] = [
     ("kl_threshold", 0.5, 0.5),
     ("kl_history_length", 3, 3),
     ("clip_alpha", 3, 3.0),
+    ("credit_alpha", 0, 0.0),
+    ("credit_beta", 1, 1.0),
+    ("credit_gamma", 2, 2.0),
+    ("low_threshold", 0.5, 0.5),
+    ("leap_threshold", 0, 0.0),
+    ("leap_radius", 8, 8),
 ]
 
 WRONG_FOR_NUMBERS: list[Any] = [True, False, "1", None, [1], {}, NAN, INF, -INF, -1, -0.001, 10**400, -(10**400)]
@@ -67,9 +73,12 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("kl_threshold", 0),
     ("kl_history_length", 0),
     ("clip_alpha", 0),
+    ("credit_beta", 1.1),
+    ("low_threshold", 1.1),
+    ("leap_threshold", 1.1),
 ]
 CHOICES = ("policy", "score", "confidence_memory", "decoder")
-INTEGERS = ("window", "tokens_per_step", "current_k", "inflate_w", "kl_history_length")
+INTEGERS = ("window", "tokens_per_step", "current_k", "inflate_w", "kl_history_length", "leap_radius")
 
 
 def refused() -> list[tuple[str, Any]]:
@@ -290,7 +299,7 @@ def test_server_defaults_of_one_decoder_do_not_reach_another() -> None:
     assert (options.threshold, options.gamma) == (0.9, RequestOptions.gamma)
 
 
-@pytest.mark.parametrize("decoder", ["eb", "klass"])
+@pytest.mark.parametrize("decoder", ["eb", "klass", "credit", "hierarchical", "localleap"])
 def test_parallel_decoders_bring_the_parallel_defaults(decoder: str) -> None:
     options = resolve({"decoder": decoder})
     assert (options.window, options.inflate_w, options.sigma) == (32, 4, 0.0)
@@ -298,7 +307,7 @@ def test_parallel_decoders_bring_the_parallel_defaults(decoder: str) -> None:
     assert resolve({"decoder": decoder, "window": 0, "sigma": 2}).sigma == 2.0
 
 
-@pytest.mark.parametrize("decoder", ["klass"])
+@pytest.mark.parametrize("decoder", ["klass", "credit", "hierarchical", "localleap"])
 def test_a_decoder_that_needs_a_threshold_has_one(decoder: str) -> None:
     assert resolve({"decoder": decoder}).threshold == resolve({}, {"decoder": decoder}).threshold == 0.9
     assert resolve({"decoder": decoder}, {"threshold": 0.7}).threshold == 0.7

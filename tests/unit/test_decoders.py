@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -170,19 +170,148 @@ class TestPc:
         assert chosen(made("pc"), step_of("###", [3.0, 10.0, 10.0], least=2)) == [1, 2]
 
 
-def feed(decoder: Decoder, logits: torch.Tensor, canvas_slots: list[int]) -> torch.Tensor:
-    """Show a decoder the logits of one request's canvas slots; returns them as the decoder left them."""
+def feed(
+    decoder: Decoder, logits: torch.Tensor, canvas_slots: list[int], in_window: list[bool] | None = None
+) -> torch.Tensor:
+    """Show a decoder the logits of one request's canvas slots; returns them as the decoder left them.
+
+    The mask token is the last of the vocabulary.
+    """
     n = len(canvas_slots)
     zero = torch.zeros(n)
     params = RowParams(zero, zero + 1, zero.long(), zero.double(), False, False)
     slots = torch.zeros(n, dtype=torch.int64)
-    mine = torch.ones(n, dtype=torch.bool)
-    rows = PredictedRows(slots, torch.tensor(canvas_slots), mine, logits.clone(), torch.clone, params, 0)
+    yes = torch.ones(n, dtype=torch.bool)
+    inside = yes if in_window is None else torch.tensor(in_window)
+    rows = PredictedRows(
+        slots, torch.tensor(canvas_slots), inside, yes, logits.clone(), torch.clone, params, logits.shape[1] - 1
+    )
     read = decoder.tile_reader(rows)
     assert read is not None
     left = logits.clone()
     read(0, n, left)
     return left
+
+
+class TestCredit:
+    """Raised logits, and all candidates over the threshold."""
+
+    LOGITS: ClassVar[list[list[float]]] = [[math.log(3), math.log(2), 0.0, -math.inf]]  # 1/2, 1/3, 1/6; the mask
+
+    def test_credit_by_hand(self) -> None:
+        decoder = made("credit", credit_alpha=2.0, credit_beta=0.5, credit_gamma=1.0)
+        logits = torch.tensor(self.LOGITS)
+        # Step 1: token 0 gains 1/2. Step 2, other logits: token 2 gains 1/2, token 0 keeps 1/4. Step 3: 1/8 + 1/2, 1/4.
+        raised = feed(decoder, logits, [7])
+        torch.testing.assert_close(raised, logits + torch.tensor([[2 * math.log(1.5), 0, 0, 0]]))
+        turned = logits[:, [2, 1, 0, 3]]
+        raised = feed(decoder, turned, [7])
+        torch.testing.assert_close(raised, turned + torch.tensor([[2 * math.log(1.25), 0, 2 * math.log(1.5), 0]]))
+        raised = feed(decoder, logits, [7])
+        torch.testing.assert_close(raised, logits + torch.tensor([[2 * math.log(1.625), 0, 2 * math.log(1.25), 0]]))
+
+    def test_raw_probabilities_give_credit(self) -> None:
+        """Not those that credit has raised: else a token could never lose its lead."""
+        decoder = made("credit", credit_alpha=50.0, credit_beta=0.0, credit_gamma=0.0)
+        logits = torch.tensor(self.LOGITS)
+        feed(decoder, logits, [0])
+        raised = feed(decoder, logits[:, [1, 0, 2, 3]], [0])
+        assert raised.argmax(1).tolist() == [1]
+
+    def test_slots_outside_the_window_gain_none(self) -> None:
+        decoder = made("credit")
+        logits = torch.tensor(self.LOGITS * 2)
+        raised = feed(decoder, logits, [0, 40], [True, False])
+        assert raised[0, 0] > logits[0, 0]
+        assert torch.equal(raised[1], logits[1])
+        first = feed(made("credit"), logits[1:], [40])
+        assert torch.equal(feed(decoder, logits[1:], [40]), first)
+
+    def test_the_mask_gains_none(self) -> None:
+        logits = torch.tensor([[0.0, 1.0, 0.5, 9.0]])
+        raised = feed(made("credit", credit_gamma=0.0), logits, [0])
+        torch.testing.assert_close(raised - logits, torch.tensor([[0.0, 0.7 * math.log(2), 0.0, 0.0]]))
+
+    @given(st.lists(st.integers(0, 11), min_size=1, max_size=20))
+    def test_a_list_is_as_good_as_the_whole_vocabulary(self, winners: list[int]) -> None:
+        decoder = made("credit", credit_alpha=1.0, credit_beta=0.75, credit_gamma=0.5)
+        credit = torch.zeros(13)
+        for token in winners:
+            logits = torch.zeros(1, 13)
+            logits[0, token] = 2.0
+            logits[0, 12] = 1.0
+            p = torch.softmax(logits, -1)[0, token]
+            credit = 0.75 * credit
+            credit[token] += p**0.5
+            torch.testing.assert_close(feed(decoder, logits, [3])[0], logits[0] + (1 + credit).log())
+
+    def test_a_new_tenant_has_no_credit(self) -> None:
+        """In the released code credits survive into the next request."""
+        decoder, logits = made("credit"), torch.tensor(self.LOGITS)
+        first = feed(decoder, logits, [0])
+        feed(decoder, logits, [0])
+        decoder.stop(0)
+        decoder.start(0, RequestOptions(decoder="credit"), 64)
+        assert torch.equal(feed(decoder, logits, [0]), first)
+
+    def test_the_threshold_rule(self) -> None:
+        assert chosen(made("credit"), step_of("####", [0.9, 0.91, 0.89, 0.95], threshold=0.9)) == [0, 1, 3]
+        assert chosen(made("credit"), step_of("####", [0.5, 0.7, 0.7 - 5e-6, 0.6], threshold=0.9)) == [1, 2]
+        assert chosen(made("credit"), step_of("####", [0.5, 0.7, 0.1, 0.6], least=2, threshold=0.9)) == [1, 3]
+        assert chosen(made("credit"), step_of("####", [0.99, 0.7, 0.1, 0.6], [1, 2], threshold=0.9)) == [1]
+
+
+class TestHierarchical:
+    """One of each run, what is sure, and the best."""
+
+    def test_leaders_of_runs(self) -> None:
+        step = step_of("##.###..#", [0.5, 0.6, 1, 0.45, 0.42, 0.41, 1, 1, 0.39], threshold=0.9)
+        assert chosen(made("hierarchical"), step) == [1, 3]
+        assert chosen(made("hierarchical", low_threshold=0.3), step) == [1, 3, 8]
+        assert chosen(made("hierarchical", low_threshold=0.7), step) == [1], "the best in any case"
+
+    def test_the_sure_ones_besides(self) -> None:
+        step = step_of("#####", [0.95, 0.96, 0.2, 0.91, 0.9], threshold=0.9)
+        assert chosen(made("hierarchical"), step) == [0, 1, 3]
+
+    def test_both_limits_are_exclusive(self) -> None:
+        step = step_of("##.##", [0.5, 0.1, 1, 0.75, 0.5], threshold=0.5)
+        assert chosen(made("hierarchical", low_threshold=0.5), step) == [3]
+
+    def test_ties_in_a_run_go_to_the_lower_slot(self) -> None:
+        step = step_of("###.##", [0.5, 0.6, 0.6, 1, 0.5, 0.5], threshold=0.9)
+        assert chosen(made("hierarchical"), step) == [1, 4]
+
+    def test_runs_end_with_the_window(self) -> None:
+        step = step_of("..######", [1, 1, 0.5, 0.6, 0.9, 0.9, 0.9, 0.9], threshold=0.95, window=4)
+        assert chosen(made("hierarchical"), step) == [3]
+
+    def test_masks_that_were_not_computed_hold_a_run_together(self) -> None:
+        step = step_of("#####", [0.5, 0.9, 0.9, 0.9, 0.6], [0, 4], threshold=0.95)
+        assert chosen(made("hierarchical"), step) == [4]
+
+
+class TestLocalLeap:
+    """A lower threshold around anchors."""
+
+    def test_neighbours_within_the_radius(self) -> None:
+        step = step_of("########", [0.8, 0.8, 0.7, 0.95, 0.74, 0.76, 0.9, 0.8], threshold=0.95)
+        assert chosen(made("localleap", leap_radius=2), step) == [1, 3, 5]
+        assert chosen(made("localleap", leap_radius=3), step) == [0, 1, 3, 5, 6]
+        assert chosen(made("localleap", leap_radius=0), step) == [3]
+
+    def test_both_limits_are_inclusive(self) -> None:
+        step = step_of("##.", [0.5, 0.25, 1.0], threshold=0.5)
+        assert chosen(made("localleap", leap_threshold=0.25), step) == [0, 1]
+
+    def test_without_an_anchor_the_best_alone(self) -> None:
+        step = step_of("####", [0.8, 0.85, 0.85, 0.8], threshold=0.9)
+        assert chosen(made("localleap"), step) == [1]
+        assert chosen(made("localleap"), step_of("####", [0.8] * 4, least=3, threshold=0.9)) == [0, 1, 2]
+
+    def test_only_candidates_are_anchors_and_neighbours(self) -> None:
+        step = step_of("####", [0.99, 0.8, 0.8, 0.1], [1, 3], threshold=0.9)
+        assert chosen(made("localleap"), step) == [1]
 
 
 class TestPool:

@@ -32,7 +32,11 @@ def run_steps(shapes: Shapes, options: RequestOptions, sampling: SamplingSpec, s
 
 
 CASES: list[dict[str, Any]] = [{}, {"policy": "full"}, {"score": "entropy", "inflate_w": 4, "window": 32}]
-CASES += [{"decoder": "eb", "gamma": 1.0}, {"decoder": "klass", "threshold": 0.9}]
+CASES += [
+    {"decoder": "eb", "gamma": 1.0},
+    {"decoder": "klass", "threshold": 0.9},
+    {"decoder": "credit", "threshold": 0.9},
+]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -36,6 +36,7 @@ class PredictedRows:
 
     slots: torch.Tensor  # [n] int64, the request's slot
     canvas_slot: torch.Tensor  # [n] int64
+    in_window: torch.Tensor  # [n] bool, the slot lies in the request's current window
     mine: torch.Tensor  # [n] bool
     hidden: torch.Tensor  # [n, d] final hidden states
     lm_head: Callable[[torch.Tensor], torch.Tensor]  # [m, d] -> [m, vocab] logits
