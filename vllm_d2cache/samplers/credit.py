@@ -76,7 +76,7 @@ class CreditDecoder(Decoder):
     def _give(
         self, line: torch.Tensor, token: torch.Tensor, gain: torch.Tensor, beta: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fade the credits of the lines [m], add ``gain`` [m] to that of ``token`` [m, 1]; returns tokens and credits."""
+        """Fade the credits of the lines [m], add ``gain`` [m] to that of ``token`` [m, 1]; returns both lists."""
         tokens, credit = self._tokens[line], self._credit[line] * beta.unsqueeze(1)
         here, free = tokens == token, tokens < 0
         if not bool((here | free).any(1).all()):
