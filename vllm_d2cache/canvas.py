@@ -12,6 +12,7 @@ from vllm_d2cache.records import CanvasView, FamilyTraits, OptionColumns, Sampli
 
 # Wider than any text, and still exact in float32.
 _WIDEST_GAP = 1 << 20
+_MOST_STEPS = 1 << 24
 
 
 @dataclass
@@ -45,6 +46,7 @@ class CanvasStates:
         self.observe = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by canvas slot
         self.emitted = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.window_step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # steps in the current window
         self.prompt_len = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.canvas_len = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.seed = torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -68,6 +70,7 @@ class CanvasStates:
         self.terminal[slot] = False
         self.emitted[slot] = emitted
         self.step[slot] = 0
+        self.window_step[slot] = 0
         self.prompt_len[slot] = p
         self.canvas_len[slot] = g
         sampling, options = request.sampling, request.options
@@ -149,12 +152,13 @@ def _option_numbers(options: RequestOptions, canvas_len: int) -> list[float]:
         options.rollout_p,
         min(options.inflate_w, _WIDEST_GAP),
         CONFIDENCE_MEMORIES.index(options.confidence_memory),
+        min(options.steps, _MOST_STEPS),
     ]
 
 
 def _columns(numbers: torch.Tensor) -> OptionColumns:
     column = dict(zip(OptionColumns._fields, numbers.unbind(1), strict=True))
-    for name in ("window", "tokens_per_step", "score", "current_k", "inflate_w"):
+    for name in ("window", "tokens_per_step", "score", "current_k", "inflate_w", "steps"):
         column[name] = column[name].long()
     column["latest_memory"] = column["latest_memory"] > 0
     return OptionColumns(**column)

@@ -101,6 +101,7 @@ REQUEST_FIELDS: dict[str, _Number | _Choice] = {
     "confidence_memory": _Choice(CONFIDENCE_MEMORIES),
     "confidence_top_p": _Number(float, 0, 1, open_low=True, note="1 = off"),
     "decoder": _Choice(DECODERS),
+    "steps": _Number(int, 0, note="0 = tokens_per_step decides"),
     "gamma": _Number(float, 0, note="nats"),
     "kl_threshold": _Number(float, 0, open_low=True, note="nats"),
     "kl_history_length": _Number(int, 1, note="steps"),
@@ -136,6 +137,8 @@ class RequestOptions:
             ``latest`` by their most recent one, as the paper describes (section 3.7).
         confidence_top_p: nucleus filter on the vocabulary before confidences are taken; 1 = off.
         decoder: which rule commits tokens, one of :data:`DECODERS` (docs/decoders.md).
+        steps: steps for the whole canvas, in place of ``tokens_per_step``: each window gets an equal part of them, and
+            its tokens are spread over these as the model family's published code does; 0 = off.
         gamma: eb: entropy, in nats, that the tokens of a step may have besides the largest.
         kl_threshold: klass: a distribution that moved by less than this, in nats, has settled.
         kl_history_length: klass: for how many steps in a row it must have settled.
@@ -162,6 +165,7 @@ class RequestOptions:
     confidence_memory: str = "first"
     confidence_top_p: float = 1.0
     decoder: str = "confidence"
+    steps: int = 0
     gamma: float = 0.001
     kl_threshold: float = 0.01
     kl_history_length: int = 2
@@ -176,12 +180,38 @@ class RequestOptions:
     @property
     def commits_many(self) -> bool:
         """Whether a step may commit more than ``tokens_per_step`` tokens."""
+        return self.steps > 0 or self.is_parallel
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether a rule decides how many tokens a step commits, rather than a count or a number of steps."""
         return self.threshold > 0 or self.factor > 0 or self.decoder in _PARALLEL_DECODERS
 
     def window_length(self, canvas_length: int) -> int:
         """Window length in positions for a canvas of ``canvas_length``."""
         return min(self.window, canvas_length) if self.window else canvas_length
 
+    def check_canvas(self, canvas_length: int) -> None:
+        """Refuse what does not go with a canvas of ``canvas_length``.
+
+        Raises:
+            OptionError: ``steps`` cannot be divided among the windows.
+        """
+        windows = -(-canvas_length // self.window_length(canvas_length))
+        if self.steps % windows:
+            raise OptionError(
+                f"{PREFIX}steps: must be a multiple of {windows}, the windows of {self.window_length(canvas_length)} "
+                f"positions in a canvas of {canvas_length}, got {self.steps}"
+            )
+
+
+# A request that names the first drops the server's choice of the second.
+_ALTERNATIVES = (
+    ("threshold", "factor"),
+    ("factor", "threshold"),
+    ("steps", "tokens_per_step"),
+    ("tokens_per_step", "steps"),
+)
 
 # What the published scripts use when several tokens are committed in a step (d2cache.md, section 10).
 _PARALLEL_DEFAULTS = {"window": 32, "inflate_w": 4, "sigma": 0.0}
@@ -206,8 +236,7 @@ class ServerOptions:
     def resolve(self, request: Mapping[str, Any]) -> RequestOptions:
         """Options of one request from its own settings (already parsed) over the server's over the defaults."""
         chosen = dict(self.request_defaults)
-        # A request that picks one of the two parallel rules drops the server's choice of the other.
-        for name, other in (("threshold", "factor"), ("factor", "threshold")):
+        for name, other in _ALTERNATIVES:
             if request.get(name, 0) > 0 and other not in request:
                 chosen.pop(other, None)
         chosen.update(request)
@@ -222,7 +251,12 @@ class ServerOptions:
                 f"{PREFIX}decoder: 'pc' needs a table of corpus frequencies, and this server was started without one "
                 f'(additional_config["{SECTION}"]["token_frequencies"])'
             )
-        if RequestOptions(**chosen).commits_many:
+        if chosen.get("steps", 0) > 0 and "tokens_per_step" in chosen:
+            raise OptionError(
+                "steps and tokens_per_step are alternatives: give one (in a request d2cache_steps or "
+                "d2cache_tokens_per_step)"
+            )
+        if RequestOptions(**chosen).is_parallel:
             chosen = {**_PARALLEL_DEFAULTS, **chosen}
         return RequestOptions(**chosen)
 

@@ -27,6 +27,7 @@ from vllm_d2cache.samplers import (
     ranking_score,
 )
 from vllm_d2cache.samplers.frequencies import load_frequencies
+from vllm_d2cache.samplers.schedule import least_commits
 
 
 class Denoiser:
@@ -159,6 +160,8 @@ class Denoiser:
             committed, rows.predicted, score, view.window_start, canvas.step[view.slots] == 0, importance
         )
         canvas.step[view.slots] += 1
+        stays = after.window_start == view.window_start
+        canvas.window_step[view.slots] = torch.where(stays, canvas.window_step[view.slots] + 1, 0)
         self._plan(after, outcome, [r.options.policy for r in self._requests(rows)])
         return self._emit(after, committed)
 
@@ -183,7 +186,7 @@ class Denoiser:
             view,
             rows.predicted & view.in_window,
             self._with_prior(score, rows),
-            view.options.tokens_per_step,
+            least_commits(view, self.canvas.window_step[view.slots], self.traits.step_schedule),
             entropy,
         )
         committed = torch.zeros_like(view.masked)

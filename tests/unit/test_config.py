@@ -46,6 +46,8 @@ ACCEPTED: list[tuple[str, Any, Any]] = [
     ("confidence_top_p", 0.9, 0.9),
     ("confidence_top_p", 1, 1.0),
     ("decoder", "eb", "eb"),
+    ("steps", 64, 64),
+    ("steps", 0, 0),
     ("gamma", 0, 0.0),
     ("gamma", 2.5, 2.5),
     ("kl_threshold", 0.5, 0.5),
@@ -78,7 +80,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("leap_threshold", 1.1),
 ]
 CHOICES = ("policy", "score", "confidence_memory", "decoder")
-INTEGERS = ("window", "tokens_per_step", "current_k", "inflate_w", "kl_history_length", "leap_radius")
+INTEGERS = ("window", "tokens_per_step", "current_k", "inflate_w", "kl_history_length", "leap_radius", "steps")
 
 
 def refused() -> list[tuple[str, Any]]:
@@ -318,3 +320,29 @@ def test_a_decoder_that_needs_a_threshold_has_one(decoder: str) -> None:
 def test_klass_takes_a_factor_in_place_of_a_threshold() -> None:
     options = resolve({"decoder": "klass", "factor": 1.0})
     assert (options.threshold, options.factor) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("level", ["request", "server"])
+def test_steps_and_tokens_per_step_are_refused_together(level: str) -> None:
+    with pytest.raises(OptionError, match=r"steps.*tokens_per_step"):
+        resolve(**{level: {"steps": 8, "tokens_per_step": 1}})
+    assert resolve(**{level: {"steps": 0, "tokens_per_step": 2}}).tokens_per_step == 2
+
+
+def test_a_request_that_gives_steps_drops_the_servers_tokens_per_step() -> None:
+    options = resolve({"steps": 8}, {"tokens_per_step": 4})
+    assert (options.steps, options.tokens_per_step) == (8, 1)
+    options = resolve({"tokens_per_step": 4}, {"steps": 8})
+    assert (options.steps, options.tokens_per_step) == (0, 4)
+    assert resolve({"steps": 8}).commits_many
+    assert resolve({"steps": 8}).sigma == 10.0, "a number of steps is no parallel rule"
+
+
+def test_steps_must_divide_among_the_windows() -> None:
+    options = resolve({"steps": 12, "window": 8})
+    options.check_canvas(32)
+    options.check_canvas(17)  # windows of 8, 8 and 1
+    with pytest.raises(OptionError, match="d2cache_steps: must be a multiple of 5"):
+        options.check_canvas(40)
+    resolve({"steps": 7}).check_canvas(40)
+    resolve().check_canvas(40)

@@ -105,6 +105,11 @@ def test_options_must_go_with_the_servers(monkeypatch: pytest.MonkeyPatch) -> No
     ours = SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=100)
     with pytest.raises(VLLMValidationError, match="d2cache_threshold: not an option of d2cache_decoder 'eb'"):
         InputProcessor.process_inputs(SimpleNamespace(model_config=ours, vllm_config=config))
+    params.extra_args = {"d2cache_steps": 31}  # the canvas of 30 is one window of 32
+    assert InputProcessor.process_inputs(SimpleNamespace(model_config=ours, vllm_config=config)) is request
+    params.extra_args = {"d2cache_steps": 31, "d2cache_window": 10}
+    with pytest.raises(VLLMValidationError, match="d2cache_steps: must be a multiple of 3"):
+        InputProcessor.process_inputs(SimpleNamespace(model_config=ours, vllm_config=config))
     params.extra_args = {"d2cache_gamma": 0.5}
     assert InputProcessor.process_inputs(SimpleNamespace(model_config=ours, vllm_config=config)) is request
 
