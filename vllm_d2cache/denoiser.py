@@ -13,6 +13,7 @@ import torch
 
 from vllm_d2cache.canvas import CanvasStates, Request, make_view, positions_to_canvas
 from vllm_d2cache.config import SCORES, ServerOptions
+from vllm_d2cache.counters import StepCounters
 from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.ops.random import uniform
 from vllm_d2cache.ops.row_stats import RowParams, RowStats, row_stats
@@ -44,6 +45,7 @@ class Denoiser:
         self, num_slots: int, max_len: int, device: torch.device, traits: FamilyTraits, options: ServerOptions
     ) -> None:
         self.traits = traits
+        self.counters = StepCounters()
         self.canvas = CanvasStates(num_slots, max_len, device, traits)
         self._policy_args = (num_slots, max_len, device, traits.logit_shift, options.refresh_budget)
         self._policies: dict[str, CachePolicy] = {}
@@ -159,6 +161,8 @@ class Denoiser:
         outcome = StepOutcome(
             committed, rows.predicted, score, view.window_start, canvas.step[view.slots] == 0, importance
         )
+        lengths = [r.prompt_len + r.canvas_len for r in self._requests(rows)]
+        self.counters.add(rows, lengths, committed)
         canvas.step[view.slots] += 1
         stays = after.window_start == view.window_start
         canvas.window_step[view.slots] = torch.where(stays, canvas.window_step[view.slots] + 1, 0)

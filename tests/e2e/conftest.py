@@ -74,6 +74,11 @@ class Engine:
         cleanup_dist_env_and_memory()
 
 
+def runner_of(engine: Engine) -> Any:
+    """vLLM's model runner inside the in-process engine."""
+    return engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """The engine as a user gets it, but for fp32 and eight places. test_variants.py, which runs last, closes it."""

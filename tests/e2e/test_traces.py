@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.e2e.conftest import Engine
+from tests.e2e.conftest import Engine, runner_of
 from tests.reference.oracle import ORACLE, case_names, load_case
 from vllm_d2cache.ops.row_stats import ROWS_PER_TILE
 
@@ -25,11 +25,6 @@ def test_all_traces_through_generate(engine: Engine) -> None:
             assert got == want, f"{case.name}, step {number}"
         assert tokens == case.final_tokens, case.name
         assert trace[-1] == {"output_token_ids": tokens, "finish_reason": "length"}
-
-
-def runner_of(engine: Engine) -> Any:
-    """vLLM's model runner inside the in-process engine."""
-    return engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 @pytest.mark.parametrize("row", range(3))

@@ -21,8 +21,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "canvas": ("records", "config"),
     "samplers": ("records", "config", "ops"),
     "policies": ("records", "config", "ops", "canvas"),
-    "denoiser": ("records", "config", "ops", "canvas", "policies", "samplers"),
+    "denoiser": ("records", "config", "ops", "canvas", "policies", "samplers", "counters"),
     "trace": ("records", "canvas"),
+    "counters": ("records",),
     "attention.capture": ("ops",),
     "attention": ("ops", "attention.capture"),
     "request_check": ("config",),
@@ -34,12 +35,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "models": ("records", "attention"),
     "config_hook": ("config", "compat", "samplers"),
-    "cli": ("config", "samplers"),
+    "cli": ("config", "samplers", "policies", "counters", "compat"),
     "registration": (),
     "__init__": (),
 }  # fmt: skip
 PURE = (
-    "records", "config", "ops", "canvas", "samplers", "policies", "denoiser", "trace", "attention.capture",
+    "records", "config", "ops", "canvas", "samplers", "policies", "denoiser", "trace", "counters", "attention.capture",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

@@ -83,7 +83,7 @@ def test_offline_canvas_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     params = SimpleNamespace(max_tokens=30, extra_args=None)
     request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1] * 80)
     monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
-    front_end.install_length_check(OURS)
+    front_end.install_request_check(OURS)
     processor = SimpleNamespace(
         model_config=SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=100),
         vllm_config=SimpleNamespace(additional_config={}),
@@ -100,7 +100,7 @@ def test_options_must_go_with_the_servers(monkeypatch: pytest.MonkeyPatch) -> No
     params = SimpleNamespace(max_tokens=30, extra_args={"d2cache_threshold": 0.9})
     request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1] * 8)
     monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
-    front_end.install_length_check(OURS)
+    front_end.install_request_check(OURS)
     config = SimpleNamespace(additional_config={"d2cache": {"decoder": "eb"}})
     ours = SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=100)
     with pytest.raises(VLLMValidationError, match="d2cache_threshold: not an option of d2cache_decoder 'eb'"):

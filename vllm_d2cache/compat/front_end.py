@@ -91,7 +91,7 @@ def _patch_online_length(cls: type, names: tuple[str, ...]) -> None:
     cls.to_sampling_params = to_sampling_params
 
 
-def install_length_check(architectures: frozenset[str]) -> None:
+def install_request_check(architectures: frozenset[str]) -> None:
     """Wrap ``InputProcessor.process_inputs``; idempotent. Called from the config hook, in the front end alone."""
     # Without it: LLM.generate accepts a canvas that does not fit; text models just stop at max_model_len, but a canvas
     # has its length from the start; and options that do not go with the server's fail in the scheduler, which ends the
