@@ -12,6 +12,7 @@ from vllm_d2cache.records import CanvasView, FamilyTraits, KeptKeys, OptionColum
 
 # Wider than any text, and still exact in float32.
 _WIDEST_GAP = 1 << 20
+_MOST_STEPS = 1 << 24
 
 
 @dataclass
@@ -48,6 +49,7 @@ class CanvasStates:
         self.kept = torch.zeros(num_slots, len(KeptKeys._fields), dtype=torch.int64, device=device)
         self.emitted = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.window_step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # steps in the current window
         self.prompt_len = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.canvas_len = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.seed = torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -71,6 +73,7 @@ class CanvasStates:
         self.terminal[slot] = False
         self.emitted[slot] = emitted
         self.step[slot] = 0
+        self.window_step[slot] = 0
         self.prompt_len[slot] = p
         self.canvas_len[slot] = g
         sampling, options = request.sampling, request.options
@@ -152,12 +155,13 @@ def _option_numbers(options: RequestOptions, canvas_len: int) -> list[float]:
         options.rollout_p,
         min(options.inflate_w, _WIDEST_GAP),
         CONFIDENCE_MEMORIES.index(options.confidence_memory),
+        min(options.steps, _MOST_STEPS),
     ]
 
 
 def _columns(numbers: torch.Tensor) -> OptionColumns:
     column = dict(zip(OptionColumns._fields, numbers.unbind(1), strict=True))
-    for name in ("window", "tokens_per_step", "score", "current_k", "inflate_w"):
+    for name in ("window", "tokens_per_step", "score", "current_k", "inflate_w", "steps"):
         column[name] = column[name].long()
     column["latest_memory"] = column["latest_memory"] > 0
     return OptionColumns(**column)

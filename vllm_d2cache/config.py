@@ -24,6 +24,23 @@ POLICIES = tuple(POLICY_CLASSES)  # names alone: the classes are loaded when the
 SCORES = ("confidence", "margin", "entropy")
 CONFIDENCE_MEMORIES = ("first", "latest")
 
+# Decoder -> the options that only some decoders read. A request that names one its decoder does not read is refused.
+DECODER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "confidence": ("threshold", "factor", "score"),
+    "eb": ("gamma", "score"),
+    "klass": ("kl_threshold", "kl_history_length", "threshold", "factor", "score"),
+    "pc": ("clip_alpha",),
+    "credit": ("credit_alpha", "credit_beta", "credit_gamma", "threshold", "score"),
+    "hierarchical": ("low_threshold", "threshold", "score"),
+    "localleap": ("leap_threshold", "leap_radius", "threshold", "score"),
+}
+DECODERS = tuple(DECODER_OPTIONS)
+# Commit as many tokens as their rule allows, with or without a threshold.
+_PARALLEL_DECODERS = ("eb", "klass", "credit", "hierarchical", "localleap")
+# Without a threshold (for klass: without a factor either) these would commit one token a step, or everything.
+_THRESHOLD_DECODERS = ("klass", "credit", "hierarchical", "localleap")
+_DEFAULT_THRESHOLD = 0.9
+
 # Canvas length of a request that names no max_tokens (the published gen_length of most tasks).
 DEFAULT_CANVAS_LENGTH = 256
 
@@ -46,8 +63,20 @@ REQUEST_FIELDS: dict[str, _Number | _Choice] = {
     "inflate_w": _Number(int, 0),
     "confidence_memory": _Choice(CONFIDENCE_MEMORIES),
     "confidence_top_p": _Number(float, 0, 1, open_low=True, note="1 = off"),
+    "decoder": _Choice(DECODERS),
+    "steps": _Number(int, 0, note="0 = tokens_per_step decides"),
+    "gamma": _Number(float, 0, note="nats"),
+    "kl_threshold": _Number(float, 0, open_low=True, note="nats"),
+    "kl_history_length": _Number(int, 1, note="steps"),
+    "clip_alpha": _Number(float, 0, open_low=True),
+    "credit_alpha": _Number(float, 0),
+    "credit_beta": _Number(float, 0, 1),
+    "credit_gamma": _Number(float, 0),
+    "low_threshold": _Number(float, 0, 1),
+    "leap_threshold": _Number(float, 0, 1),
+    "leap_radius": _Number(int, 0, note="positions"),
 }
-SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget")
+SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget", "token_frequencies")
 _BUDGET = _Number(int, 1, note="rows per request and step")
 
 
@@ -70,6 +99,19 @@ class RequestOptions:
         confidence_memory: ``first`` ranks masked positions by their confidence in the first step, as published;
             ``latest`` by their most recent one, as the paper describes (section 3.7).
         confidence_top_p: nucleus filter on the vocabulary before confidences are taken; 1 = off.
+        decoder: which rule commits tokens, one of :data:`DECODERS` (docs/decoders.md).
+        steps: steps for the whole canvas, in place of ``tokens_per_step``: each window gets an equal part of them, and
+            its tokens are spread over these as the model family's published code does; 0 = off.
+        gamma: eb: entropy, in nats, that the tokens of a step may have besides the largest.
+        kl_threshold: klass: a distribution that moved by less than this, in nats, has settled.
+        kl_history_length: klass: for how many steps in a row it must have settled.
+        clip_alpha: pc: the highest score a rare token can have.
+        credit_alpha: credit: how much credit raises a logit.
+        credit_beta: credit: what remains of a credit after a step.
+        credit_gamma: credit: a token of probability p gains p to this power.
+        low_threshold: hierarchical: score above which the best slot of a run of masks is committed.
+        leap_threshold: localleap: score that suffices near a slot that reaches ``threshold``.
+        leap_radius: localleap: how near, in positions.
         policy_options: what the policy has in options of its own beyond these fields (docs/policies.md), by name.
     """
 
@@ -86,12 +128,29 @@ class RequestOptions:
     inflate_w: int = 0
     confidence_memory: str = "first"
     confidence_top_p: float = 1.0
+    decoder: str = "confidence"
+    steps: int = 0
+    gamma: float = 0.001
+    kl_threshold: float = 0.01
+    kl_history_length: int = 2
+    clip_alpha: float = 10.0
+    credit_alpha: float = 0.7
+    credit_beta: float = 0.8
+    credit_gamma: float = 0.2
+    low_threshold: float = 0.4
+    leap_threshold: float = 0.75
+    leap_radius: int = 4
     policy_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def commits_many(self) -> bool:
         """Whether a step may commit more than ``tokens_per_step`` tokens."""
-        return self.threshold > 0 or self.factor > 0
+        return self.steps > 0 or self.is_parallel
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether a rule decides how many tokens a step commits, rather than a count or a number of steps."""
+        return self.threshold > 0 or self.factor > 0 or self.decoder in _PARALLEL_DECODERS
 
     def value(self, name: str) -> Any:
         """An option by name, be it a field or one of the policy's own."""
@@ -101,6 +160,27 @@ class RequestOptions:
         """Window length in positions for a canvas of ``canvas_length``."""
         return min(self.window, canvas_length) if self.window else canvas_length
 
+    def check_canvas(self, canvas_length: int) -> None:
+        """Refuse what does not go with a canvas of ``canvas_length``.
+
+        Raises:
+            OptionError: ``steps`` cannot be divided among the windows.
+        """
+        windows = -(-canvas_length // self.window_length(canvas_length))
+        if self.steps % windows:
+            raise OptionError(
+                f"{PREFIX}steps: must be a multiple of {windows}, the windows of {self.window_length(canvas_length)} "
+                f"positions in a canvas of {canvas_length}, got {self.steps}"
+            )
+
+
+# A request that names the first drops the server's choice of the second.
+_ALTERNATIVES = (
+    ("threshold", "factor"),
+    ("factor", "threshold"),
+    ("steps", "tokens_per_step"),
+    ("tokens_per_step", "steps"),
+)
 
 # What the published scripts use when several tokens are committed in a step (d2cache.md, section 10).
 _PARALLEL_DEFAULTS = {"window": 32, "inflate_w": 4, "sigma": 0.0}
@@ -114,28 +194,76 @@ class ServerOptions:
         trace_dir: directory for per-request traces; None = off.
         refresh_budget: rows a request may recompute in a step after its first; None = as many as its policy
             asks for. What does not fit waits for the next step, which makes results approximate.
+        token_frequencies: ``.npy`` file of corpus frequencies for the pc decoder; None = there is none.
     """
 
     request_defaults: Mapping[str, Any]
     trace_dir: str | None = None
     refresh_budget: int | None = None
+    token_frequencies: str | None = None
 
     def resolve(self, request: Mapping[str, Any]) -> RequestOptions:
         """Options of one request from its own settings (already parsed) over the server's over the defaults."""
         chosen = dict(self.request_defaults)
-        # A request that picks one of the two parallel rules drops the server's choice of the other.
-        for name, other in (("threshold", "factor"), ("factor", "threshold")):
+        for name, other in _ALTERNATIVES:
             if request.get(name, 0) > 0 and other not in request:
                 chosen.pop(other, None)
         chosen.update(request)
+        chosen = _without_other_decoders(chosen, request)
+        chosen = _with_threshold(chosen, request)
         chosen = _with_policy_options(chosen, request)
         if chosen.get("threshold", 0) > 0 and chosen.get("factor", 0) > 0:
             raise OptionError(
                 "threshold and factor are alternatives: give one (in a request d2cache_threshold or d2cache_factor)"
             )
-        if chosen.get("threshold", 0) > 0 or chosen.get("factor", 0) > 0:
+        if chosen.get("decoder") == "pc" and self.token_frequencies is None:
+            raise OptionError(
+                f"{PREFIX}decoder: 'pc' needs a table of corpus frequencies, and this server was started without one "
+                f'(additional_config["{SECTION}"]["token_frequencies"])'
+            )
+        if chosen.get("steps", 0) > 0 and "tokens_per_step" in chosen:
+            raise OptionError(
+                "steps and tokens_per_step are alternatives: give one (in a request d2cache_steps or "
+                "d2cache_tokens_per_step)"
+            )
+        if RequestOptions(**chosen).is_parallel:
             chosen = {**_PARALLEL_DEFAULTS, **chosen}
         return RequestOptions(**chosen)
+
+
+def _with_threshold(chosen: dict[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    """``chosen`` with a threshold where the decoder needs one.
+
+    Raises:
+        OptionError: the request turns it off.
+    """
+    decoder = chosen.get("decoder", RequestOptions.decoder)
+    if decoder not in _THRESHOLD_DECODERS or chosen.get("threshold", 0) > 0 or chosen.get("factor", 0) > 0:
+        return chosen
+    if "threshold" in request:
+        raise OptionError(
+            f"{PREFIX}threshold: must be > 0 with {PREFIX}decoder {decoder!r}, got {request['threshold']!r}"
+        )
+    return {**chosen, "threshold": _DEFAULT_THRESHOLD}
+
+
+def _without_other_decoders(chosen: dict[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    """``chosen`` without options its decoder does not read; the server may have set them for other requests.
+
+    Raises:
+        OptionError: the request itself names one.
+    """
+    decoder = chosen.get("decoder", RequestOptions.decoder)
+    read = DECODER_OPTIONS[decoder]
+    foreign = {name for names in DECODER_OPTIONS.values() for name in names} - set(read)
+    for name in request:
+        if name in foreign:
+            owners = ", ".join(repr(d) for d, names in DECODER_OPTIONS.items() if name in names)
+            raise OptionError(
+                f"{PREFIX}{name}: not an option of {PREFIX}decoder {decoder!r}, whose own options are "
+                f"{', '.join(PREFIX + n for n in read)}; decoders that read it are {owners}"
+            )
+    return {name: value for name, value in chosen.items() if name not in foreign}
 
 
 @functools.cache
@@ -191,7 +319,7 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
     if raw is not None and not isinstance(raw, Mapping):
         raise OptionError(f'additional_config["{SECTION}"]: must be an object, got {raw!r}')
     defaults: dict[str, Any] = {}
-    trace_dir, budget = None, None
+    trace_dir, budget, frequencies = None, None, None
     for name, value in (raw or {}).items():
         label = f'additional_config["{SECTION}"]["{name}"]'
         if name in option_types():
@@ -200,6 +328,10 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
             if value is not None and not (isinstance(value, str) and value):
                 raise OptionError(f"{label}: must be a directory name, got {value!r}")
             trace_dir = value
+        elif name == "token_frequencies":
+            if value is not None and not (isinstance(value, str) and value):
+                raise OptionError(f"{label}: must be the name of a .npy file, got {value!r}")
+            frequencies = value
         elif name == "refresh_budget":
             budget = None if value is None else _BUDGET.parse(value)
             if value is not None and budget is None:
@@ -208,7 +340,7 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
             valid = ", ".join([*option_types(), *SERVER_ONLY_FIELDS])
             raise OptionError(f"{label}: unknown option; valid options are {valid}")
     option_types()  # says now, not at the first request, what is wrong with a policy from outside
-    options = ServerOptions(defaults, trace_dir, budget)
+    options = ServerOptions(defaults, trace_dir, budget, frequencies)
     options.resolve({})
     return options
 

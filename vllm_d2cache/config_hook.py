@@ -14,6 +14,7 @@ from vllm_d2cache.compat import cpu_runner, front_end
 from vllm_d2cache.compat.internals import model_file, unsupported_version
 from vllm_d2cache.config import SECTION, parse_server_options
 from vllm_d2cache.generation_defaults import read_generation_defaults
+from vllm_d2cache.samplers.frequencies import load_frequencies
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -61,12 +62,14 @@ class DiffusionConfigHook:
             raise ValueError("vllm-d2cache cannot serve this model with: " + "; ".join(reasons))
         additional = vllm_config.additional_config
         section = additional.get(SECTION) if isinstance(additional, dict) else None
-        parse_server_options(section)
+        options = parse_server_options(section)
         if isinstance(additional, dict):
             # Where the scheduler and the workers read the options, too; what the operator set wins.
             defaults = _generation_defaults(vllm_config.model_config)
             vllm_config.additional_config = {**additional, SECTION: {**defaults, **(section or {})}}
-            parse_server_options(vllm_config.additional_config[SECTION])
+            options = parse_server_options(vllm_config.additional_config[SECTION])
+        if options.token_frequencies is not None:
+            load_frequencies(options.token_frequencies, vllm_config.model_config.hf_config.vocab_size)
         _configure(vllm_config)
 
 

@@ -6,16 +6,17 @@ the next plans, and the tokens to emit. In between the caller runs the network o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from vllm_d2cache.canvas import CanvasStates, Request, canvas_to_positions, make_view, positions_to_canvas
 from vllm_d2cache.config import SCORES, ServerOptions
+from vllm_d2cache.counters import StepCounters
 from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.ops.random import uniform
-from vllm_d2cache.ops.row_stats import RowParams, RowStats
+from vllm_d2cache.ops.row_stats import RowParams, RowStats, row_stats
 from vllm_d2cache.policies import POLICY_CLASSES, CachePolicy
 from vllm_d2cache.records import (
     CanvasView,
@@ -26,7 +27,16 @@ from vllm_d2cache.records import (
     StepResult,
     StepRows,
 )
-from vllm_d2cache.samplers import choose_commits, ranking_score
+from vllm_d2cache.samplers import (
+    DECODER_CLASSES,
+    Decoder,
+    DecoderResources,
+    DecoderStep,
+    PredictedRows,
+    ranking_score,
+)
+from vllm_d2cache.samplers.frequencies import load_frequencies
+from vllm_d2cache.samplers.schedule import least_commits
 
 
 class Denoiser:
@@ -43,9 +53,14 @@ class Denoiser:
         self, num_slots: int, max_len: int, device: torch.device, traits: FamilyTraits, options: ServerOptions
     ) -> None:
         self.traits = traits
+        self.counters = StepCounters()
         self.canvas = CanvasStates(num_slots, max_len, device, traits)
         self._policy_args = (num_slots, max_len, device, traits.logit_shift, options.refresh_budget)
         self._policies: dict[str, CachePolicy] = {}
+        table = None if options.token_frequencies is None else load_frequencies(options.token_frequencies)
+        frequencies = None if table is None else torch.from_numpy(table)
+        self._decoder_resources = DecoderResources(num_slots, max_len, device, frequencies)
+        self._decoders: dict[str, Decoder] = {}
 
     def add(self, slot: int, request: Request, prompt: np.ndarray, emitted: int = 0) -> None:
         """Start a request in ``slot``; see CanvasStates.add."""
@@ -55,9 +70,11 @@ class Denoiser:
         policy = self._policy(request.options.policy)
         policy.start(slot, request.options)
         self._store(policy.first_plan(view), view)
+        self._decoder(request.options.decoder).start(slot, request.options, request.canvas_len)
 
     def remove(self, slot: int) -> None:
         """Forget the request in ``slot``."""
+        self._decoder(self.canvas.requests[slot].options.decoder).stop(slot)
         self.canvas.remove(slot)
 
     def begin(self, slots: torch.Tensor, slots_host: Sequence[int]) -> StepRows:
@@ -72,6 +89,9 @@ class Denoiser:
         refresh = canvas.refresh[slots, : view.num_positions] & view.in_text
         observe = canvas.observe[slots, : view.masked.shape[1]]
         computed = positions_to_canvas(refresh, view, self.traits.logit_shift)
+        observes_all = [DECODER_CLASSES[r.options.decoder].observes_all for r in requests]
+        if any(observes_all):
+            observe = observe | torch.tensor(observes_all, device=canvas.device).unsqueeze(1)
         eligible = view.in_window & canvas.eligible[slots, : view.masked.shape[1]]
         predictable = computed & view.masked & view.live
         predicted = predictable & (eligible | observe)
@@ -121,8 +141,36 @@ class Denoiser:
                 keys[r] = positions
         return keys, choices
 
-    def row_params(self, rows: StepRows) -> tuple[RowParams, bool, bool]:
-        """Sampling parameters of the predicted rows, and whether margins and entropies are wanted."""
+    def row_stats(
+        self, rows: StepRows, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor]
+    ) -> RowStats:
+        """Statistics of the predicted slots: those that some request of the step reads.
+
+        Args:
+            hidden: [n, d] final hidden states, in the order of ``rows.logits_rows``.
+            lm_head: maps [m, d] to [m, vocab] logits.
+        """
+        params = self._row_params(rows)
+        requests = self._requests(rows)
+        decoders = self._by_decoder(rows)
+        scores = {r.options.score for r in requests}
+        margin = SCORES[1] in scores
+        entropy = SCORES[2] in scores or any(decoder.reads_entropy for decoder, _ in decoders)
+        entropy = entropy or self._reads_entropy(requests)
+        who, slot = rows.predicted_index
+        mask = self.traits.mask_token_id
+        in_window = rows.view.in_window[who, slot]
+        readers = []
+        for decoder, members in decoders:
+            mine = torch.ones_like(who, dtype=torch.bool) if members is None else torch.isin(who, members)
+            part = PredictedRows(rows.view.slots[who], slot, in_window, mine, hidden, lm_head, params, mask)
+            reader = decoder.tile_reader(part)
+            if reader is not None:
+                readers.append(reader)
+        return row_stats(hidden, lm_head, params, mask, margin, entropy, readers)
+
+    def _row_params(self, rows: StepRows) -> RowParams:
+        """Sampling parameters of the predicted rows."""
         who, slot = rows.predicted_index
         slots = rows.view.slots[who]
         temperature, top_p, top_k = self.canvas.sampling[slots].unbind(1)
@@ -135,9 +183,7 @@ class Denoiser:
             or (r.sampling.temperature > 0 and (r.sampling.top_p < 1 or r.sampling.top_k > 0))
             for r in requests
         )
-        scores = {r.options.score for r in requests}
-        params = RowParams(temperature, top_p, top_k.long(), draw, samples, filters)
-        return params, SCORES[1] in scores, SCORES[2] in scores or self._reads_entropy(requests)
+        return RowParams(temperature, top_p, top_k.long(), draw, samples, filters)
 
     def finish(self, rows: StepRows, stats: RowStats, importance: torch.Tensor | None) -> StepResult:
         """Commit, plan the next step, and say what is new.
@@ -148,12 +194,9 @@ class Denoiser:
         """
         view, canvas = rows.view, self.canvas
         who, slot = rows.predicted_index
-        score = torch.zeros(view.masked.shape, device=canvas.device)
-        score[who, slot] = ranking_score(stats, view.options.score[who])
         token = torch.zeros(view.masked.shape, dtype=torch.int32, device=canvas.device)
         token[who, slot] = stats.token.int()
-
-        committed = choose_commits(self._with_prior(score, rows), rows.candidates, view.options)
+        score, committed = self._choose(rows, stats)
         after = self._commit(view, committed, token)
         entropy = None
         if self._reads_entropy(self._requests(rows)):
@@ -163,7 +206,11 @@ class Denoiser:
         outcome = StepOutcome(
             committed, rows.predicted, score, view.window_start, canvas.step[view.slots] == 0, importance, entropy
         )
+        lengths = [r.prompt_len + r.canvas_len for r in self._requests(rows)]
+        self.counters.add(rows, lengths, committed)
         canvas.step[view.slots] += 1
+        stays = after.window_start == view.window_start
+        canvas.window_step[view.slots] = torch.where(stays, canvas.window_step[view.slots] + 1, 0)
         self._plan(after, outcome, [r.options.policy for r in self._requests(rows)])
         return self._emit(after, committed)
 
@@ -173,6 +220,35 @@ class Denoiser:
     @staticmethod
     def _reads_entropy(requests: list[Request]) -> bool:
         return any(POLICY_CLASSES[r.options.policy].reads_entropy for r in requests)
+
+    def _choose(self, rows: StepRows, stats: RowStats) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores [R, G] of the predicted slots without the prior, and the slots [R, G] that are committed."""
+        view, decoders = rows.view, self._by_decoder(rows)
+        who, slot = rows.predicted_index
+        flat = ranking_score(stats, view.options.score[who])
+        for decoder, members in decoders:
+            changed = decoder.rescore(stats, flat, view.slots[who])
+            flat = changed if members is None else torch.where(torch.isin(who, members), changed, flat)
+        score = torch.zeros(view.masked.shape, device=self.canvas.device)
+        score[who, slot] = flat
+        entropy = None
+        if stats.entropy is not None:
+            entropy = torch.zeros_like(score)
+            entropy[who, slot] = stats.entropy
+        step = DecoderStep(
+            view,
+            rows.candidates,
+            self._with_prior(score, rows),
+            least_commits(view, self.canvas.window_step[view.slots], self.traits.step_schedule),
+            entropy,
+        )
+        committed = torch.zeros_like(view.masked)
+        for decoder, members in decoders:
+            if members is None:
+                committed = decoder.choose(step)
+            else:
+                committed[members] = decoder.choose(step.select(members))
+        return score, committed
 
     def _with_prior(self, score: torch.Tensor, rows: StepRows) -> torch.Tensor:
         """Score times certainty density where a request asks for the prior (section 2, step 6)."""
@@ -208,6 +284,20 @@ class Denoiser:
         if name not in self._policies:
             self._policies[name] = POLICY_CLASSES[name](*self._policy_args)
         return self._policies[name]
+
+    def _decoder(self, name: str) -> Decoder:
+        """The decoder of that name; made when the first request asks for it."""
+        if name not in self._decoders:
+            self._decoders[name] = DECODER_CLASSES[name](self._decoder_resources)
+        return self._decoders[name]
+
+    def _by_decoder(self, rows: StepRows) -> list[tuple[Decoder, torch.Tensor | None]]:
+        """Each decoder of the step and its rows [m] int64 of the batch; None where one decoder has them all."""
+        names = [r.options.decoder for r in self._requests(rows)]
+        if len(set(names)) == 1:
+            return [(self._decoder(names[0]), None)]
+        members = {name: [i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
+        return [(self._decoder(name), torch.tensor(m, device=self.canvas.device)) for name, m in members.items()]
 
     def _plan(self, view: CanvasView, outcome: StepOutcome, names: list[str]) -> None:
         """Ask each policy for the next plans of its requests; ``names`` has each row's policy."""

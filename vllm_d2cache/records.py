@@ -15,10 +15,13 @@ class FamilyTraits:
     Attributes:
         mask_token_id: the token a canvas starts from.
         logit_shift: canvas slot g reads the logits of position P + g - logit_shift.
+        step_schedule: what the option ``steps`` means (samplers/schedule.py): ``even`` as LLaDA's code has it,
+            ``timestep`` as Dream's.
     """
 
     mask_token_id: int
     logit_shift: int = 0
+    step_schedule: str = "even"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class OptionColumns(NamedTuple):
     rollout_p: torch.Tensor  # float32
     inflate_w: torch.Tensor  # int64
     latest_memory: torch.Tensor  # bool
+    steps: torch.Tensor  # int64, 0 = tokens_per_step decides
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_d2cache.ops.row_stats import row_stats
-
 if TYPE_CHECKING:
     from vllm_d2cache.model_state import D2CacheModelState
 
@@ -52,9 +50,7 @@ class D2CacheSampler:
             return _nothing(input_batch.num_reqs, logits.device)
         assert state.capture is not None
         rows, denoiser = state.rows, state.denoiser
-        params, margin, entropy = denoiser.row_params(rows)
-        head = state.model.lm_logits
-        stats = row_stats(logits, head, params, denoiser.traits.mask_token_id, margin, entropy)
+        stats = denoiser.row_stats(rows, logits, state.model.lm_logits)
         importance = state.capture.importance(rows.view.num_positions)
         result = denoiser.finish(rows, stats, importance)
         if state.tracer:

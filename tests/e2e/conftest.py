@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.reference.oracle import ORACLE, case_names, load_case
+from tests.reference.oracle import ORACLE, SERVER, case_names, load_case
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -27,7 +27,7 @@ class Engine:
     def __init__(self, trace_dir: Path, **settings: Any) -> None:
         from vllm import LLM
 
-        additional = {"d2cache": {"trace_dir": str(trace_dir)}}
+        additional = {"d2cache": {"trace_dir": str(trace_dir), **SERVER}}
         defaults: dict[str, Any] = {
             "model": str(ORACLE / "llada"),
             "dtype": "float32",
@@ -74,6 +74,11 @@ class Engine:
         del self.llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def runner_of(engine: Engine) -> Any:
+    """vLLM's model runner inside the in-process engine."""
+    return engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 @pytest.fixture(scope="session")
@@ -155,11 +160,6 @@ def assert_traces(engine: Engine, family: str) -> None:
             assert got == want, f"{case.name}, step {number}"
         assert tokens == case.final_tokens, case.name
         assert trace[-1] == {"output_token_ids": tokens, "finish_reason": "length"}
-
-
-def runner_of(engine: Engine) -> Any:
-    """vLLM's model runner inside the in-process engine."""
-    return engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 def assert_golden_logits(engine: Engine, family: str, row: int) -> None:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from tests.reference.dense import DenseModel
+from tests.reference.oracle import SERVER
 from vllm_d2cache.canvas import Request
-from vllm_d2cache.config import ServerOptions
+from vllm_d2cache.config import ServerOptions, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.ops.rollout import push_back_map, rollout
-from vllm_d2cache.ops.row_stats import row_stats
 from vllm_d2cache.records import FamilyTraits, SamplingSpec
 
 
@@ -37,7 +37,7 @@ def run_jobs(
     start_at: list[int] | None = None,
 ) -> None:
     """Denoise all jobs in one batch; job i joins at step ``start_at[i]``. One model (cache) a job."""
-    server = server or ServerOptions({})
+    server = server or parse_server_options(SERVER)
     config = models[0].config
     traits = FamilyTraits(config["mask_token_id"], models[0].logit_shift)
     max_len = max(len(j.prompt) + j.canvas_length for j in jobs)
@@ -80,9 +80,7 @@ def _step(denoiser: Denoiser, models: list[DenseModel], jobs: list[Job], running
             total = len(jobs[i].prompt) + jobs[i].canvas_length
             importance[r, :total] = rollout(layers, positions, total)
         offset += count
-    params, margin, entropy = denoiser.row_params(rows)
-    selected = torch.cat(hidden)[rows.logits_rows]
-    stats = row_stats(selected, models[0].lm_head, params, denoiser.traits.mask_token_id, margin, entropy)
+    stats = denoiser.row_stats(rows, torch.cat(hidden)[rows.logits_rows], models[0].lm_head)
     result = denoiser.finish(rows, stats, importance)
     offset = 0
     for r, i in enumerate(running):

@@ -9,6 +9,17 @@ from typing import Any
 
 ORACLE = Path(__file__).resolve().parents[1] / "data" / "oracle"
 _ALG = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
+_STRATEGIES = {"vanilla": "confidence", "klass": "klass"}
+# Argument of the published code -> the decoder it belongs to, where no strategy names it.
+_DECODER_KEYS = {
+    "gamma": "eb",
+    "kl_threshold": "klass",
+    "kl_history_length": "klass",
+    "clip_alpha": "pc",
+    "debias": "pc",
+}
+# Options of a server that can run all traces: the corpus table is the one that pc's were recorded with.
+SERVER = {"token_frequencies": str(ORACLE / "token_freq.npy")}
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,8 @@ def case_names(family: str = "llada") -> list[str]:
         raw = json.loads(path.read_text())
         kwargs, cache = raw["generate_kwargs"], raw["cache"]
         known = {"sigma", "strategy", "gen_length", "block_length", "threshold", "factor", "alg", "top_p"}
-        if kwargs["strategy"] != "vanilla" or not set(kwargs) <= known:
+        known |= _DECODER_KEYS.keys()
+        if kwargs["strategy"] not in _STRATEGIES or not set(kwargs) <= known:
             continue
         # Without the repair the search window is a different one by design (docs/architecture.md).
         repaired = cache is not None and cache["kind"] == "d2cache" and "block_mask" in raw["repairs"]
@@ -56,11 +68,12 @@ def load_case(name: str) -> OracleCase:
         "policy": _policy(cache),
         "window": kwargs.get("block_length", length) % length,
         "sigma": kwargs.get("sigma", 0.0) or 0.0,
-        "score": _ALG[kwargs.get("alg", "maskgit_plus")],
-        "threshold": kwargs.get("threshold", 0.0) or 0.0,
-        "factor": kwargs.get("factor", 0.0) or 0.0,
         "confidence_top_p": kwargs.get("top_p", 1.0) or 1.0,
     }
+    options |= {key: kwargs[key] for key in ("threshold", "factor") if kwargs.get(key)}
+    if "alg" in kwargs:
+        options["score"] = _ALG[kwargs["alg"]]
+    options |= _decoder_options(kwargs)
     if cache and cache["kind"] == "d2cache":
         options |= {
             "current_k": cache["current_k"],
@@ -76,3 +89,11 @@ def load_case(name: str) -> OracleCase:
         pairs = list(zip(moves["positions"], moves["tokens"], strict=True))
         steps.append((None if active is None else sorted(active[0]), sorted(pairs)))
     return OracleCase(name, raw["input_ids"][0], length, options, steps, raw["final_tokens"][0])
+
+
+def _decoder_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The decoder and the options of its own."""
+    own = {key: kwargs[key] for key in _DECODER_KEYS if key in kwargs}
+    decoder = next((_DECODER_KEYS[key] for key in own), _STRATEGIES[kwargs["strategy"]])
+    own.pop("debias", None)
+    return {"decoder": decoder, **own}

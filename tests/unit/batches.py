@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ import torch
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions, parse_request_options, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
-from vllm_d2cache.ops.row_stats import row_stats
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.records import FamilyTraits, SamplingSpec, StepResult, StepRows
 
 VOCAB, MASK = 13, 5
+# A table of corpus frequencies for this vocabulary.
+FREQUENCIES = str(Path(__file__).with_name("token_freq_13.npy"))
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Batch:
         self, jobs: Sequence[FakeJob], server: dict[str, Any] | None = None, max_steps: int = 300, shift: int = 0
     ) -> None:
         self.jobs = list(jobs)
-        self.server: ServerOptions = parse_server_options(server)
+        self.server: ServerOptions = parse_server_options({"token_frequencies": FREQUENCIES, **(server or {})})
         self.max_steps = max_steps
         longest = max(job.total for job in jobs)
         # One slot more than jobs, and longer than any of them.
@@ -130,9 +132,7 @@ class Batch:
             if rows.reads_importance[r]:
                 importance[r, : self.jobs[i].total] = column
             offset += count
-        params, margin, entropy = denoiser.row_params(rows)
-        hidden = torch.cat(logits)[rows.logits_rows]
-        stats = row_stats(hidden, torch.clone, params, MASK, margin, entropy)
+        stats = denoiser.row_stats(rows, torch.cat(logits)[rows.logits_rows], torch.clone)
         result = denoiser.finish(rows, stats, importance)
         self._record(running, rows, result)
 

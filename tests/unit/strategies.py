@@ -7,17 +7,39 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.unit.batches import MASK, VOCAB, FakeJob
+from vllm_d2cache.config import DECODER_OPTIONS
 from vllm_d2cache.records import SamplingSpec
 
 RULES: list[dict[str, Any]] = [
     {},
     {"tokens_per_step": 3},
     {"tokens_per_step": 1000},
+    {"steps": 5},
+    {"steps": 60, "window": 3},
+    {"steps": 40, "threshold": 0.5},
     {"threshold": 0.3},
     {"threshold": 0.05, "tokens_per_step": 2},
     {"factor": 0.7},
     {"factor": 3.0},
+    {"decoder": "eb", "gamma": 0.5},
+    {"decoder": "eb", "gamma": 2.0, "tokens_per_step": 2},
+    {"decoder": "klass", "kl_threshold": 2.0, "threshold": 0.2},
+    {"decoder": "klass", "kl_threshold": 40.0, "kl_history_length": 1, "factor": 2.0},
+    {"decoder": "pc"},
+    {"decoder": "pc", "clip_alpha": 0.5, "tokens_per_step": 2},
+    {"decoder": "credit", "threshold": 0.6},
+    {"decoder": "credit", "threshold": 0.9, "credit_alpha": 3.0, "credit_beta": 1.0, "credit_gamma": 0.0},
+    {"decoder": "hierarchical", "threshold": 0.6, "low_threshold": 0.3},
+    {"decoder": "localleap", "threshold": 0.5, "leap_threshold": 0.2, "leap_radius": 2},
 ]
+
+
+def _merged(rule: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    """``rule`` with those of the other options that its decoder reads."""
+    read = DECODER_OPTIONS[rule.get("decoder", "confidence")]
+    foreign = {name for names in DECODER_OPTIONS.values() for name in names} - set(read)
+    return {**rule, **{name: value for name, value in rest.items() if name not in foreign}}
+
 
 DECODING = {
     "window": st.sampled_from([0, 1, 3, 8, 100]),
@@ -68,7 +90,7 @@ POLICIES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 def options_of(policy: str) -> st.SearchStrategy[dict[str, Any]]:
     """Options of a request for ``policy``, which it names but for the default one."""
     return st.builds(
-        lambda rule, rest: {**({} if policy == "d2cache" else {"policy": policy}), **rule, **rest},
+        lambda rule, rest: {**({} if policy == "d2cache" else {"policy": policy}), **_merged(rule, rest)},
         st.sampled_from(RULES),
         st.fixed_dictionaries({}, optional={**DECODING, **POLICIES[policy]}),
     )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from vllm_d2cache.config import (
+    DECODER_OPTIONS,
     REQUEST_FIELDS,
     OptionError,
     RequestOptions,
@@ -44,6 +45,20 @@ ACCEPTED: list[tuple[str, Any, Any]] = [
     ("confidence_memory", "latest", "latest"),
     ("confidence_top_p", 0.9, 0.9),
     ("confidence_top_p", 1, 1.0),
+    ("decoder", "eb", "eb"),
+    ("steps", 64, 64),
+    ("steps", 0, 0),
+    ("gamma", 0, 0.0),
+    ("gamma", 2.5, 2.5),
+    ("kl_threshold", 0.5, 0.5),
+    ("kl_history_length", 3, 3),
+    ("clip_alpha", 3, 3.0),
+    ("credit_alpha", 0, 0.0),
+    ("credit_beta", 1, 1.0),
+    ("credit_gamma", 2, 2.0),
+    ("low_threshold", 0.5, 0.5),
+    ("leap_threshold", 0, 0.0),
+    ("leap_radius", 8, 8),
 ]
 
 WRONG_FOR_NUMBERS: list[Any] = [True, False, "1", None, [1], {}, NAN, INF, -INF, -1, -0.001, 10**400, -(10**400)]
@@ -57,9 +72,15 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("confidence_top_p", 0),
     ("confidence_top_p", 0.0),
     ("confidence_top_p", 1.0001),
+    ("kl_threshold", 0),
+    ("kl_history_length", 0),
+    ("clip_alpha", 0),
+    ("credit_beta", 1.1),
+    ("low_threshold", 1.1),
+    ("leap_threshold", 1.1),
 ]
-CHOICES = ("policy", "score", "confidence_memory")
-INTEGERS = ("window", "tokens_per_step", "current_k", "inflate_w")
+CHOICES = ("policy", "score", "confidence_memory", "decoder")
+INTEGERS = ("window", "tokens_per_step", "current_k", "inflate_w", "kl_history_length", "leap_radius", "steps")
 
 
 def refused() -> list[tuple[str, Any]]:
@@ -75,7 +96,14 @@ def refused() -> list[tuple[str, Any]]:
 def resolve(request: dict[str, Any] | None = None, server: dict[str, Any] | None = None) -> RequestOptions:
     """The whole way: both levels parsed, the request's over the server's over the defaults."""
     prefixed = {f"d2cache_{name}": value for name, value in (request or {}).items()}
-    return parse_server_options(server).resolve(parse_request_options(prefixed))
+    table = {"token_frequencies": "table.npy"}
+    return parse_server_options({**table, **(server or {})}).resolve(parse_request_options(prefixed))
+
+
+def reader_of(name: str) -> dict[str, str]:
+    """The decoder to choose so that option ``name`` is read; nothing if the default one reads it."""
+    readers = [decoder for decoder, names in DECODER_OPTIONS.items() if name in names]
+    return {"decoder": readers[0]} if readers and readers[0] != "confidence" else {}
 
 
 def test_defaults_are_the_published_ones() -> None:
@@ -144,7 +172,8 @@ def test_both_rules_across_levels_are_refused_only_if_the_request_names_both() -
 
 @pytest.mark.parametrize(("name", "value", "parsed"), ACCEPTED)
 def test_valid_values_are_read(name: str, value: Any, parsed: Any) -> None:
-    for options in (resolve({name: value}), resolve(server={name: value})):
+    decoder = reader_of(name)
+    for options in (resolve({**decoder, name: value}), resolve(server={**decoder, name: value})):
         got = getattr(options, name)
         assert got == parsed
         assert type(got) is type(parsed)
@@ -190,7 +219,13 @@ def test_unknown_server_keys_are_refused_with_the_valid_ones(key: str) -> None:
         assert name in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["trace_dir", "refresh_budget"])
+def test_pc_needs_a_table() -> None:
+    for server, request in [({}, {"d2cache_decoder": "pc"}), ({"decoder": "pc"}, {})]:
+        with pytest.raises(OptionError, match="'pc' needs a table of corpus frequencies"):
+            parse_server_options(server).resolve(parse_request_options(request))
+
+
+@pytest.mark.parametrize("name", ["trace_dir", "refresh_budget", "token_frequencies"])
 def test_server_only_keys_in_a_request_say_so(name: str) -> None:
     with pytest.raises(OptionError, match="server-wide only"):
         parse_request_options({f"d2cache_{name}": 1})
@@ -199,6 +234,7 @@ def test_server_only_keys_in_a_request_say_so(name: str) -> None:
 def test_server_only_fields() -> None:
     options = parse_server_options({"trace_dir": "traces", "refresh_budget": 64})
     assert (options.trace_dir, options.refresh_budget) == ("traces", 64)
+    assert parse_server_options({"token_frequencies": "t.npy"}).token_frequencies == "t.npy"
     empty = parse_server_options({"trace_dir": None, "refresh_budget": None})
     assert empty == parse_server_options(None) == parse_server_options({}) == ServerOptions({})
 
@@ -207,6 +243,12 @@ def test_server_only_fields() -> None:
 def test_bad_trace_dir(value: Any) -> None:
     with pytest.raises(OptionError, match=r"trace_dir.*directory"):
         parse_server_options({"trace_dir": value})
+
+
+@pytest.mark.parametrize("value", ["", 3, True, ["a"]])
+def test_bad_token_frequencies(value: Any) -> None:
+    with pytest.raises(OptionError, match=r"token_frequencies.*\.npy"):
+        parse_server_options({"token_frequencies": value})
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, "64", True, NAN, 10**400])
@@ -229,3 +271,78 @@ def test_window_length() -> None:
     assert RequestOptions(window=0).window_length(24) == 24
     assert RequestOptions(window=8).window_length(24) == 8
     assert RequestOptions(window=99).window_length(24) == 24
+
+
+FOREIGN = [
+    (decoder, name)
+    for decoder, own in DECODER_OPTIONS.items()
+    for name in dict.fromkeys(n for names in DECODER_OPTIONS.values() for n in names)
+    if name not in own
+]
+EXAMPLE: dict[str, Any] = {"score": "margin", "factor": 1.0}
+
+
+@pytest.mark.parametrize(("decoder", "name"), FOREIGN)
+def test_an_option_of_another_decoder_is_refused_where_the_request_names_it(decoder: str, name: str) -> None:
+    value = EXAMPLE.get(name, 1)
+    with pytest.raises(OptionError) as error:
+        resolve({"decoder": decoder, name: value})
+    assert str(error.value).startswith(f"d2cache_{name}: not an option of d2cache_decoder '{decoder}'")
+    for valid in DECODER_OPTIONS[decoder]:
+        assert f"d2cache_{valid}" in str(error.value)
+    with pytest.raises(OptionError, match=f"d2cache_{name}: not an option"):
+        resolve({name: value}, {"decoder": decoder})
+
+
+def test_server_defaults_of_one_decoder_do_not_reach_another() -> None:
+    server = {"decoder": "eb", "gamma": 0.5, "threshold": 0.9}
+    assert (resolve({}, server).gamma, resolve({}, server).threshold) == (0.5, 0.0)
+    options = resolve({"decoder": "confidence"}, server)
+    assert (options.threshold, options.gamma) == (0.9, RequestOptions.gamma)
+
+
+@pytest.mark.parametrize("decoder", ["eb", "klass", "credit", "hierarchical", "localleap"])
+def test_parallel_decoders_bring_the_parallel_defaults(decoder: str) -> None:
+    options = resolve({"decoder": decoder})
+    assert (options.window, options.inflate_w, options.sigma) == (32, 4, 0.0)
+    assert options.commits_many
+    assert resolve({"decoder": decoder, "window": 0, "sigma": 2}).sigma == 2.0
+
+
+@pytest.mark.parametrize("decoder", ["klass", "credit", "hierarchical", "localleap"])
+def test_a_decoder_that_needs_a_threshold_has_one(decoder: str) -> None:
+    assert resolve({"decoder": decoder}).threshold == resolve({}, {"decoder": decoder}).threshold == 0.9
+    assert resolve({"decoder": decoder}, {"threshold": 0.7}).threshold == 0.7
+    with pytest.raises(OptionError, match=f"d2cache_threshold: must be > 0 with d2cache_decoder '{decoder}'"):
+        resolve({"decoder": decoder, "threshold": 0})
+
+
+def test_klass_takes_a_factor_in_place_of_a_threshold() -> None:
+    options = resolve({"decoder": "klass", "factor": 1.0})
+    assert (options.threshold, options.factor) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("level", ["request", "server"])
+def test_steps_and_tokens_per_step_are_refused_together(level: str) -> None:
+    with pytest.raises(OptionError, match=r"steps.*tokens_per_step"):
+        resolve(**{level: {"steps": 8, "tokens_per_step": 1}})
+    assert resolve(**{level: {"steps": 0, "tokens_per_step": 2}}).tokens_per_step == 2
+
+
+def test_a_request_that_gives_steps_drops_the_servers_tokens_per_step() -> None:
+    options = resolve({"steps": 8}, {"tokens_per_step": 4})
+    assert (options.steps, options.tokens_per_step) == (8, 1)
+    options = resolve({"tokens_per_step": 4}, {"steps": 8})
+    assert (options.steps, options.tokens_per_step) == (0, 4)
+    assert resolve({"steps": 8}).commits_many
+    assert resolve({"steps": 8}).sigma == 10.0, "a number of steps is no parallel rule"
+
+
+def test_steps_must_divide_among_the_windows() -> None:
+    options = resolve({"steps": 12, "window": 8})
+    options.check_canvas(32)
+    options.check_canvas(17)  # windows of 8, 8 and 1
+    with pytest.raises(OptionError, match="d2cache_steps: must be a multiple of 5"):
+        options.check_canvas(40)
+    resolve({"steps": 7}).check_canvas(40)
+    resolve().check_canvas(40)

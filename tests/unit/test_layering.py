@@ -24,8 +24,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "canvas": ("records", "config"),
     "samplers": ("records", "config", "ops"),
     "policies": ("option_types", "policy_registry", "records", "config", "ops", "canvas"),
-    "denoiser": ("records", "config", "ops", "canvas", "policies", "samplers"),
+    "denoiser": ("records", "config", "ops", "canvas", "policies", "samplers", "counters"),
     "trace": ("records", "canvas"),
+    "counters": ("records",),
     "attention.capture": ("ops",),
     "attention.eviction": ("records", "ops", "attention.capture"),
     "attention": ("ops", "attention.capture", "attention.eviction"),
@@ -37,13 +38,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "attention", "attention.capture", "attention.eviction", "runner_sampler", "compat",
     ),
     "models": ("records", "attention"),
-    "config_hook": ("config", "compat", "generation_defaults"),
+    "config_hook": ("config", "compat", "samplers", "generation_defaults"),
+    "cli": ("config", "samplers", "policies", "counters", "compat"),
     "registration": (),
     "__init__": (),
 }  # fmt: skip
 PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
-    "policies", "denoiser", "trace", "attention.capture", "attention.eviction",
+    "policies", "denoiser", "trace", "counters", "attention.capture", "attention.eviction",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

@@ -11,7 +11,7 @@ from tests.ops.shapes import Shapes
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import RequestOptions, ServerOptions
 from vllm_d2cache.denoiser import Denoiser
-from vllm_d2cache.ops.row_stats import ROWS_PER_TILE, row_stats
+from vllm_d2cache.ops.row_stats import ROWS_PER_TILE
 from vllm_d2cache.records import FamilyTraits, SamplingSpec
 
 PROMPT, CANVAS, VOCAB, WIDTH = 150, 170, 577, 4
@@ -26,13 +26,17 @@ def run_steps(shapes: Shapes, options: RequestOptions, sampling: SamplingSpec, s
         denoiser.add(1, request, torch.ones(PROMPT, dtype=torch.int64).numpy())
         for _ in range(steps):
             rows = denoiser.begin(torch.tensor([1]), [1])
-            params, margin, entropy = denoiser.row_params(rows)
             hidden = torch.randn(rows.positions.shape[0], WIDTH)[rows.logits_rows]
-            stats = row_stats(hidden, lambda x: x @ head, params, 0, margin, entropy)
+            stats = denoiser.row_stats(rows, hidden, lambda x: x @ head)
             denoiser.finish(rows, stats, torch.rand(1, TOTAL))
 
 
 CASES: list[dict[str, Any]] = [{}, {"policy": "full"}, {"score": "entropy", "inflate_w": 4, "window": 32}]
+CASES += [
+    {"decoder": "eb", "gamma": 1.0},
+    {"decoder": "klass", "threshold": 0.9},
+    {"decoder": "credit", "threshold": 0.9},
+]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

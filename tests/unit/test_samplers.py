@@ -20,7 +20,8 @@ def commit(score: list[float], candidates: list[int] | None = None, **options: f
     width = len(score)
     mask = torch.zeros(1, width, dtype=torch.bool)
     mask[0, list(range(width)) if candidates is None else candidates] = True
-    chosen = choose_commits(torch.tensor([score]), mask, columns(1, **options))
+    made = columns(1, **options)
+    chosen = choose_commits(torch.tensor([score]), mask, made, made.tokens_per_step)
     return chosen[0].nonzero().flatten().tolist()
 
 
@@ -103,10 +104,11 @@ def test_rows_with_different_rules_do_not_mix(data: st.DataObject) -> None:
     options = columns(
         n, threshold=[t for t, _ in rules], factor=[f for _, f in rules], tokens_per_step=[float(c) for c in counts]
     )
-    got = choose_commits(score, candidates, options)
+    got = choose_commits(score, candidates, options, options.tokens_per_step)
     for r in range(n):
         one = columns(1, threshold=rules[r][0], factor=rules[r][1], tokens_per_step=counts[r])
-        assert torch.equal(got[r : r + 1], choose_commits(score[r : r + 1], candidates[r : r + 1], one))
+        want = choose_commits(score[r : r + 1], candidates[r : r + 1], one, one.tokens_per_step)
+        assert torch.equal(got[r : r + 1], want)
         assert not (got[r] & ~candidates[r]).any()
         assert bool(got[r].any()) == bool(candidates[r].any())
 

@@ -19,8 +19,9 @@ _DEFAULTS: dict[str, float] = {
     "rollout_p": 0,
     "inflate_w": 0,
     "latest_memory": 0,
+    "steps": 0,
 }
-_INTEGERS = ("window", "tokens_per_step", "score", "current_k", "inflate_w")
+_INTEGERS = ("window", "tokens_per_step", "score", "current_k", "inflate_w", "steps")
 
 
 def columns(n: int, **options: float | list[float]) -> OptionColumns:

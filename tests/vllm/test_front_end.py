@@ -80,9 +80,8 @@ def test_protocol_patches_refuse_what_does_not_fit() -> None:
 
 
 def test_offline_canvas_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = SimpleNamespace(
-        sampling_params=SimpleNamespace(max_tokens=30, extra_args=None), prompt_token_ids=[1] * 80
-    )
+    params = SimpleNamespace(max_tokens=30, extra_args=None)
+    request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1] * 80)
     monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
     front_end.install_request_check(OURS)
     processor = SimpleNamespace(
@@ -109,10 +108,28 @@ def test_options_are_checked_against_the_servers(monkeypatch: pytest.MonkeyPatch
     )
     assert InputProcessor.process_inputs(processor) is request
     processor.vllm_config.additional_config = {"d2cache": {"policy": "dual"}}
-    with pytest.raises(ValueError, match=r"d2cache_current_k: an option of d2cache_policy 'd2cache'"):
+    with pytest.raises(VLLMValidationError, match=r"d2cache_current_k: an option of d2cache_policy 'd2cache'"):
         InputProcessor.process_inputs(processor)
     params.extra_args["d2cache_policy"] = "d2cache"
     assert InputProcessor.process_inputs(processor) is request
+
+
+def test_options_must_go_with_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SimpleNamespace(max_tokens=30, extra_args={"d2cache_threshold": 0.9})
+    request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1] * 8)
+    monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
+    front_end.install_request_check(OURS)
+    config = SimpleNamespace(additional_config={"d2cache": {"decoder": "eb"}})
+    ours = SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=100)
+    with pytest.raises(VLLMValidationError, match="d2cache_threshold: not an option of d2cache_decoder 'eb'"):
+        InputProcessor.process_inputs(SimpleNamespace(model_config=ours, vllm_config=config))
+    params.extra_args = {"d2cache_steps": 31}  # the canvas of 30 is one window of 32
+    assert InputProcessor.process_inputs(SimpleNamespace(model_config=ours, vllm_config=config)) is request
+    params.extra_args = {"d2cache_steps": 31, "d2cache_window": 10}
+    with pytest.raises(VLLMValidationError, match="d2cache_steps: must be a multiple of 3"):
+        InputProcessor.process_inputs(SimpleNamespace(model_config=ours, vllm_config=config))
+    params.extra_args = {"d2cache_gamma": 0.5}
+    assert InputProcessor.process_inputs(SimpleNamespace(model_config=ours, vllm_config=config)) is request
 
 
 def test_vllm_still_needs_the_patches() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 if TYPE_CHECKING:
+    from vllm import LLM
     from vllm.v1.request import Request
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.states import RequestState
@@ -89,6 +90,12 @@ def settle_request_state(req_states: RequestState, slot: int, num_written: int, 
     req_states.total_len.gpu[slot] = num_written
     req_states.prefill_len.np[slot] = num_computed
     req_states.prefill_len.copy_to_uva()
+
+
+def in_process_model_state(llm: LLM) -> Any:
+    """The model state of an engine that runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), on one rank."""
+    core = llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker.model_runner.model_state
 
 
 def set_logits_rows(input_batch: InputBatch, rows: Any) -> None:

@@ -5,13 +5,16 @@ The spec is d2cache.md, section 2, step 4. Everything is computed in fp32, whate
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 # Rows whose logits exist at one time: bounds the transient to ROWS_PER_TILE x vocabulary, whatever the batch.
 ROWS_PER_TILE = 64
+
+TileReader = Callable[[int, int, torch.Tensor], None]
+"""Called with (i, j, logits) for rows i to j: [j - i, vocab] fp32, scaled and filtered; it may change them in place."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,17 @@ class RowParams:
             self.filters,
         )
 
+    def rows(self, index: torch.Tensor) -> RowParams:
+        """The parameters of the rows ``index`` [m] int64."""
+        return RowParams(
+            self.temperature[index],
+            self.top_p[index],
+            self.top_k[index],
+            self.draw[index],
+            self.samples,
+            self.filters,
+        )
+
 
 @dataclass(frozen=True)
 class RowStats:
@@ -54,6 +68,7 @@ def row_stats(
     mask_token_id: int,
     want_margin: bool,
     want_entropy: bool,
+    readers: Sequence[TileReader] = (),
 ) -> RowStats:
     """Statistics of the logits of ``hidden``, computed a tile of rows at a time.
 
@@ -61,12 +76,16 @@ def row_stats(
         hidden: [n, d] final hidden states.
         lm_head: maps [m, d] to [m, vocab] logits.
         mask_token_id: never chosen, though it keeps its share of the softmax.
+        readers: called with the logits of each tile before their statistics are taken.
     """
     tiles = []
     for i in range(0, hidden.shape[0], ROWS_PER_TILE):
         j = min(i + ROWS_PER_TILE, hidden.shape[0])
-        logits = lm_head(hidden[i:j]).float()
-        tiles.append(_tile_stats(logits, params.tile(i, j), mask_token_id, want_margin, want_entropy))
+        part = params.tile(i, j)
+        logits = scaled_logits(lm_head(hidden[i:j]), part, mask_token_id)
+        for read in readers:
+            read(i, j, logits)
+        tiles.append(_tile_stats(logits, part, mask_token_id, want_margin, want_entropy))
     if not tiles:
         none = torch.empty(0, device=hidden.device)
         return RowStats(none.long(), none, none if want_margin else None, none if want_entropy else None)
@@ -80,14 +99,20 @@ def row_stats(
     )
 
 
-def _tile_stats(
-    logits: torch.Tensor, params: RowParams, mask_token_id: int, want_margin: bool, want_entropy: bool
-) -> RowStats:
-    """Statistics of [m, vocab] fp32 logits, which are overwritten."""
+def scaled_logits(logits: torch.Tensor, params: RowParams, mask_token_id: int) -> torch.Tensor:
+    """[m, vocab] logits in fp32, after temperature, nucleus and top-k; ``logits`` may be overwritten."""
+    logits = logits.float()
     if params.samples:
         logits /= torch.where(params.temperature > 0, params.temperature, 1.0).unsqueeze(1)
     if params.filters:
         logits = _filter(logits, params.top_p, params.top_k, mask_token_id)
+    return logits
+
+
+def _tile_stats(
+    logits: torch.Tensor, params: RowParams, mask_token_id: int, want_margin: bool, want_entropy: bool
+) -> RowStats:
+    """Statistics of [m, vocab] fp32 logits from :func:`scaled_logits`, which are overwritten."""
     probs = torch.softmax(logits, dim=-1)
     margin = entropy = None
     if want_margin:

@@ -1,6 +1,35 @@
-"""What to commit in a step, and how many tokens."""
+"""What to commit in a step. One class a decoder, found by name."""
 
-from vllm_d2cache.samplers.quota import choose_commits
+from __future__ import annotations
+
+from vllm_d2cache.samplers.base import Decoder, DecoderResources, DecoderStep, PredictedRows
+from vllm_d2cache.samplers.credit import CreditDecoder
+from vllm_d2cache.samplers.eb import EbDecoder
+from vllm_d2cache.samplers.klass import KlassDecoder
+from vllm_d2cache.samplers.pc import PcDecoder
+from vllm_d2cache.samplers.quota import ConfidenceDecoder, choose_commits
 from vllm_d2cache.samplers.scores import ranking_score
+from vllm_d2cache.samplers.spread import HierarchicalDecoder, LocalLeapDecoder
 
-__all__ = ["choose_commits", "ranking_score"]
+DECODER_CLASSES: dict[str, type[Decoder]] = {
+    cls.name: cls
+    for cls in (
+        ConfidenceDecoder,
+        EbDecoder,
+        KlassDecoder,
+        PcDecoder,
+        CreditDecoder,
+        HierarchicalDecoder,
+        LocalLeapDecoder,
+    )
+}
+
+__all__ = [
+    "DECODER_CLASSES",
+    "Decoder",
+    "DecoderResources",
+    "DecoderStep",
+    "PredictedRows",
+    "choose_commits",
+    "ranking_score",
+]

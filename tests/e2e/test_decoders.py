@@ -1,0 +1,83 @@
+"""Decoders inside the engine: a batch that mixes all of them gives what each request gives alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Engine, assert_same, runner_of
+from vllm_d2cache.samplers import DECODER_CLASSES
+
+pytestmark = [pytest.mark.vllm, pytest.mark.engine]
+
+# Rules loose enough that the random checkpoint commits several tokens in some steps.
+DECODERS: dict[str, dict[str, Any]] = {
+    "confidence": {"threshold": 0.4, "steps": 12, "window": 0},
+    "eb": {"gamma": 1.5},
+    "klass": {"kl_threshold": 0.5, "threshold": 0.3},
+    "pc": {"tokens_per_step": 2},
+    "credit": {"threshold": 0.6},
+    "hierarchical": {"threshold": 0.7, "low_threshold": 0.3, "window": 12},
+    "localleap": {"threshold": 0.7, "leap_threshold": 0.4},
+}
+
+
+def requests() -> list[dict[str, Any]]:
+    """Each decoder under both policies, greedy and sampled, on prompts of many lengths."""
+    made = []
+    for i, (decoder, options) in enumerate(DECODERS.items()):
+        for policy in ("d2cache", "full"):
+            sampling = {"temperature": 0.8, "seed": i} if (i + len(policy)) % 3 == 0 else {}
+            prompt = [(11 * j + 7 * i + len(policy)) % 360 for j in range(3 + 17 * i)]
+            made.append(
+                {
+                    "prompt": prompt,
+                    "max_tokens": 24 + 3 * i,
+                    "sampling": sampling,
+                    "options": {"decoder": decoder, "policy": policy, **options},
+                }
+            )
+    return made
+
+
+def test_every_decoder_is_tried() -> None:
+    assert set(DECODERS) == set(DECODER_CLASSES)
+
+
+def test_mixed_decoders_in_one_batch(engine: Engine) -> None:
+    made = requests()
+    alone = [engine.run([request])[0] for request in made]
+    assert_same(engine.run(made), alone)
+    several = {r["options"]["decoder"] for r, (_, t) in zip(made, alone, strict=True) if _commits_several(t)}
+    assert several == set(DECODERS), "every rule committed more than one token in some step"
+
+
+def _commits_several(trace: list[dict[str, Any]]) -> bool:
+    return any(len(line["committed"]) > 1 for line in trace[1:-1])
+
+
+def test_nobody_pays_for_a_decoder_that_is_not_used(engine: Engine) -> None:
+    """The LM head runs once for each predicted row, twice for those of klass."""
+    model, rows = runner_of(engine).model, []
+    stock = model.lm_logits
+
+    def lm_logits(hidden: Any) -> Any:
+        rows.append(hidden.shape[0])
+        return stock(hidden)
+
+    def count(decoder: str) -> tuple[int, int]:
+        rows.clear()
+        options = {"decoder": decoder, "policy": "full", "window": 0, "sigma": 0}
+        ((_, trace),) = engine.run([{"prompt": [1, 2, 3], "max_tokens": 20, "options": options}])
+        lines = trace[1:-1]
+        masked = [20] + [line["masked_left"] for line in lines[:-1]]
+        return sum(rows), sum(masked)
+
+    model.lm_logits = lm_logits
+    try:
+        for decoder in DECODERS:
+            head, predicted = count(decoder)
+            assert head == (2 if decoder == "klass" else 1) * predicted, decoder
+    finally:
+        model.lm_logits = stock
