@@ -80,11 +80,10 @@ def test_protocol_patches_refuse_what_does_not_fit() -> None:
 
 
 def test_offline_canvas_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = SimpleNamespace(
-        sampling_params=SimpleNamespace(max_tokens=30, extra_args=None), prompt_token_ids=[1] * 80
-    )
+    params = SimpleNamespace(max_tokens=30, extra_args=None)
+    request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1] * 80)
     monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
-    front_end.install_request_check(OURS)
+    front_end.install_length_check(OURS)
     processor = SimpleNamespace(
         model_config=SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=100),
         vllm_config=SimpleNamespace(additional_config={}),
@@ -97,19 +96,19 @@ def test_offline_canvas_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert InputProcessor.process_inputs(processor) is request
 
 
-def test_options_are_checked_against_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_another_policy_than_the_servers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same request is right or wrong, depending on the server's policy."""
     params = SimpleNamespace(max_tokens=30, extra_args={"d2cache_current_k": 4})
     request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1])
     monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
-    front_end.install_request_check(OURS)
+    front_end.install_length_check(OURS)
     processor = SimpleNamespace(
         model_config=SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=100),
         vllm_config=SimpleNamespace(additional_config={}),
     )
     assert InputProcessor.process_inputs(processor) is request
     processor.vllm_config.additional_config = {"d2cache": {"policy": "dual"}}
-    with pytest.raises(ValueError, match=r"d2cache_current_k: an option of d2cache_policy 'd2cache'"):
+    with pytest.raises(VLLMValidationError, match=r"d2cache_current_k: an option of d2cache_policy 'd2cache'"):
         InputProcessor.process_inputs(processor)
     params.extra_args["d2cache_policy"] = "d2cache"
     assert InputProcessor.process_inputs(processor) is request

@@ -1,4 +1,4 @@
-"""Patches of vLLM's front end, for our architectures only: the default canvas, and what a request may not ask for.
+"""Patches of vLLM's front end, for our architectures only: the default canvas, and requests that do not fit.
 
 All three start from the dictionary of default sampling parameters that vLLM asks the model configuration for: for our
 models it is a :class:`CanvasDefaults`, and what is wrapped further down looks for that type. A server of another model
@@ -11,7 +11,13 @@ import functools
 import sys
 from typing import Any
 
-from vllm_d2cache.config import DEFAULT_CANVAS_LENGTH, SECTION, parse_request_options, parse_server_options
+from vllm_d2cache.config import (
+    DEFAULT_CANVAS_LENGTH,
+    SECTION,
+    OptionError,
+    parse_request_options,
+    parse_server_options,
+)
 
 _MARK = "_vllm_d2cache"
 # Request classes of the OpenAI server, and the fields in which a client may give the canvas length.
@@ -85,12 +91,12 @@ def _patch_online_length(cls: type, names: tuple[str, ...]) -> None:
     cls.to_sampling_params = to_sampling_params
 
 
-def install_request_check(architectures: frozenset[str]) -> None:
+def install_length_check(architectures: frozenset[str]) -> None:
     """Wrap ``InputProcessor.process_inputs``; idempotent. Called from the config hook, in the front end alone."""
     # Without it: LLM.generate accepts a canvas that does not fit; text models just stop at max_model_len, but a canvas
-    # has its length from the start; and a request's options are checked without knowing the server's. No hook:
-    # validators see sampling parameters, but neither the prompt nor the configuration. Remove when: a validator sees
-    # all three.
+    # has its length from the start; and options that do not go with the server's fail in the scheduler, which ends the
+    # engine. No hook: validators see sampling parameters without the prompt and without the configuration. Remove
+    # when: a validator sees all of them.
     from vllm.v1.engine.input_processor import InputProcessor
 
     original = InputProcessor.process_inputs
@@ -102,16 +108,25 @@ def install_request_check(architectures: frozenset[str]) -> None:
         request = original(self, *args, **kwargs)
         params = request.sampling_params
         if params is not None and not architectures.isdisjoint(self.model_config.architectures):
+            _check_options(self.vllm_config.additional_config, params)
             room = self.model_config.max_model_len - len(request.prompt_token_ids)
             if params.max_tokens > room:
                 raise _does_not_fit("max_tokens", params.max_tokens, room)
-            additional = self.vllm_config.additional_config
-            server = parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
-            server.resolve(parse_request_options(params.extra_args))
         return request
 
     setattr(process_inputs, _MARK, True)
     InputProcessor.process_inputs = process_inputs
+
+
+def _check_options(additional_config: Any, params: Any) -> None:
+    """Refuse options that do not go together, the server's included."""
+    from vllm.exceptions import VLLMValidationError
+
+    server = parse_server_options(additional_config.get(SECTION) if isinstance(additional_config, dict) else None)
+    try:
+        server.resolve(parse_request_options(params.extra_args))
+    except OptionError as error:
+        raise VLLMValidationError(str(error)) from error
 
 
 def _does_not_fit(field: str, asked: int, room: int) -> Exception:
