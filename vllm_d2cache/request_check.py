@@ -55,7 +55,7 @@ def check_sampling_params(params: SamplingParams) -> None:
         raise ValueError("max_tokens: must be an integer >= 1 (the length of the canvas), got None")
     if params.seed is not None and not -(2**63) <= params.seed < 2**63:
         raise ValueError(f"seed: must be an integer of 64 bits, got {params.seed}")
-    # Whether the options go together depends on the server's too: compat/front_end.py asks that.
+    # Whether the options go together depends on the server's as well: compat/front_end.py asks that.
     parse_request_options(params.extra_args)
 
 

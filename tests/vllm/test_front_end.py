@@ -96,7 +96,7 @@ def test_offline_canvas_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert InputProcessor.process_inputs(processor) is request
 
 
-def test_options_are_checked_against_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_another_policy_than_the_servers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same request is right or wrong, depending on the server's policy."""
     params = SimpleNamespace(max_tokens=30, extra_args={"d2cache_current_k": 4})
     request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1])

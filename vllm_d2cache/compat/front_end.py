@@ -1,4 +1,4 @@
-"""Patches of vLLM's front end, for our architectures only: the default canvas, and what a request may not ask for.
+"""Patches of vLLM's front end, for our architectures only: the default canvas, and requests that do not fit.
 
 All three start from the dictionary of default sampling parameters that vLLM asks the model configuration for: for our
 models it is a :class:`CanvasDefaults`, and what is wrapped further down looks for that type. A server of another model
