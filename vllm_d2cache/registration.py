@@ -7,6 +7,7 @@ from pathlib import Path
 # Architecture name -> where vLLM finds the class when a checkpoint asks for it.
 ARCHITECTURES = {
     "LLaDAModelLM": "vllm_d2cache.models.llada:LLaDAModelLM",
+    "LLaDAMoEModelLM": "vllm_d2cache.models.llada_moe:LLaDAMoEModelLM",
     "DreamModel": "vllm_d2cache.models.dream:DreamModel",
 }
 
@@ -21,11 +22,12 @@ def register_all() -> None:
     from vllm_d2cache.compat import cpu_runner, front_end
     from vllm_d2cache.compat.internals import register_chat_template, register_config_class, register_config_hook
     from vllm_d2cache.config_hook import DiffusionConfigHook
-    from vllm_d2cache.models.configs import DreamConfig, LLaDAConfig
+    from vllm_d2cache.models.configs import DreamConfig, LLaDAConfig, LLaDAMoEConfig
     from vllm_d2cache.models.tokenizer import register_tokenizers
 
-    for config in (LLaDAConfig, DreamConfig):
+    for config in (LLaDAConfig, LLaDAMoEConfig, DreamConfig):
         register_config_class(config.model_type, config)
+    for config in (LLaDAConfig, DreamConfig):
         register_chat_template(config.model_type, CHAT_TEMPLATES / f"{config.model_type.lower()}.jinja")
     register_tokenizers()
     for architecture, path in ARCHITECTURES.items():

@@ -41,7 +41,7 @@ class DenseModel:
 
     @staticmethod
     def common_name(name: str) -> str:
-        """embed, head, norm, or i.{norm1, q, k, v, o, norm2, gate, up, down}; a bias has ``.bias`` behind it."""
+        """embed, head, norm, or i.{norm1, q, k, v, qnorm, knorm, o, norm2, gate, up, down}; ``.bias`` behind it."""
         raise NotImplementedError
 
     def reset(self, num_positions: int) -> None:
@@ -56,8 +56,11 @@ class DenseModel:
         maps = []
         for i in range(self.num_layers):
             x = self._norm(h, f"{i}.norm1")
-            q = self._rope(self._linear(x, f"{i}.q").view(-1, self.heads, self.head_dim), positions)
-            k = self._rope(self._linear(x, f"{i}.k").view(-1, self.kv_heads, self.head_dim), positions)
+            q = self._linear(x, f"{i}.q").view(-1, self.heads, self.head_dim)
+            k = self._linear(x, f"{i}.k").view(-1, self.kv_heads, self.head_dim)
+            if f"{i}.qnorm" in self.w:
+                q, k = self._norm(q, f"{i}.qnorm"), self._norm(k, f"{i}.knorm")
+            q, k = self._rope(q, positions), self._rope(k, positions)
             v = self._linear(x, f"{i}.v").view(-1, self.kv_heads, self.head_dim)
             self.keys[i][positions], self.values[i][positions] = k, v
             group = self.heads // self.kv_heads
@@ -69,8 +72,7 @@ class DenseModel:
             out = torch.einsum("hqt,thd->qhd", weights, values).reshape(len(ids), -1)
             h = h + self._linear(out, f"{i}.o")
             x = self._norm(h, f"{i}.norm2")
-            gate = torch.nn.functional.silu(self._linear(x, f"{i}.gate"))
-            h = h + self._linear(gate * self._linear(x, f"{i}.up"), f"{i}.down")
+            h = h + self._mlp(x, i)
         return self._norm(h, "norm"), maps
 
     def _seen(self, layer: int, q: torch.Tensor) -> torch.Tensor | slice:
@@ -96,6 +98,13 @@ class DenseModel:
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, d] -> [n, vocab] logits."""
         return (hidden @ self.w["embed" if self.tied else "head"].T)[:, : self.config["vocab_size"]]
+
+    def _mlp(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        return self._gated(x, f"{layer}.")
+
+    def _gated(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
+        gate = torch.nn.functional.silu(self._linear(x, f"{prefix}gate"))
+        return self._linear(gate * self._linear(x, f"{prefix}up"), f"{prefix}down")
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return x @ self.w[name].T + self.w.get(f"{name}.bias", torch.zeros(()))

@@ -244,6 +244,15 @@ def test_shifted_families_finish(options: dict) -> None:
     assert all(step.committed for step in job.steps)
 
 
+@pytest.mark.parametrize("budget", [1, 2, 7])
+def test_shifted_families_finish_within_a_budget(budget: int) -> None:
+    jobs = [FakeJob([1, 2, 3], 11, {"window": 4}), FakeJob([1], 6), FakeJob([4] * 9, 8, {"tokens_per_step": 3})]
+    Batch(jobs, {"refresh_budget": budget}, shift=1).run()
+    for job in jobs:
+        assert len(job.output) == job.canvas_length
+        assert all(len(step.refreshed) <= budget for step in job.steps[1:])
+
+
 def test_sampling_depends_on_the_seed_alone() -> None:
     def text(seed: int) -> list[int]:
         return run_alone(FakeJob([1], 12, sampling=SamplingSpec(1.5, seed=seed))).output

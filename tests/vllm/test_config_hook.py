@@ -62,6 +62,9 @@ def test_generation_config_is_mapped_and_the_operator_wins(checkpoint: Path) -> 
     assert options(configured(checkpoint, generation_config="vllm")) == {}
     overridden = configured(checkpoint, override_generation_config={"top_p": 0.5})
     assert options(overridden)["confidence_top_p"] == 0.5
+    # What the operator asks for himself is not dropped: requests are then refused by its name.
+    penalised = configured(checkpoint, override_generation_config={"repetition_penalty": 1.1})
+    assert penalised.model_config.get_diff_sampling_param()["repetition_penalty"] == 1.1
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "eos_token_id": 127, "use_sliding_window": False, "torch_dtype": "bfloat16",
         "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
     },
+    # The mixture of experts: docs/models.md.
+    "llada_moe": {
+        "architectures": ["LLaDAMoEModelLM"], "model_type": "llada", "hidden_size": WIDTH, "num_hidden_layers": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "expert_intermediate_size": HIDDEN, "num_experts": 64,
+        "num_experts_per_tok": 8, "moe_layer_freq": [1] * 16, "shared_expert_intermediate_size": None,
+        "qk_layernorm": True, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 50000,
+        "max_position_embeddings": 8192, "vocab_size": VOCAB, "tie_word_embeddings": False, "mask_token_id": 126,
+        "pad_token_id": 127, "eos_token_id": 127, "torch_dtype": "bfloat16",
+        "auto_map": {"AutoConfig": "configuration_lladamoe.LLaDAConfig"},
+    },
 }  # fmt: skip
+DENSE = ("llada", "dream")
 HEADS = {"llada": "model.transformer.ff_out.weight", "dream": "lm_head.weight"}
 EMBEDDINGS = {"llada": "model.transformer.wte.weight", "dream": "model.embed_tokens.weight"}
 TIES = {"llada": "weight_tying", "dream": "tie_word_embeddings"}
@@ -62,13 +73,20 @@ def published(family: str) -> dict[str, tuple[int, ...]]:
         layer |= {"ff_out.weight": (d, m), "attn_norm.weight": (d,), "ff_norm.weight": (d,)}
         prefix += ".blocks"
     else:
-        prefix, layers = "model.layers", 28
+        prefix, layers = "model.layers", CONFIGS[family]["num_hidden_layers"]
         top = {"model.embed_tokens.weight": (v, d), "lm_head.weight": (v, d), "model.norm.weight": (d,)}
         layer = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,)}
+        layer |= {"self_attn.o_proj.weight": (d, d)}
+    if family == "dream":
         for name, rows in {"q": d, "k": d // 2, "v": d // 2}.items():
             layer |= {f"self_attn.{name}_proj.weight": (rows, d), f"self_attn.{name}_proj.bias": (rows,)}
-        layer |= {"self_attn.o_proj.weight": (d, d), "mlp.down_proj.weight": (d, m)}
-        layer |= {"mlp.gate_proj.weight": (m, d), "mlp.up_proj.weight": (m, d)}
+        layer |= {f"mlp.{name}_proj.weight": (m, d) for name in ("gate", "up")} | {"mlp.down_proj.weight": (d, m)}
+    elif family == "llada_moe":
+        layer |= {f"self_attn.{name}_proj.weight": (d, d) for name in "qkv"}
+        layer |= {f"self_attn.{name}_norm.weight": (d // 4,) for name in "qk"} | {"mlp.gate.weight": (64, d)}
+        for e in range(64):
+            layer |= {f"mlp.experts.{e}.{name}_proj.weight": (m, d) for name in ("gate", "up")}
+            layer |= {f"mlp.experts.{e}.down_proj.weight": (d, m)}
     return top | {f"{prefix}.{i}.{name}": size for i in range(layers) for name, size in layer.items()}
 
 
@@ -111,7 +129,7 @@ def numbers(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([t.flatten().float() for t in tensors]).sort().values
 
 
-@pytest.mark.parametrize(("family", "count"), [("llada", 291), ("dream", 339)])
+@pytest.mark.parametrize(("family", "count"), [("llada", 291), ("dream", 339), ("llada_moe", 3219)])
 def test_published_list_loads_to_the_last_number(family: str, count: int, tmp_path: Path, load: Any) -> None:
     tensors = random_tensors(family)
     assert len(tensors) == count
@@ -122,7 +140,7 @@ def test_published_list_loads_to_the_last_number(family: str, count: int, tmp_pa
 
 
 @pytest.mark.parametrize("carries_the_head", [False, True])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", DENSE)
 def test_tied_head(family: str, carries_the_head: bool, tmp_path: Path, load: Any) -> None:
     tensors = random_tensors(family)
     del tensors[HEADS[family]]

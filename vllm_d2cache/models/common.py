@@ -25,6 +25,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 
 from vllm_d2cache.attention.backend import D2CacheAttentionBackend
 from vllm_d2cache.models.configs import DiffusionLMConfig
+from vllm_d2cache.models.experts import SparseMLP
 from vllm_d2cache.models.shape import TransformerShape
 
 # A buffer that some tools save; it follows from config.json.
@@ -58,6 +59,8 @@ class SelfAttention(nn.Module):
         num_heads = shape.num_heads // world
         num_kv_heads = max(1, shape.num_kv_heads // world)
         self.sizes = [num_heads * head_size, num_kv_heads * head_size, num_kv_heads * head_size]
+        self.q_norm = RMSNorm(head_size, eps=shape.norm_eps) if shape.qk_norm else None
+        self.k_norm = RMSNorm(head_size, eps=shape.norm_eps) if shape.qk_norm else None
         self.rope_in_fp32 = shape.rope_in_fp32
         self.rotary_emb = get_rope(
             head_size,
@@ -81,6 +84,8 @@ class SelfAttention(nn.Module):
         """[N, d] -> [N, d]."""
         qkv, _ = self.qkv_proj(hidden)
         q, k, v = qkv.split(self.sizes, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = _each_head(self.q_norm, q), _each_head(self.k_norm, k)
         if self.rope_in_fp32 and q.dtype != torch.float32:
             q32, k32 = self.rotary_emb(positions, q.float(), k.float())
             q, k = q32.to(v.dtype), k32.to(v.dtype)
@@ -88,6 +93,11 @@ class SelfAttention(nn.Module):
             q, k = self.rotary_emb(positions, q, k)
         out, _ = self.o_proj(self.attn(q, k, v))
         return out
+
+
+def _each_head(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """``norm`` over each head of [N, heads * head size]."""
+    return norm(x.reshape(-1, norm.weight.shape[0])).view(x.shape)
 
 
 class GatedMLP(nn.Module):
@@ -130,7 +140,8 @@ class TransformerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attn = SelfAttention(shape, cache_config, quant_config, f"{prefix}.self_attn")
-        self.mlp = GatedMLP(shape, quant_config, f"{prefix}.mlp")
+        mlp = SparseMLP if shape.num_experts else GatedMLP
+        self.mlp = mlp(shape, quant_config, f"{prefix}.mlp")
         self.input_layernorm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
 

@@ -99,6 +99,13 @@ class LLaDAConfig(DiffusionLMConfig):
         kwargs.pop("tie_word_embeddings", None)
         super().__init__(tie_word_embeddings=weight_tying, **kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """LLaDA-MoE's published config.json has LLaDA's model_type, too; its architecture tells."""
+        if cls is LLaDAConfig and LLaDAMoEConfig.architecture in (config_dict.get("architectures") or ()):
+            return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
     def traits(self) -> FamilyTraits:
         """A canvas slot reads the logits of its own position."""
         return FamilyTraits(self.mask_token_id)
@@ -118,6 +125,91 @@ class LLaDAConfig(DiffusionLMConfig):
             rope_theta=self.rope_theta,
             rope_in_fp32=True,
             tied_head=self.weight_tying,
+        )
+
+
+class LLaDAMoEConfig(DiffusionLMConfig):
+    """LLaDA-MoE's config.json (docs/models.md has where its facts come from)."""
+
+    model_type = "lladamoe"
+    architecture: ClassVar[str] = "LLaDAMoEModelLM"
+    supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "qk_layernorm": (True,),
+        "partial_rotary_factor": (1, None),
+        "rope_type": ("default",),
+        "norm_topk_prob": (False, None),
+        "shared_expert_intermediate_size": (None, 0),
+        "routed_scaling_factor": (1, None),
+        "router_num_group": (None,),
+        "router_topk_group": (None,),
+        "moe_router_enable_expert_bias": (False, None),
+        "moe_router_score_function": ("softmax", None),
+        "layers_without_experts": (0,),
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 157184,
+        hidden_size: int = 2048,
+        expert_intermediate_size: int = 1024,
+        num_hidden_layers: int = 16,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int | None = None,
+        num_experts: int = 64,
+        num_experts_per_tok: int = 8,
+        moe_layer_freq: list[int] | int = 1,
+        max_position_embeddings: int = 8192,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 50000.0,
+        rope_scaling: dict[str, Any] | None = None,
+        mask_token_id: int | None = None,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.expert_intermediate_size = expert_intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_layer_freq = moe_layer_freq
+        every = moe_layer_freq if isinstance(moe_layer_freq, list) else [int(moe_layer_freq == 1)] * num_hidden_layers
+        self.layers_without_experts = every.count(0) + abs(num_hidden_layers - len(every))
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        rope = kwargs.pop("rope_parameters", None) or rope_scaling or {}
+        self.rope_theta = rope.get("rope_theta", rope_theta)
+        self.rope_type = rope.get("rope_type", rope.get("type", "default"))
+        # The published config.json does not name it; the model card does.
+        self.mask_token_id = 156895 if mask_token_id is None else mask_token_id
+        kwargs.pop("model_type", None)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def traits(self) -> FamilyTraits:
+        """A canvas slot reads the logits of its own position."""
+        return FamilyTraits(self.mask_token_id)
+
+    def shape(self) -> TransformerShape:
+        """Experts in every layer, norms over the heads of q and k, no bias."""
+        return TransformerShape(
+            hidden_size=self.hidden_size,
+            num_layers=self.num_hidden_layers,
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads,
+            intermediate_size=self.expert_intermediate_size,
+            vocab_size=self.vocab_size,
+            embedding_size=self.vocab_size,
+            max_positions=self.max_position_embeddings,
+            norm_eps=self.rms_norm_eps,
+            rope_theta=self.rope_theta,
+            tied_head=self.tie_word_embeddings,
+            qk_norm=True,
+            num_experts=self.num_experts,
+            experts_per_token=self.num_experts_per_tok,
         )
 
 

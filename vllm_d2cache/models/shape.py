@@ -14,7 +14,11 @@ class TransformerShape:
         embedding_size: rows of the embedding and the head; those beyond ``vocab_size`` are padding.
         max_positions: positions the rotary embedding is prepared for.
         rope_in_fp32: rotate q and k in fp32 whatever the model's dtype.
+        intermediate_size: of the MLP, or of one expert.
         tied_head: the LM head is the embedding.
+        qk_norm: an RMS norm over each head of q and k, before the rotation.
+        num_experts: experts of each layer's mixture; 0 = a plain MLP.
+        experts_per_token: the most probable ones; their probabilities are not made to sum to one.
     """
 
     hidden_size: int
@@ -30,6 +34,9 @@ class TransformerShape:
     rope_in_fp32: bool = False
     qkv_bias: bool = False
     tied_head: bool = False
+    qk_norm: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
 
     @property
     def head_size(self) -> int:

@@ -67,6 +67,7 @@ class D2CachePolicy(CachePolicy):
         selected = self._select_masked(view, outcome)
         stage_1 = canvas_to_positions(selected, view, self.logit_shift)
         certain = stage_1 | canvas_to_positions(outcome.committed, view)
+        # The last prompt position, which a shifted family may have in stage 1, is a candidate of stage 2 all the same.
         share = _rollout_share(outcome.importance, view.in_text & ~(certain & _behind_prompt(view)))
         chosen = certain | _head_of_mass(share, view.options.rollout_p)
         if self.logit_shift:
