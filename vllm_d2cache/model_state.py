@@ -46,7 +46,8 @@ class D2CacheModelState(ModelState):
         self.denoiser = Denoiser(self.max_num_reqs, self.max_model_len, device, model.traits, self.options)
         # Every rank computes the same; one of them writes.
         writes = self.options.trace_dir is not None and vllm_config.parallel_config.rank == 0
-        self.tracer = TraceRecorder(self.options.trace_dir) if writes and self.options.trace_dir else None
+        name = vllm_config.model_config.model
+        self.tracer = TraceRecorder(self.options.trace_dir, name) if writes and self.options.trace_dir else None
         self.rows: StepRows | None = None  # of the step under way
         self.capture: ImportanceCapture | None = None
         self._pool = MapPool()
