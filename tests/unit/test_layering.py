@@ -33,12 +33,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "attention", "attention.capture", "runner_sampler", "compat",
     ),
     "models": ("records", "attention"),
+    "trace_reader": (),
+    "viewer": ("trace_reader",),
     "config_hook": ("config", "compat"),
+    "cli": ("trace_reader", "viewer"),
     "registration": (),
     "__init__": (),
 }  # fmt: skip
 PURE = (
     "records", "config", "ops", "canvas", "samplers", "policies", "denoiser", "trace", "attention.capture",
+    "trace_reader", "viewer",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

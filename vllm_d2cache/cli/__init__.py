@@ -1,0 +1,33 @@
+"""The ``vllm-d2cache`` command: one module a subcommand, loaded when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+# Subcommand -> one line for the list of them. The module of that name has add_arguments(parser) and run(args).
+SUBCOMMANDS = {
+    "view": "replay a recorded request: an HTML page, or in the terminal",
+}
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message says why and what can."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="vllm-d2cache", description="Tools of vllm-d2cache.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in SUBCOMMANDS.items():
+        module = import_module(f"{__name__}.{name}")
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        return import_module(f"{__name__}.{args.command}").run(args)
+    except UsageError as error:
+        print(f"vllm-d2cache {args.command}: {error}", file=sys.stderr)
+        return 2
