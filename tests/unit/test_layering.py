@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "attention.capture": ("ops",),
     "attention": ("ops", "attention.capture"),
     "request_check": ("config",),
-    "scheduler": ("config", "policies", "compat"),
+    "startup_log": ("config", "canvas", "policies", "attention.capture"),
+    "scheduler": ("config", "policies", "compat", "startup_log"),
     "runner_sampler": ("ops",),
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "trace",
@@ -36,8 +37,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "trace_reader": (),
     "viewer": ("trace_reader",),
     "config_hook": ("config", "compat"),
-    "cli": ("trace_reader", "viewer"),
     "registration": (),
+    "doctor": ("registration",),
+    "cli": ("trace_reader", "viewer", "doctor"),
     "__init__": (),
 }  # fmt: skip
 PURE = (

@@ -9,6 +9,7 @@ from importlib import import_module
 
 # Subcommand -> one line for the list of them. The module of that name has add_arguments(parser) and run(args).
 SUBCOMMANDS = {
+    "doctor": "say what is found here and what will not work",
     "view": "replay a recorded request: an HTML page, or in the terminal",
 }
 
