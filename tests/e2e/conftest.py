@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.server import Server, serve
 from tests.reference.oracle import ORACLE
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -72,6 +73,13 @@ class Engine:
         del self.llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`vllm serve models/tiny-llada`, no other flag; shared by all tests that talk to a server."""
+    with serve(tmp_path_factory.mktemp("server") / "log") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -200,7 +200,7 @@ def test_replay_by_keyboard_slider_buttons_and_picture(page: Page, tmp_path: Pat
     page.press("ArrowRight")
     page.press("ArrowRight")
     assert masks(page) == left[2]
-    fresh = page.run("[...document.querySelectorAll('.fresh')].map(e => +e.dataset.position)")
+    fresh = page.run("[...document.querySelectorAll('#canvas .fresh')].map(e => +e.dataset.position)")
     assert fresh == [len(request.prompt) + c.slot for c in request.steps[1].commits]
     marked = page.run("[...document.querySelectorAll('#canvas .refreshed')].map(e => +e.dataset.position)")
     assert marked == [p for p in request.steps[1].refreshed or [] if p >= len(request.prompt)]
