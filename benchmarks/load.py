@@ -2,10 +2,10 @@
 
     python -m benchmarks.load --requests 2000 --concurrency 64 --out load.json
 
-Starts `vllm serve models/tiny-llada` (or takes --url), asks every distinct request alone, then sends --requests of them
-at --concurrency in random order, some of which hang up mid-way or are not acceptable. Each answer is compared with that
-of the same request alone. Afterwards the server must hold no request and no KV block, and its memory must not have grown.
-Exit status 1 if any of this is not so. Everything is bounded: requests, concurrency, and the time of each request.
+Starts `vllm serve models/tiny-llada` (or takes --url), asks every distinct request alone, then sends --requests of
+them at --concurrency in random order, some of which hang up mid-way or are not acceptable. Each answer is compared with
+that of the same request alone. Afterwards the server must hold no request and no KV block, and its memory must not have
+grown. Exit status 1 if any of this is not so. Everything is bounded: requests, concurrency, each request's time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import httpx
 
 from benchmarks.machine import machine
 
-ROOT = Path(__file__).resolve().parents[1]
 REQUEST_SECONDS = 300.0
 IDLE_SECONDS = 30.0
 MOST_GROWTH = 0.02  # of the memory after warm-up
@@ -57,7 +56,7 @@ class Outcome:
 
 
 def kinds(rng: random.Random, count: int) -> list[Kind]:
-    """Distinct requests: greedy and sampled, all policies and rules, stops, one to 96 canvas positions; and bad ones."""
+    """Distinct requests: greedy and sampled, policies and rules, stops, canvases of 1 to 96 positions; and bad ones."""
     options: list[dict[str, Any]] = [
         {},
         {"d2cache_policy": "full"},
