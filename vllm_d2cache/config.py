@@ -84,8 +84,9 @@ REQUEST_FIELDS: dict[str, _Number | _Choice] = {
     "confidence_memory": _Choice(CONFIDENCE_MEMORIES),
     "confidence_top_p": _Number(float, 0, 1, open_low=True, note="1 = off"),
 }
-SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget")
+SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget", "max_canvas")
 _BUDGET = _Number(int, 1, note="rows per request and step")
+_MAX_CANVAS = _Number(int, DEFAULT_CANVAS_LENGTH, note="positions; the default canvas must fit")
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,24 @@ class ServerOptions:
         trace_dir: directory for per-request traces; None = off.
         refresh_budget: rows a request may recompute in a step after its first; None = as many as its policy
             asks for. What does not fit waits for the next step, which makes results approximate.
+        max_canvas: longest canvas a request may ask for; None = whatever fits behind its prompt.
     """
 
     request_defaults: Mapping[str, Any]
     trace_dir: str | None = None
     refresh_budget: int | None = None
+    max_canvas: int | None = None
+
+    def check_canvas_length(self, length: int) -> None:
+        """Refuse a canvas that is longer than the operator allows.
+
+        Raises:
+            OptionError: names max_tokens and the valid values.
+        """
+        if self.max_canvas is not None and length > self.max_canvas:
+            raise OptionError(
+                f"max_tokens: this server allows canvases of 1 to {self.max_canvas} positions, got {length}"
+            )
 
     def resolve(self, request: Mapping[str, Any]) -> RequestOptions:
         """Options of one request from its own settings (already parsed) over the server's over the defaults."""
@@ -185,7 +199,7 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
     if raw is not None and not isinstance(raw, Mapping):
         raise OptionError(f'additional_config["{SECTION}"]: must be an object, got {raw!r}')
     defaults: dict[str, Any] = {}
-    trace_dir, budget = None, None
+    trace_dir, budget, max_canvas = None, None, None
     for name, value in (raw or {}).items():
         label = f'additional_config["{SECTION}"]["{name}"]'
         if name in REQUEST_FIELDS:
@@ -198,10 +212,14 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
             budget = None if value is None else _BUDGET.parse(value)
             if value is not None and budget is None:
                 raise OptionError(f"{label}: must be {_BUDGET.describe()}, got {value!r}")
+        elif name == "max_canvas":
+            max_canvas = None if value is None else _MAX_CANVAS.parse(value)
+            if value is not None and max_canvas is None:
+                raise OptionError(f"{label}: must be {_MAX_CANVAS.describe()}, got {value!r}")
         else:
             valid = ", ".join([*REQUEST_FIELDS, *SERVER_ONLY_FIELDS])
             raise OptionError(f"{label}: unknown option; valid options are {valid}")
-    options = ServerOptions(defaults, trace_dir, budget)
+    options = ServerOptions(defaults, trace_dir, budget, max_canvas)
     options.resolve({})
     return options
 

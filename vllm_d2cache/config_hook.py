@@ -73,6 +73,9 @@ def _refusals(config: VllmConfig) -> list[str]:
         ),
         "--speculative-config (every step decodes anywhere already)": config.speculative_config is not None,
         "--enable-lora (not supported yet)": config.lora_config is not None,
+        "--enable-sleep-mode (K and V of running requests would be dropped while their canvases stay)": (
+            config.model_config.enable_sleep_mode
+        ),
         f"--kv-cache-dtype {config.cache_config.cache_dtype} (only the model's own dtype yet)": (
             config.cache_config.cache_dtype not in ("auto", str(config.model_config.dtype).removeprefix("torch."))
         ),

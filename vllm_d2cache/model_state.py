@@ -27,6 +27,7 @@ from vllm_d2cache.canvas import Request
 from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
 from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.models.weight_check import check_finite
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.records import SamplingSpec, StepRows
@@ -41,6 +42,7 @@ class D2CacheModelState(ModelState):
         self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: torch.device
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
+        check_finite(model.named_parameters())
         additional = vllm_config.additional_config
         self.options = parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
         self.denoiser = Denoiser(self.max_num_reqs, self.max_model_len, device, model.traits, self.options)

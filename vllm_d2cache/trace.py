@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,8 @@ class TraceRecorder:
     def __init__(self, directory: str, model: str) -> None:
         self.directory = Path(directory)
         self.model = model
-        self.directory.mkdir(parents=True, exist_ok=True)
+        # A prompt's token ids are its text: for the server's user alone.
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._files: dict[int, IO[str]] = {}
         self._output: dict[int, list[int]] = {}
         self._steps: dict[int, int] = {}
@@ -36,7 +38,8 @@ class TraceRecorder:
 
     def start(self, slot: int, request: Request, prompt: list[int]) -> None:
         """Begin a file; a request that starts over after a preemption begins it anew."""
-        self._files[slot] = (self.directory / f"{_file_name(request.req_id)}.jsonl").open("w")
+        path = self.directory / f"{_file_name(request.req_id)}.jsonl"
+        self._files[slot] = open(path, "w", encoding="utf-8", opener=_open_private)  # noqa: SIM115  # until finish
         self._output[slot] = []
         self._steps[slot] = 0
         self._started[slot] = time.monotonic()
@@ -105,6 +108,11 @@ class TraceRecorder:
     def _write(self, slot: int, record: dict[str, Any]) -> None:
         self._files[slot].write(json.dumps(record) + "\n")
         self._files[slot].flush()
+
+
+def _open_private(path: str, flags: int) -> int:
+    """Open for the server's user alone, and nothing that a link in the directory leads to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def _file_name(req_id: str) -> str:

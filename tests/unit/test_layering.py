@@ -31,8 +31,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runner_sampler": ("ops",),
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "trace",
-        "attention", "attention.capture", "runner_sampler", "compat",
+        "attention", "attention.capture", "runner_sampler", "compat", "models.weight_check",
     ),
+    "models.weight_check": (),
     "models": ("records", "attention"),
     "trace_reader": (),
     "viewer": ("trace_reader",),
@@ -44,7 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 PURE = (
     "records", "config", "ops", "canvas", "samplers", "policies", "denoiser", "trace", "attention.capture",
-    "trace_reader", "viewer",
+    "trace_reader", "viewer", "models.weight_check",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

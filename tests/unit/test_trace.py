@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.unit.batches import MASK, Batch, FakeJob
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import RequestOptions
 from vllm_d2cache.ops.row_stats import RowStats
 from vllm_d2cache.records import SamplingSpec, StepResult, StepRows
-from vllm_d2cache.trace import TraceRecorder
+from vllm_d2cache.trace import TraceRecorder, _file_name
 
 
 class TracedBatch(Batch):
@@ -149,3 +151,28 @@ def test_long_request_ids_have_files_of_their_own(tmp_path: Path, letter: str) -
     names = trace_of(tmp_path, letter * 999, letter * 998)
     assert len(names) == 2
     assert all(len(name.encode()) < 250 for name in names)
+
+
+def test_nobody_else_can_read_a_trace(tmp_path: Path) -> None:
+    directory = tmp_path / "made"
+    trace_of(directory, "a")
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert (directory / "a.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_link_in_the_directory_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "traces" / "a.jsonl").symlink_to(victim)
+    with pytest.raises(OSError):
+        trace_of(tmp_path / "traces", "a")
+    assert victim.read_text() == "precious"
+
+
+@given(st.text(min_size=1, max_size=300))
+def test_no_request_id_leaves_the_directory(req_id: str) -> None:
+    name = _file_name(req_id) + ".jsonl"
+    assert Path(name).name == name
+    assert name not in (".", "..")
+    assert len(name.encode()) < 250

@@ -83,7 +83,10 @@ def test_offline_canvas_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     request = SimpleNamespace(sampling_params=SimpleNamespace(max_tokens=30), prompt_token_ids=[1] * 80)
     monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
     front_end.install_length_check(OURS)
-    processor = SimpleNamespace(model_config=SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=100))
+    processor = SimpleNamespace(
+        model_config=SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=100),
+        vllm_config=SimpleNamespace(additional_config={}),
+    )
     with pytest.raises(VLLMValidationError, match=r"max_tokens: a canvas of 30 .* valid values are 1 to 20"):
         InputProcessor.process_inputs(processor)
     processor.model_config.max_model_len = 110

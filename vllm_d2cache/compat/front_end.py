@@ -11,7 +11,7 @@ import functools
 import sys
 from typing import Any
 
-from vllm_d2cache.config import DEFAULT_CANVAS_LENGTH
+from vllm_d2cache.config import DEFAULT_CANVAS_LENGTH, SECTION, OptionError, parse_server_options
 
 _MARK = "_vllm_d2cache"
 # Request classes of the OpenAI server, and the fields in which a client may give the canvas length.
@@ -104,10 +104,22 @@ def install_length_check(architectures: frozenset[str]) -> None:
             room = self.model_config.max_model_len - len(request.prompt_token_ids)
             if params.max_tokens > room:
                 raise _does_not_fit("max_tokens", params.max_tokens, room)
+            _check_canvas_length(self.vllm_config.additional_config, params.max_tokens)
         return request
 
     setattr(process_inputs, _MARK, True)
     InputProcessor.process_inputs = process_inputs
+
+
+def _check_canvas_length(additional_config: Any, length: int) -> None:
+    """The operator's limit, for which a validator would need the configuration."""
+    from vllm.exceptions import VLLMValidationError
+
+    raw = additional_config.get(SECTION) if isinstance(additional_config, dict) else None
+    try:
+        parse_server_options(raw).check_canvas_length(length)
+    except OptionError as error:
+        raise VLLMValidationError(str(error), parameter="max_tokens", value=length) from error
 
 
 def _does_not_fit(field: str, asked: int, room: int) -> Exception:
