@@ -108,6 +108,12 @@ class CanvasStates:
         )
 
 
+def state_bytes(num_slots: int, max_len: int) -> int:
+    """Bytes of the tensors of :class:`CanvasStates`, but for the columns that grow with the number of stop tokens."""
+    states = CanvasStates(num_slots, max_len, torch.device("meta"), FamilyTraits(mask_token_id=0))
+    return sum(value.nbytes for value in vars(states).values() if isinstance(value, torch.Tensor))
+
+
 def make_view(
     slots: torch.Tensor,
     prompt_len: torch.Tensor,

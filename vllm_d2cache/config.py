@@ -76,8 +76,9 @@ REQUEST_FIELDS: dict[str, _Number | _Choice] = {
     "leap_threshold": _Number(float, 0, 1),
     "leap_radius": _Number(int, 0, note="positions"),
 }
-SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget", "token_frequencies")
+SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget", "max_canvas", "token_frequencies")
 _BUDGET = _Number(int, 1, note="rows per request and step")
+_MAX_CANVAS = _Number(int, DEFAULT_CANVAS_LENGTH, note="positions; the default canvas must fit")
 
 
 @dataclass(frozen=True)
@@ -194,13 +195,26 @@ class ServerOptions:
         trace_dir: directory for per-request traces; None = off.
         refresh_budget: rows a request may recompute in a step after its first; None = as many as its policy
             asks for. What does not fit waits for the next step, which makes results approximate.
+        max_canvas: longest canvas a request may ask for; None = whatever fits behind its prompt.
         token_frequencies: ``.npy`` file of corpus frequencies for the pc decoder; None = there is none.
     """
 
     request_defaults: Mapping[str, Any]
     trace_dir: str | None = None
     refresh_budget: int | None = None
+    max_canvas: int | None = None
     token_frequencies: str | None = None
+
+    def check_canvas_length(self, length: int) -> None:
+        """Refuse a canvas that is longer than the operator allows.
+
+        Raises:
+            OptionError: names max_tokens and the valid values.
+        """
+        if self.max_canvas is not None and length > self.max_canvas:
+            raise OptionError(
+                f"max_tokens: this server allows canvases of 1 to {self.max_canvas} positions, got {length}"
+            )
 
     def resolve(self, request: Mapping[str, Any]) -> RequestOptions:
         """Options of one request from its own settings (already parsed) over the server's over the defaults."""
@@ -319,7 +333,7 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
     if raw is not None and not isinstance(raw, Mapping):
         raise OptionError(f'additional_config["{SECTION}"]: must be an object, got {raw!r}')
     defaults: dict[str, Any] = {}
-    trace_dir, budget, frequencies = None, None, None
+    trace_dir, budget, max_canvas, frequencies = None, None, None, None
     for name, value in (raw or {}).items():
         label = f'additional_config["{SECTION}"]["{name}"]'
         if name in option_types():
@@ -336,11 +350,15 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
             budget = None if value is None else _BUDGET.parse(value)
             if value is not None and budget is None:
                 raise OptionError(f"{label}: must be {_BUDGET.describe()}, got {value!r}")
+        elif name == "max_canvas":
+            max_canvas = None if value is None else _MAX_CANVAS.parse(value)
+            if value is not None and max_canvas is None:
+                raise OptionError(f"{label}: must be {_MAX_CANVAS.describe()}, got {value!r}")
         else:
             valid = ", ".join([*option_types(), *SERVER_ONLY_FIELDS])
             raise OptionError(f"{label}: unknown option; valid options are {valid}")
     option_types()  # says now, not at the first request, what is wrong with a policy from outside
-    options = ServerOptions(defaults, trace_dir, budget, frequencies)
+    options = ServerOptions(defaults, trace_dir, budget, max_canvas, frequencies)
     options.resolve({})
     return options
 

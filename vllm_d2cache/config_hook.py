@@ -94,6 +94,9 @@ def _refusals(config: VllmConfig) -> list[str]:
         ),
         "--speculative-config (every step decodes anywhere already)": config.speculative_config is not None,
         "--enable-lora (not supported yet)": config.lora_config is not None,
+        "--enable-sleep-mode (K and V of running requests would be dropped while their canvases stay)": (
+            config.model_config.enable_sleep_mode
+        ),
         f"--kv-cache-dtype {config.cache_config.cache_dtype} (only the model's own dtype yet)": (
             config.cache_config.cache_dtype not in ("auto", str(config.model_config.dtype).removeprefix("torch."))
         ),
@@ -119,22 +122,25 @@ def _generation_defaults(model_config: ModelConfig) -> dict[str, Any]:
 
 
 def _configure(config: VllmConfig) -> None:
+    """Set what stock flags would have to; every change of a default is logged with its reason."""
     scheduler, cache = config.scheduler_config, config.cache_config
     max_len = config.model_config.max_model_len
     if cache.enable_prefix_caching:
-        # A prompt's keys depend on the canvas behind it.
-        logger.info("Prefix caching is off: with bidirectional attention a prefix has no keys of its own.")
+        _log_change("prefix caching is off", "with bidirectional attention a prefix has no keys of its own")
     cache.enable_prefix_caching = False
-    # A first step computes a whole request at once.
+    if scheduler.enable_chunked_prefill:
+        _log_change("chunked prefill is off", "a request's first step computes all of its positions at once")
     scheduler.enable_chunked_prefill = False
     scheduler.long_prefill_token_threshold = 0
     if scheduler.max_num_batched_tokens < max_len:
-        logger.info(
-            "max_num_batched_tokens raised from %d to max_model_len=%d.",
-            scheduler.max_num_batched_tokens,
-            max_len,
-        )
+        change = f"max_num_batched_tokens is {max_len}, not {scheduler.max_num_batched_tokens}"
+        _log_change(change, "a request's first step computes all of its positions, up to max_model_len, at once")
         scheduler.max_num_batched_tokens = max_len
     scheduler.scheduler_cls = SCHEDULER
-    # CUDA graphs of refresh steps are not supported yet (docs/architecture.md).
+    if not config.model_config.enforce_eager:
+        _log_change("execution is eager", "CUDA graphs of refresh steps are not supported yet")
     config.model_config.enforce_eager = True
+
+
+def _log_change(change: str, reason: str) -> None:
+    logger.info("vllm-d2cache changed a default: %s (%s)", change, reason)

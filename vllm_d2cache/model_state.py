@@ -28,6 +28,7 @@ from vllm_d2cache.canvas import Request
 from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
 from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.models.weight_check import check_finite
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.records import SamplingSpec, StepRows
@@ -42,12 +43,14 @@ class D2CacheModelState(ModelState):
         self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: torch.device
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
+        check_finite(model.named_parameters())
         additional = vllm_config.additional_config
         self.options = parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
         self.denoiser = Denoiser(self.max_num_reqs, self.max_model_len, device, model.traits, self.options)
         # Every rank computes the same; one of them writes.
         writes = self.options.trace_dir is not None and vllm_config.parallel_config.rank == 0
-        self.tracer = TraceRecorder(self.options.trace_dir) if writes and self.options.trace_dir else None
+        name = vllm_config.model_config.model
+        self.tracer = TraceRecorder(self.options.trace_dir, name) if writes and self.options.trace_dir else None
         self.rows: StepRows | None = None  # of the step under way
         self.capture: ImportanceCapture | None = None
         self._pool = MapPool()

@@ -38,6 +38,10 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+# The worker holds as many for every slot as the request with the most.
+_MOST_STOP_TOKENS = 128
+
+
 def check_sampling_params(params: SamplingParams) -> None:
     """Raise ValueError naming the first field that a diffusion model cannot honour.
 
@@ -53,6 +57,11 @@ def check_sampling_params(params: SamplingParams) -> None:
             )
     if params.max_tokens is None:
         raise ValueError("max_tokens: must be an integer >= 1 (the length of the canvas), got None")
+    if len(params.stop_token_ids or ()) > _MOST_STOP_TOKENS:
+        raise ValueError(
+            f"stop_token_ids: at most {_MOST_STOP_TOKENS} (every committed token is compared with each), "
+            f"got {len(params.stop_token_ids)}"
+        )
     if params.seed is not None and not -(2**63) <= params.seed < 2**63:
         raise ValueError(f"seed: must be an integer of 64 bits, got {params.seed}")
     # Whether the options go together depends on the server's as well: compat/front_end.py asks that.

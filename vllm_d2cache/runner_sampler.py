@@ -54,7 +54,7 @@ class D2CacheSampler:
         importance = state.capture.importance(rows.view.num_positions)
         result = denoiser.finish(rows, stats, importance)
         if state.tracer:
-            state.tracer.step(rows, result, denoiser.canvas)
+            state.tracer.step(rows, result, denoiser.canvas, stats.confidence)
         # The worker's computed count stays where the scheduler rolls it back to.
         budgets = [denoiser.canvas.requests[s].row_budget for s in rows.slots]
         rejected = torch.tensor(budgets, dtype=torch.int32, device=logits.device)

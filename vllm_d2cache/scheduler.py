@@ -11,6 +11,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -20,6 +21,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_d2cache.compat.internals import append_canvas, place_output_token
 from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
 from vllm_d2cache.policies import POLICY_CLASSES
+from vllm_d2cache.startup_log import plan_lines
+
+logger = init_logger(__name__)
 
 
 class D2CacheScheduler(AsyncScheduler):
@@ -34,6 +38,8 @@ class D2CacheScheduler(AsyncScheduler):
         self.num_sampled_tokens_per_step = 0
         self._most_active = self.max_num_active_reqs
         self._budgets: dict[str, int] = {}
+        for line in plan_lines(self.vllm_config, self.options, self.kv_cache_config.num_blocks):
+            logger.info("vllm-d2cache %s", line)
 
     def add_request(self, request: Request) -> None:
         """Append the canvas and work out the row budget."""

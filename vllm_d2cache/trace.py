@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
+
+import torch
 
 from vllm_d2cache.canvas import CanvasStates, Request
 from vllm_d2cache.records import StepResult, StepRows
@@ -19,20 +23,26 @@ class TraceRecorder:
 
     Args:
         directory: made if it does not exist.
+        model: what the first line calls the model, so that a viewer can find its tokenizer.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, model: str) -> None:
         self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.model = model
+        # A prompt's token ids are its text: for the server's user alone.
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._files: dict[int, IO[str]] = {}
         self._output: dict[int, list[int]] = {}
         self._steps: dict[int, int] = {}
+        self._started: dict[int, float] = {}
 
     def start(self, slot: int, request: Request, prompt: list[int]) -> None:
         """Begin a file; a request that starts over after a preemption begins it anew."""
-        self._files[slot] = (self.directory / f"{_file_name(request.req_id)}.jsonl").open("w")
+        path = self.directory / f"{_file_name(request.req_id)}.jsonl"
+        self._files[slot] = open(path, "w", encoding="utf-8", opener=_open_private)  # noqa: SIM115  # until finish
         self._output[slot] = []
         self._steps[slot] = 0
+        self._started[slot] = time.monotonic()
         self._write(
             slot,
             {
@@ -40,12 +50,20 @@ class TraceRecorder:
                 "prompt_token_ids": prompt,
                 "canvas_length": request.canvas_len,
                 "options": asdict(request.options),
+                "model": self.model,
             },
         )
 
-    def step(self, rows: StepRows, result: StepResult, canvas: CanvasStates) -> None:
-        """Add a line to each request of the step, and the last one where it is complete."""
+    def step(self, rows: StepRows, result: StepResult, canvas: CanvasStates, confidence: torch.Tensor) -> None:
+        """Add a line to each request of the step, and the last one where it is complete.
+
+        Args:
+            confidence: [n] float32 of the predicted slots, in the order of ``rows.predicted_index``.
+        """
         offset = 0
+        by_slot = torch.zeros(result.committed.shape, device=confidence.device)
+        by_slot[rows.predicted_index] = confidence
+        now = time.monotonic()
         for r, slot in enumerate(rows.slots):
             count = rows.counts[r]
             positions = rows.positions[offset : offset + count]
@@ -62,6 +80,8 @@ class TraceRecorder:
                     "refreshed": None if rows.full[r] else positions.tolist(),
                     "committed": [[s, int(tokens[s])] for s in committed],
                     "masked_left": int(result.masked[r].sum()),
+                    "confidence": [round(c, 6) for c in by_slot[r, committed].tolist()],
+                    "elapsed": round(now - self._started[slot], 6),
                 },
             )
             self._steps[slot] += 1
@@ -88,6 +108,11 @@ class TraceRecorder:
     def _write(self, slot: int, record: dict[str, Any]) -> None:
         self._files[slot].write(json.dumps(record) + "\n")
         self._files[slot].flush()
+
+
+def _open_private(path: str, flags: int) -> int:
+    """Open for the server's user alone, and nothing that a link in the directory leads to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def _file_name(req_id: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.e2e.server import Server, serve
 from tests.reference.oracle import ORACLE, SERVER, case_names, load_case
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -82,6 +83,13 @@ def runner_of(engine: Engine) -> Any:
 
 
 @pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`vllm serve models/tiny-llada`, no other flag; shared by all tests that talk to a server."""
+    with serve(tmp_path_factory.mktemp("server") / "log") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """The engine as a user gets it, but for fp32 and eight places. test_variants.py, which runs last, closes it."""
     made = Engine(tmp_path_factory.mktemp("traces"))
@@ -129,8 +137,8 @@ def mixed_requests(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def steps_of(trace: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The trace without its request id."""
-    return trace[1:]
+    """The trace without its request id, and without what need not repeat to the last digit: confidences and times."""
+    return [{k: v for k, v in line.items() if k not in ("confidence", "elapsed")} for line in trace[1:]]
 
 
 @pytest.fixture(scope="session")

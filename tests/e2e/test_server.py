@@ -2,58 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from tests.e2e.server import TINY, Server
+
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 
-MODEL = str(Path(__file__).resolve().parents[2] / "models" / "tiny-llada")
+MODEL = TINY
 CHAT = [{"role": "user", "content": "Reverse: abcdefgh"}]
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", MODEL, "--port", str(port)]
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-    base = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 400
-        while not _healthy(base):
-            assert process.poll() is None, f"the server died:\n{log.read_text()[-4000:]}"
-            assert time.monotonic() < deadline, f"no answer:\n{log.read_text()[-4000:]}"
-            time.sleep(1)
-        yield base
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _healthy(base: str) -> bool:
-    try:
-        return httpx.get(f"{base}/health", timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
+def url(server: Server) -> str:
+    return server.url
 
 
 @pytest.fixture(scope="module")

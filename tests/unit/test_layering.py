@@ -31,21 +31,27 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "attention.eviction": ("records", "ops", "attention.capture"),
     "attention": ("ops", "attention.capture", "attention.eviction"),
     "request_check": ("config",),
-    "scheduler": ("config", "policies", "compat"),
+    "startup_log": ("config", "canvas", "policies", "attention.capture"),
+    "scheduler": ("config", "policies", "compat", "startup_log"),
     "runner_sampler": ("ops",),
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "trace",
-        "attention", "attention.capture", "attention.eviction", "runner_sampler", "compat",
+        "attention", "attention.capture", "attention.eviction", "runner_sampler", "compat", "models.weight_check",
     ),
+    "models.weight_check": (),
     "models": ("records", "attention"),
+    "trace_reader": (),
+    "viewer": ("trace_reader",),
     "config_hook": ("config", "compat", "samplers", "generation_defaults"),
-    "cli": ("config", "samplers", "policies", "counters", "compat"),
     "registration": (),
+    "doctor": ("registration",),
+    "cli": ("config", "samplers", "policies", "counters", "compat", "trace_reader", "viewer", "doctor"),
     "__init__": (),
 }  # fmt: skip
 PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
-    "policies", "denoiser", "trace", "counters", "attention.capture", "attention.eviction",
+    "policies", "denoiser", "trace", "counters", "attention.capture", "attention.eviction", "trace_reader", "viewer",
+    "models.weight_check",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.unit.batches import Batch, FakeJob
+from tests.unit.batches import MASK, Batch, FakeJob
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.ops.row_stats import RowStats
 from vllm_d2cache.records import SamplingSpec, StepResult, StepRows
-from vllm_d2cache.trace import TraceRecorder
+from vllm_d2cache.trace import TraceRecorder, _file_name
 
 
 class TracedBatch(Batch):
@@ -20,7 +24,15 @@ class TracedBatch(Batch):
 
     def __init__(self, jobs: list[FakeJob], directory: Path, **settings: Any) -> None:
         super().__init__(jobs, **settings)
-        self.tracer = TraceRecorder(str(directory))
+        self.tracer = TraceRecorder(str(directory), "tiny")
+        self.confidence = torch.empty(0)  # of the last step's predicted slots
+        finish = self.denoiser.finish
+
+        def remember(rows: StepRows, stats: RowStats, importance: torch.Tensor | None) -> StepResult:
+            self.confidence = stats.confidence
+            return finish(rows, stats, importance)
+
+        self.denoiser.finish = remember  # type: ignore[method-assign]
 
     def add(self, i: int) -> None:
         super().add(i)
@@ -29,7 +41,7 @@ class TracedBatch(Batch):
 
     def _record(self, running: list[int], rows: StepRows, result: StepResult) -> None:
         super()._record(running, rows, result)
-        self.tracer.step(rows, result, self.denoiser.canvas)
+        self.tracer.step(rows, result, self.denoiser.canvas, self.confidence)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -45,17 +57,32 @@ def test_a_file_tells_the_whole_request(tmp_path: Path) -> None:
     TracedBatch(jobs, tmp_path / "made" / "here").run([0, 1, 4])
     for i, job in enumerate(jobs):
         head, *steps, tail = read(tmp_path / "made" / "here" / f"r{i}.jsonl")
-        assert list(head) == ["request_id", "prompt_token_ids", "canvas_length", "options"]
+        assert list(head) == ["request_id", "prompt_token_ids", "canvas_length", "options", "model"]
         assert head["request_id"] == f"r{i}"
         assert (head["prompt_token_ids"], head["canvas_length"]) == (job.prompt, job.canvas_length)
         assert RequestOptions(**head["options"]).policy == job.options.get("policy", "d2cache")
         assert [s["step"] for s in steps] == list(range(len(job.steps)))
         for line, step in zip(steps, job.steps, strict=True):
-            assert list(line) == ["step", "refreshed", "committed", "masked_left"]
+            assert list(line) == ["step", "refreshed", "committed", "masked_left", "confidence", "elapsed"]
             assert line["refreshed"] == (None if step.full else step.refreshed)
             assert line["committed"] == [list(pair) for pair in step.committed]
             assert line["masked_left"] == len(step.masked)
+            assert len(line["confidence"]) == len(line["committed"])
+            assert all(0 < c <= 1 for c in line["confidence"])
+        times = [0.0, *(s["elapsed"] for s in steps)]
+        assert times == sorted(times)
         assert tail == {"output_token_ids": job.output, "finish_reason": "length"}
+
+
+def test_confidence_is_the_probability_of_the_committed_token(tmp_path: Path) -> None:
+    job = FakeJob([1, 2], 4, {"policy": "full"}, noise=1)
+    logits = job.numbers()[0]
+    logits[:, MASK] = -torch.inf  # keeps its share of the softmax, but is never the token
+    TracedBatch([job], tmp_path).run()
+    (slot, token), *_ = read(tmp_path / "r0.jsonl")[1]["committed"]
+    plain = FakeJob([1, 2], 4, noise=1).numbers()[0][2 + slot].softmax(0)[token]
+    assert read(tmp_path / "r0.jsonl")[1]["confidence"][0] == pytest.approx(float(plain), abs=2e-6)
+    assert token == int(logits[2 + slot].argmax())
 
 
 def test_a_stop_token_ends_the_output(tmp_path: Path) -> None:
@@ -107,7 +134,7 @@ def test_a_restart_begins_the_file_anew_and_still_has_all_of_the_output(tmp_path
 
 
 def trace_of(tmp_path: Path, *req_ids: str) -> list[str]:
-    tracer = TraceRecorder(str(tmp_path))
+    tracer = TraceRecorder(str(tmp_path), "tiny")
     for slot, req_id in enumerate(req_ids):
         request = Request(req_id, 1, 4, RequestOptions(), SamplingSpec())
         tracer.start(slot, request, [7])
@@ -124,3 +151,28 @@ def test_long_request_ids_have_files_of_their_own(tmp_path: Path, letter: str) -
     names = trace_of(tmp_path, letter * 999, letter * 998)
     assert len(names) == 2
     assert all(len(name.encode()) < 250 for name in names)
+
+
+def test_nobody_else_can_read_a_trace(tmp_path: Path) -> None:
+    directory = tmp_path / "made"
+    trace_of(directory, "a")
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert (directory / "a.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_link_in_the_directory_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "traces" / "a.jsonl").symlink_to(victim)
+    with pytest.raises(OSError):
+        trace_of(tmp_path / "traces", "a")
+    assert victim.read_text() == "precious"
+
+
+@given(st.text(min_size=1, max_size=300))
+def test_no_request_id_leaves_the_directory(req_id: str) -> None:
+    name = _file_name(req_id) + ".jsonl"
+    assert Path(name).name == name
+    assert name not in (".", "..")
+    assert len(name.encode()) < 250

@@ -138,3 +138,8 @@ def _product(push_back: PushBack, u: torch.Tensor, v: torch.Tensor) -> torch.Ten
     product = torch.zeros_like(v)
     push_back(u, product)
     return product
+
+
+def most_map_bytes(num_layers: int, length: int) -> int:
+    """Bytes of all layers' maps that one request of ``length`` positions can leave in a step, at most."""
+    return num_layers * (length // _MAP_SHARE) * length * torch.float32.itemsize

@@ -10,7 +10,9 @@ from importlib import import_module
 # Subcommand -> one line for the list of them. The module of that name has add_arguments(parser) and run(args).
 SUBCOMMANDS = {
     "compare": "run policies and decoders on the same prompts, and compare what they give and take",
+    "doctor": "say what is found here and what will not work",
     "frequencies": "count tokens of a text file: the table that decoder pc needs",
+    "view": "replay a recorded request: an HTML page, or in the terminal",
 }
 
 

@@ -129,6 +129,7 @@ def _check_options(additional_config: Any, params: Any) -> None:
 
     server = parse_server_options(additional_config.get(SECTION) if isinstance(additional_config, dict) else None)
     try:
+        server.check_canvas_length(params.max_tokens)
         server.resolve(parse_request_options(params.extra_args)).check_canvas(params.max_tokens)
     except OptionError as error:
         raise VLLMValidationError(str(error)) from error

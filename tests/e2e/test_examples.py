@@ -1,0 +1,167 @@
+"""Every example that can run here, run as its first lines say, against the real server."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import yaml
+
+from tests.e2e.server import Server, free_port, healthy
+
+pytestmark = [pytest.mark.vllm, pytest.mark.engine]
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+CHAT = [{"role": "user", "content": "Reverse: abcdefgh"}]
+
+
+def run(*command: str, timeout: float = 120) -> str:
+    """What a command prints; it must succeed."""
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def example(name: str, *arguments: str) -> str:
+    return run(sys.executable, str(EXAMPLES / name), *arguments)
+
+
+def test_curl(server: Server) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("no curl on this machine")
+    out = run("sh", str(EXAMPLES / "chat.sh"), server.url)
+    assert '"object":"chat.completion"' in out
+    assert '"finish_reason":"stop"' in out
+    assert out.count("data: ") >= 3
+    assert "data: [DONE]" in out
+    assert "d2cache_windw: unknown request option" in out
+
+
+def test_openai_client(server: Server) -> None:
+    out = example("client.py", f"{server.url}/v1")
+    assert out.startswith("streaming, d2Cache: mae")
+    assert len(out.splitlines()) == 4
+
+
+def test_openai_async_client(server: Server) -> None:
+    lines = example("async_client.py", f"{server.url}/v1").splitlines()
+    assert len(lines) == 4
+    assert "Sort the digits: 40219653 -> 01234569" in lines
+    assert "Count from 12 to 34 by 2. -> 12,14,16,18,20,22,24,26,28,30,32,34." in lines
+
+
+def test_comparison_of_policies(server: Server) -> None:
+    lines = example("compare_policies.py", f"{server.url}/v1").splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("full                     4 of 4 as full")
+    assert all(re.search(r"[0-4] of 4 as full, \d+\.\d\d s$", line) for line in lines)
+
+
+def test_offline_batch() -> None:
+    """Its own engine, as a newcomer starts it."""
+    out = run(sys.executable, str(EXAMPLES / "offline.py"), timeout=400)
+    assert "Uppercase: diffusion -> DIFFUSION" in out
+    assert out.count(" -> ") == 3
+
+
+# --- deployment ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    return yaml.safe_load((EXAMPLES / "deploy" / "compose.yaml").read_text())
+
+
+def test_compose_runs_two_like_replicas_on_gpus_of_their_own(compose: dict[str, Any]) -> None:
+    a, b = compose["services"]["replica-a"], compose["services"]["replica-b"]
+    devices = [s.pop("deploy")["resources"]["reservations"]["devices"][0]["device_ids"] for s in (a, b)]
+    assert devices == [["0"], ["1"]]
+    assert a == b
+    assert set(compose["services"]["router"]["depends_on"]) == {"replica-a", "replica-b"}
+    for service in compose["services"].values():
+        for volume in service["volumes"]:
+            source = volume.split(":", 1)[0]
+            assert source.startswith("${MODEL_DIR") or (EXAMPLES / "deploy" / source).is_file()
+    build = a["build"]
+    assert (EXAMPLES / "deploy" / build["context"] / build["dockerfile"]).is_file()
+
+
+def test_compose_starts_vllm_with_flags_it_knows(compose: dict[str, Any]) -> None:
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    command = compose["services"]["replica-a"]["command"]
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(command)
+    assert (args.model_tag, args.served_model_name, args.max_model_len) == ("/model", ["llada"], 4096)
+
+
+def test_compose_uses_a_tested_vllm() -> None:
+    import vllm
+
+    (line,) = re.findall(r"^FROM vllm/vllm-openai:v(.*)$", (EXAMPLES / "deploy" / "Dockerfile").read_text(), re.M)
+    assert vllm.__version__.split("+")[0] == line
+
+
+def test_the_router_streams_and_passes_by_a_replica_that_is_down(server: Server, tmp_path: Path) -> None:
+    nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if nginx is None:
+        pytest.skip("no nginx on this machine")
+    port, replica = free_port(), server.url.removeprefix("http://")
+    config = (EXAMPLES / "deploy" / "nginx.conf").read_text()
+    for old, new in {
+        "replica-a:8000": replica,
+        "replica-b:8000": f"127.0.0.1:{free_port()}",  # nobody listens there
+        "listen 8000": f"listen 127.0.0.1:{port}",
+        "/tmp/": f"{tmp_path}/",
+    }.items():
+        assert old in config
+        config = config.replace(old, new)
+    (tmp_path / "nginx.conf").write_text(config)
+    tmp_path.chmod(0o755)
+    router = subprocess.Popen([nginx, "-e", "stderr", "-c", str(tmp_path / "nginx.conf"), "-g", "daemon off;"])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 20
+        while not healthy(url):
+            assert router.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+        model = client.models.list().data[0].id
+
+        def ask(_: int) -> str | None:
+            answer = client.chat.completions.create(model=model, messages=CHAT, max_tokens=32)  # type: ignore[arg-type]
+            return answer.choices[0].message.content
+
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(ask, range(6))) == ["hgfedcba"] * 6
+        fields = {"model": model, "messages": CHAT, "max_tokens": 256, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=fields, timeout=120) as stream:
+            times = [time.monotonic() for line in stream.iter_lines() if line.startswith("data: ")]
+        assert times[-1] - times[0] > 0.2, "the router held the stream back"
+    finally:
+        router.terminate()
+        router.wait(20)
+
+
+def test_the_start_up_log_has_the_plan_and_each_changed_default(server: Server) -> None:
+    lines = [line.split("vllm-d2cache ", 1)[1] for line in server.log.splitlines() if "vllm-d2cache " in line]
+    plan = [line for line in lines if not line.startswith("changed a default: ")]
+    names = [line.split(":")[0] for line in plan]
+    assert names == [
+        "model", "decoding unless a request says otherwise", "budget", "batch", "KV cache", "canvases",
+        "attention maps", "execution", "scheduling", "traces",
+    ]  # fmt: skip
+    assert any(line.startswith("changed a default: execution is eager (") for line in lines)
+    assert "policy d2cache" in plan[1]

@@ -1,0 +1,66 @@
+"""The ten lines of the start-up log, on numbers that can be worked out by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from vllm_d2cache.canvas import CanvasStates, state_bytes
+from vllm_d2cache.config import parse_server_options
+from vllm_d2cache.records import FamilyTraits
+from vllm_d2cache.startup_log import plan_lines
+
+LAYERS, KV_HEADS, HEAD, LENGTH, SLOTS, BLOCK = 4, 2, 32, 1024, 8, 16
+
+
+def config() -> Any:
+    model = SimpleNamespace(
+        model="dir/tiny",
+        architectures=["LLaDAModelLM"],
+        dtype=torch.bfloat16,
+        max_model_len=LENGTH,
+        enforce_eager=True,
+        get_num_layers=lambda parallel: LAYERS,
+        get_num_kv_heads=lambda parallel: KV_HEADS,
+        get_head_size=lambda: HEAD,
+    )
+    return SimpleNamespace(
+        model_config=model,
+        scheduler_config=SimpleNamespace(max_num_seqs=SLOTS, max_num_batched_tokens=2048, async_scheduling=True),
+        parallel_config=SimpleNamespace(tensor_parallel_size=2),
+        cache_config=SimpleNamespace(block_size=BLOCK),
+    )
+
+
+def test_ten_lines_with_the_numbers() -> None:
+    lines = plan_lines(config(), parse_server_options(None), 640)
+    assert len(lines) == 10
+    by_name = dict(line.split(": ", 1) for line in lines)
+    assert by_name["model"] == "dir/tiny (LLaDAModelLM), bfloat16, 1024 positions a request"
+    assert by_name["decoding unless a request says otherwise"] == "policy d2cache"
+    assert by_name["budget"].endswith("for 512 + 256 positions; results are exact")
+    assert by_name["batch"] == "8 requests and 2048 rows a step at most"
+    kv = 2 * LAYERS * KV_HEADS * HEAD * 2 * 640 * BLOCK / 2**20
+    assert f"640 blocks of 16, 10240 positions: 10 requests of the longest kind; {kv:.1f} MiB" in by_name["KV cache"]
+    assert by_name["attention maps"] == f"{LAYERS * 256 * 1024 * 4 / 2**20:.1f} MiB at most for one request"
+    assert by_name["execution"] == "eager"
+    assert by_name["scheduling"] == "asynchronous"
+    assert by_name["traces"] == "off"
+
+
+def test_what_the_operator_chose() -> None:
+    options = parse_server_options({"policy": "full", "threshold": 0.9, "trace_dir": "/x", "refresh_budget": 32})
+    by_name = dict(line.split(": ", 1) for line in plan_lines(config(), options, 640))
+    chosen = by_name["decoding unless a request says otherwise"]
+    assert chosen.startswith("policy full, ")
+    assert {"threshold=0.9", "window=32"} <= set(chosen.split(", "))
+    assert "refresh_budget=32" in by_name["budget"]
+    assert by_name["attention maps"] == "none by default"
+    assert by_name["traces"].startswith("/x ")
+
+
+def test_canvas_bytes_are_those_of_the_tensors() -> None:
+    states = CanvasStates(3, 50, torch.device("cpu"), FamilyTraits(1))
+    assert state_bytes(3, 50) == sum(t.nbytes for t in vars(states).values() if isinstance(t, torch.Tensor))

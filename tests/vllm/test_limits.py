@@ -1,0 +1,45 @@
+"""Limits that vLLM's front end enforces for us: a request beyond one is refused before it is admitted."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_d2cache.compat import front_end
+from vllm_d2cache.request_check import check_sampling_params
+
+pytestmark = pytest.mark.vllm
+
+
+def admit(monkeypatch: pytest.MonkeyPatch, canvas: int, additional: Any) -> Any:
+    """Send a request through the patched front end of a server of ours."""
+    params = SimpleNamespace(max_tokens=canvas, extra_args=None)
+    request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1, 2])
+    stock = inspect.unwrap(InputProcessor.process_inputs)
+    monkeypatch.setattr(InputProcessor, "process_inputs", stock)
+    monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
+    front_end.install_request_check(frozenset({"LLaDAModelLM"}))
+    model = SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=1000)
+    config = SimpleNamespace(additional_config=additional)
+    return InputProcessor.process_inputs(SimpleNamespace(model_config=model, vllm_config=config))
+
+
+def test_the_operators_longest_canvas(monkeypatch: pytest.MonkeyPatch) -> None:
+    limited = {"d2cache": {"max_canvas": 300}}
+    assert admit(monkeypatch, 300, limited).sampling_params.max_tokens == 300
+    with pytest.raises(VLLMValidationError, match="max_tokens: this server allows canvases of 1 to 300 positions"):
+        admit(monkeypatch, 301, limited)
+    for unlimited in ({}, {"d2cache": {}}, None):
+        assert admit(monkeypatch, 998, unlimited).sampling_params.max_tokens == 998
+
+
+def test_stop_tokens() -> None:
+    check_sampling_params(SamplingParams(max_tokens=4, stop_token_ids=list(range(128))))
+    with pytest.raises(ValueError, match=r"stop_token_ids: at most 128 .* got 129"):
+        check_sampling_params(SamplingParams(max_tokens=4, stop_token_ids=list(range(129))))

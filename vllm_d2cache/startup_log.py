@@ -1,0 +1,79 @@
+"""What the engine's log says once, when memory has been laid out: ten lines an operator can read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from vllm_d2cache.attention.capture import most_map_bytes
+from vllm_d2cache.canvas import state_bytes
+from vllm_d2cache.config import RequestOptions, ServerOptions
+from vllm_d2cache.policies import POLICY_CLASSES
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_EXAMPLE = (512, 256)  # prompt and canvas of the request whose rows are given
+
+
+def plan_lines(config: VllmConfig, options: ServerOptions, num_kv_blocks: int) -> list[str]:
+    """Model, decoding, budget and memory plan of an engine.
+
+    Args:
+        num_kv_blocks: KV blocks of this engine, as vLLM has allocated them.
+    """
+    model, scheduler, parallel = config.model_config, config.scheduler_config, config.parallel_config
+    length, slots = model.max_model_len, scheduler.max_num_seqs
+    defaults = options.resolve({})
+    block = config.cache_config.block_size
+    positions = num_kv_blocks * block
+    per_position = _kv_bytes_per_position(config)
+    maps = most_map_bytes(model.get_num_layers(parallel), length) if _reads_importance(defaults) else 0
+    return [
+        f"model: {model.model} ({', '.join(model.architectures)}), {_plain(model.dtype)}, {length} positions a request",
+        f"decoding unless a request says otherwise: {_decoding(defaults)}",
+        f"budget: {_budget(defaults, options)}",
+        f"batch: {slots} requests and {scheduler.max_num_batched_tokens} rows a step at most",
+        f"KV cache: {num_kv_blocks} blocks of {block}, {positions} positions: {positions // length} requests of the "
+        f"longest kind; {_mib(num_kv_blocks * block * per_position)} on each of {parallel.tensor_parallel_size} ranks",
+        f"canvases: {_mib(state_bytes(slots, length))} for {slots} slots",
+        f"attention maps: {_mib(maps)} at most for one request" if maps else "attention maps: none by default",
+        "execution: " + ("eager" if model.enforce_eager else "CUDA graphs"),
+        "scheduling: " + ("asynchronous" if scheduler.async_scheduling else "synchronous"),
+        f"traces: {options.trace_dir} (they hold the prompts' token ids)" if options.trace_dir else "traces: off",
+    ]
+
+
+def _reads_importance(options: RequestOptions) -> bool:
+    return POLICY_CLASSES[options.policy].reads_importance
+
+
+def _decoding(options: RequestOptions) -> str:
+    """The policy, and what differs from the published defaults."""
+    plain = asdict(RequestOptions())
+    changed = [f"{k}={v}" for k, v in asdict(options).items() if v != plain.get(k) and k != "policy"]
+    return ", ".join([f"policy {options.policy}", *changed])
+
+
+def _budget(defaults: RequestOptions, options: ServerOptions) -> str:
+    prompt, canvas = _EXAMPLE
+    rows = POLICY_CLASSES[defaults.policy].max_rows(defaults, prompt, canvas, options.refresh_budget)
+    text = f"at most {rows} rows a step for {prompt} + {canvas} positions"
+    if options.refresh_budget is None:
+        return f"{text}; results are exact"
+    return f"{text}; refresh_budget={options.refresh_budget} makes results approximate"
+
+
+def _kv_bytes_per_position(config: VllmConfig) -> int:
+    """K and V of one position in all layers of a rank."""
+    model, parallel = config.model_config, config.parallel_config
+    heads, size = model.get_num_kv_heads(parallel), model.get_head_size()
+    return 2 * model.get_num_layers(parallel) * heads * size * model.dtype.itemsize
+
+
+def _plain(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

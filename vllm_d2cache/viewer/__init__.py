@@ -1,0 +1,1 @@
+"""Pictures of a recorded request: an HTML page, and a rendering for terminals."""
