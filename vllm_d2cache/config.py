@@ -15,6 +15,9 @@ from typing import Any
 
 PREFIX = "d2cache_"
 SECTION = "d2cache"
+# Keys of a request that are no options of decoding, and have no server-wide default (infill.py).
+CANVAS = PREFIX + "canvas"
+REQUEST_KEYS = (CANVAS,)
 
 POLICIES = ("d2cache", "full")
 SCORES = ("confidence", "margin", "entropy")
@@ -214,10 +217,12 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> dict[str, Any
     """
     parsed: dict[str, Any] = {}
     for key, value in (extra_args or {}).items():
+        if key in REQUEST_KEYS:
+            continue
         name = str(key).removeprefix(PREFIX)
         if not str(key).startswith(PREFIX) or name not in REQUEST_FIELDS:
             hint = f"; {key!r} is set server-wide only" if name in SERVER_ONLY_FIELDS else ""
-            valid = ", ".join(PREFIX + n for n in REQUEST_FIELDS)
+            valid = ", ".join([*(PREFIX + n for n in REQUEST_FIELDS), *REQUEST_KEYS])
             raise OptionError(f"{key}: unknown request option{hint}; valid options are {valid}")
         parsed[name] = _parse_field(name, key, value)
     return parsed

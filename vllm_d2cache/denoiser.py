@@ -13,6 +13,7 @@ import torch
 
 from vllm_d2cache.canvas import CanvasStates, Request, make_view, positions_to_canvas
 from vllm_d2cache.config import SCORES, ServerOptions
+from vllm_d2cache.constraints import Constraints
 from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.ops.random import uniform
 from vllm_d2cache.ops.row_stats import RowParams, RowStats
@@ -36,18 +37,21 @@ class Denoiser:
     ) -> None:
         self.traits = traits
         self.canvas = CanvasStates(num_slots, max_len, device, traits)
+        self.constraints = Constraints(self.canvas)
         self._policy_args = (num_slots, max_len, device, traits.logit_shift, options.refresh_budget)
         self._policies: dict[str, CachePolicy] = {}
 
     def add(self, slot: int, request: Request, prompt: np.ndarray, emitted: int = 0) -> None:
         """Start a request in ``slot``; see CanvasStates.add."""
         self.canvas.add(slot, request, prompt, emitted)
+        self.constraints.add(slot, request)
         index = torch.tensor([slot], device=self.canvas.device)
         view = self.canvas.view(index, [slot])
         self._store(self._policy(request.options.policy).first_plan(view), view)
 
     def remove(self, slot: int) -> None:
         """Forget the request in ``slot``."""
+        self.constraints.remove(slot)
         self.canvas.remove(slot)
 
     def begin(self, slots: torch.Tensor, slots_host: Sequence[int]) -> StepRows:
@@ -97,7 +101,8 @@ class Denoiser:
             for r in requests
         )
         scores = {r.options.score for r in requests}
-        params = RowParams(temperature, top_p, top_k.long(), draw, samples, filters)
+        edits = self.constraints.of_rows(rows)
+        params = RowParams(temperature, top_p, top_k.long(), draw, samples, filters, edits)
         return params, SCORES[1] in scores, SCORES[2] in scores
 
     def finish(self, rows: StepRows, stats: RowStats, importance: torch.Tensor | None) -> StepResult:

@@ -40,6 +40,7 @@ class TraceRecorder:
                 "prompt_token_ids": prompt,
                 "canvas_length": request.canvas_len,
                 "options": asdict(request.options),
+                **({"canvas": list(request.given)} if request.given else {}),
             },
         )
 

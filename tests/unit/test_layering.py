@@ -17,20 +17,24 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "records": (),
     "config": (),
     "ops": (),
-    "compat": ("config",),
+    "infill": ("config",),
+    "request_fit": ("config", "infill"),
+    "compat": ("config", "request_fit"),
     "canvas": ("records", "config"),
+    "constraints": ("records", "ops", "canvas"),
     "samplers": ("records", "config", "ops"),
     "policies": ("records", "config", "ops", "canvas"),
-    "denoiser": ("records", "config", "ops", "canvas", "policies", "samplers"),
+    "denoiser": ("records", "config", "ops", "canvas", "constraints", "policies", "samplers"),
     "trace": ("records", "canvas"),
+    "logprobs": ("records", "ops", "canvas"),
     "attention.capture": ("ops",),
     "attention": ("ops", "attention.capture"),
-    "request_check": ("config",),
+    "request_check": ("config", "infill"),
     "scheduler": ("config", "policies", "compat"),
     "runner_sampler": ("ops",),
     "model_state": (
-        "records", "config", "ops", "canvas", "policies", "denoiser", "trace",
-        "attention", "attention.capture", "runner_sampler", "compat",
+        "records", "config", "ops", "canvas", "policies", "denoiser", "trace", "logprobs",
+        "infill", "attention", "attention.capture", "runner_sampler", "compat",
     ),
     "models": ("records", "attention"),
     "config_hook": ("config", "compat"),
@@ -38,7 +42,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "__init__": (),
 }  # fmt: skip
 PURE = (
-    "records", "config", "ops", "canvas", "samplers", "policies", "denoiser", "trace", "attention.capture",
+    "records", "config", "ops", "canvas", "samplers", "policies", "denoiser", "trace", "logprobs",
+    "constraints", "infill", "request_fit", "attention.capture",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

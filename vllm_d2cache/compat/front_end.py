@@ -11,7 +11,8 @@ import functools
 import sys
 from typing import Any
 
-from vllm_d2cache.config import DEFAULT_CANVAS_LENGTH
+from vllm_d2cache.config import CANVAS, DEFAULT_CANVAS_LENGTH, OptionError
+from vllm_d2cache.request_fit import check_fit
 
 _MARK = "_vllm_d2cache"
 # Request classes of the OpenAI server, and the fields in which a client may give the canvas length.
@@ -75,6 +76,11 @@ def _patch_online_length(cls: type, names: tuple[str, ...]) -> None:
     @functools.wraps(original)
     def to_sampling_params(self: Any, max_tokens: int, default_sampling_params: dict[str, Any] | None = None) -> Any:
         if isinstance(default_sampling_params, CanvasDefaults):
+            canvas = (getattr(self, "vllm_xargs", None) or {}).get(CANVAS)
+            set_by_client = any(n in self.model_fields_set and vars(self).get(n) is not None for n in names)
+            if isinstance(canvas, list) and not set_by_client:
+                # A given canvas has its length; whether it fits is asked where it is checked.
+                return original(self, max(1, len(canvas)), default_sampling_params)
             # vars: reading a deprecated field as an attribute warns.
             asked = next(((n, vars(self)[n]) for n in names if vars(self).get(n) is not None), None)
             if asked is not None and asked[1] > max_tokens:
@@ -104,10 +110,20 @@ def install_length_check(architectures: frozenset[str]) -> None:
             room = self.model_config.max_model_len - len(request.prompt_token_ids)
             if params.max_tokens > room:
                 raise _does_not_fit("max_tokens", params.max_tokens, room)
+            _check_fit(params, self.model_config)
         return request
 
     setattr(process_inputs, _MARK, True)
     InputProcessor.process_inputs = process_inputs
+
+
+def _check_fit(params: Any, model_config: Any) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        check_fit(params, model_config.get_vocab_size(), model_config.hf_config.mask_token_id)
+    except OptionError as error:
+        raise VLLMValidationError(str(error), parameter=str(error).partition(":")[0]) from error
 
 
 def _does_not_fit(field: str, asked: int, room: int) -> Exception:

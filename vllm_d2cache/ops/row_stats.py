@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_d2cache.ops.logit_edits import RowEdits
+
 # Rows whose logits exist at one time: bounds the transient to ROWS_PER_TILE x vocabulary, whatever the batch.
 ROWS_PER_TILE = 64
 
@@ -24,6 +26,7 @@ class RowParams:
     draw: torch.Tensor  # [n] float64 uniform numbers for sampling
     samples: bool  # some row has a temperature
     filters: bool  # some row has a top_p or top_k
+    edits: RowEdits | None = None  # made before temperature and filters
 
     def tile(self, i: int, j: int) -> RowParams:
         """The parameters of rows i to j."""
@@ -34,6 +37,7 @@ class RowParams:
             self.draw[i:j],
             self.samples,
             self.filters,
+            None if self.edits is None else self.edits.rows(slice(i, j)),
         )
 
 
@@ -84,6 +88,8 @@ def _tile_stats(
     logits: torch.Tensor, params: RowParams, mask_token_id: int, want_margin: bool, want_entropy: bool
 ) -> RowStats:
     """Statistics of [m, vocab] fp32 logits, which are overwritten."""
+    if params.edits is not None:
+        params.edits.apply(logits)
     if params.samples:
         logits /= torch.where(params.temperature > 0, params.temperature, 1.0).unsqueeze(1)
     if params.filters:
