@@ -25,6 +25,7 @@ class Request:
     options: RequestOptions
     sampling: SamplingSpec
     row_budget: int = 0  # rows the scheduler reserves for each step after the first
+    given: tuple[int, ...] = ()  # a token id for each canvas slot, -1 = hole; () = holes alone
 
 
 class CanvasStates:
@@ -71,6 +72,9 @@ class CanvasStates:
         self.masked[slot] = False
         self.masked[slot, :g] = True
         self.terminal[slot] = False
+        self._set_stop_ids(slot, request.sampling.stop_token_ids)
+        if request.given:
+            self._set_given(slot, request)
         self.emitted[slot] = emitted
         self.step[slot] = 0
         self.window_step[slot] = 0
@@ -83,11 +87,19 @@ class CanvasStates:
         top_k = sampling.top_k if sampling.temperature else 0
         self.sampling[slot] = torch.tensor([sampling.temperature, top_p, float(top_k)])
         self.numbers[slot] = torch.tensor(_option_numbers(options, g))
-        self._set_stop_ids(slot, sampling.stop_token_ids)
 
     def remove(self, slot: int) -> None:
         """Forget the request in ``slot``."""
         del self.requests[slot]
+
+    def _set_given(self, slot: int, request: Request) -> None:
+        """Write the tokens the request gives; from then on they are like committed ones."""
+        p, g = request.prompt_len, request.canvas_len
+        given = torch.tensor(request.given, dtype=torch.int32, device=self.device)
+        fixed = given >= 0
+        self.tokens[slot, p : p + g][fixed] = given[fixed]
+        self.masked[slot, :g] = ~fixed
+        self.terminal[slot, :g] = fixed & torch.isin(given, self.stop_ids[slot])
 
     def _set_stop_ids(self, slot: int, stop_ids: tuple[int, ...]) -> None:
         missing = len(stop_ids) - self.stop_ids.shape[1]

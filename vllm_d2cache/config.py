@@ -19,6 +19,9 @@ from vllm_d2cache.policy_registry import POLICY_CLASSES, PolicyError
 
 PREFIX = "d2cache_"
 SECTION = "d2cache"
+# Keys of a request that are no options of decoding, and have no server-wide default (infill.py).
+CANVAS = PREFIX + "canvas"
+REQUEST_KEYS = (CANVAS,)
 
 POLICIES = tuple(POLICY_CLASSES)  # names alone: the classes are loaded when they are needed
 SCORES = ("confidence", "margin", "entropy")
@@ -371,10 +374,12 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> dict[str, Any
     """
     parsed: dict[str, Any] = {}
     for key, value in (extra_args or {}).items():
+        if key in REQUEST_KEYS:
+            continue
         name = str(key).removeprefix(PREFIX)
         if not str(key).startswith(PREFIX) or name not in option_types():
             hint = f"; {key!r} is set server-wide only" if name in SERVER_ONLY_FIELDS else ""
-            valid = ", ".join(PREFIX + n for n in option_types())
+            valid = ", ".join([*(PREFIX + n for n in option_types()), *REQUEST_KEYS])
             raise OptionError(f"{key}: unknown request option{hint}; valid options are {valid}")
         parsed[name] = _parse_field(name, key, value)
     return parsed

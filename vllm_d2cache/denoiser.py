@@ -13,6 +13,7 @@ import torch
 
 from vllm_d2cache.canvas import CanvasStates, Request, canvas_to_positions, make_view, positions_to_canvas
 from vllm_d2cache.config import SCORES, ServerOptions
+from vllm_d2cache.constraints import Constraints
 from vllm_d2cache.counters import StepCounters
 from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.ops.random import uniform
@@ -55,6 +56,7 @@ class Denoiser:
         self.traits = traits
         self.counters = StepCounters()
         self.canvas = CanvasStates(num_slots, max_len, device, traits)
+        self.constraints = Constraints(self.canvas)
         self._policy_args = (num_slots, max_len, device, traits.logit_shift, options.refresh_budget)
         self._policies: dict[str, CachePolicy] = {}
         table = None if options.token_frequencies is None else load_frequencies(options.token_frequencies)
@@ -65,6 +67,7 @@ class Denoiser:
     def add(self, slot: int, request: Request, prompt: np.ndarray, emitted: int = 0) -> None:
         """Start a request in ``slot``; see CanvasStates.add."""
         self.canvas.add(slot, request, prompt, emitted)
+        self.constraints.add(slot, request)
         index = torch.tensor([slot], device=self.canvas.device)
         view = self.canvas.view(index, [slot])
         policy = self._policy(request.options.policy)
@@ -75,6 +78,7 @@ class Denoiser:
     def remove(self, slot: int) -> None:
         """Forget the request in ``slot``."""
         self._decoder(self.canvas.requests[slot].options.decoder).stop(slot)
+        self.constraints.remove(slot)
         self.canvas.remove(slot)
 
     def begin(self, slots: torch.Tensor, slots_host: Sequence[int]) -> StepRows:
@@ -183,7 +187,8 @@ class Denoiser:
             or (r.sampling.temperature > 0 and (r.sampling.top_p < 1 or r.sampling.top_k > 0))
             for r in requests
         )
-        return RowParams(temperature, top_p, top_k.long(), draw, samples, filters)
+        edits = self.constraints.of_rows(rows)
+        return RowParams(temperature, top_p, top_k.long(), draw, samples, filters, edits)
 
     def finish(self, rows: StepRows, stats: RowStats, importance: torch.Tensor | None) -> StepResult:
         """Commit, plan the next step, and say what is new.

@@ -28,10 +28,12 @@ from vllm_d2cache.canvas import Request
 from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
 from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.infill import parse_canvas
+from vllm_d2cache.logprobs import LogprobRecorder
 from vllm_d2cache.models.weight_check import check_finite
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.policies import POLICY_CLASSES
-from vllm_d2cache.records import SamplingSpec, StepRows
+from vllm_d2cache.records import EditSpec, SamplingSpec, StepRows
 from vllm_d2cache.runner_sampler import D2CacheSampler
 from vllm_d2cache.trace import TraceRecorder
 
@@ -47,6 +49,7 @@ class D2CacheModelState(ModelState):
         additional = vllm_config.additional_config
         self.options = parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
         self.denoiser = Denoiser(self.max_num_reqs, self.max_model_len, device, model.traits, self.options)
+        self.logprobs = LogprobRecorder(self.denoiser.canvas)
         # Every rank computes the same; one of them writes.
         writes = self.options.trace_dir is not None and vllm_config.parallel_config.rank == 0
         name = vllm_config.model_config.model
@@ -82,12 +85,14 @@ class D2CacheModelState(ModelState):
             options,
             _sampling_spec(params, new_req_data.req_id, seed),
             POLICY_CLASSES[options.policy].max_rows(options, len(prompt), canvas_len, self.options.refresh_budget),
+            parse_canvas(params.extra_args),
         )
         mask = self.denoiser.traits.mask_token_id
         canvas = np.asarray(text[len(prompt) :])
         # Only tokens already emitted stand in a resumed canvas, and they stand at its left end.
         emitted = int((canvas != mask).sum())
         self.denoiser.add(req_index, request, np.asarray(prompt), emitted)
+        self.logprobs.add(req_index, request)
         blocks = new_req_data.block_ids[0]
         consecutive = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
         self._first_block[req_index] = blocks[0] if consecutive else -1
@@ -104,6 +109,7 @@ class D2CacheModelState(ModelState):
                 self.tracer.finish(slot, "abort")
             self._unsettled.pop(slot, None)
             self._kept_keys.pop(slot, None)
+            self.logprobs.remove(slot)
             self.denoiser.remove(slot)
 
     def preprocess_state(
@@ -203,4 +209,24 @@ def _sampling_spec(params: SamplingParams, req_id: str, engine_seed: int) -> Sam
         # The same on every rank, different for every request.
         digest = hashlib.blake2b(f"{engine_seed}:{req_id}".encode(), digest_size=8).digest()
         seed = int.from_bytes(digest, "little", signed=True)
-    return SamplingSpec(params.temperature, params.top_p, max(0, params.top_k), seed, tuple(dict.fromkeys(stop)))
+    return SamplingSpec(
+        params.temperature,
+        params.top_p,
+        max(0, params.top_k),
+        seed,
+        tuple(dict.fromkeys(stop)),
+        params.logprobs,
+        _edit_spec(params),
+    )
+
+
+def _edit_spec(params: SamplingParams) -> EditSpec:
+    """What request_fit.py let through: bad words of one token, lists that leave something to choose."""
+    return EditSpec(
+        tuple(params.allowed_token_ids or ()),
+        tuple((params.logit_bias or {}).items()),
+        tuple(ids[0] for ids in params.bad_words_token_ids or ()),
+        params.min_tokens,
+        tuple(sorted(params.all_stop_token_ids)),
+        (params.repetition_penalty, params.frequency_penalty, params.presence_penalty),
+    )

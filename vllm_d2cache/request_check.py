@@ -12,6 +12,7 @@ import torch
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 
 from vllm_d2cache.config import parse_request_options
+from vllm_d2cache.infill import parse_canvas
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -19,19 +20,11 @@ if TYPE_CHECKING:
 
 # Field -> the values that mean "not used".
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "repetition_penalty": (1.0,),
     "min_p": (0.0,),
-    "min_tokens": (0,),
-    "logprobs": (None,),
     "prompt_logprobs": (None,),
     "prompt_logprob_token_ids": (None,),
     "logprob_token_ids": (None,),
     "structured_outputs": (None,),
-    "logit_bias": (None, {}),
-    "allowed_token_ids": (None,),
-    "bad_words": (None, []),
     "repetition_detection": (None,),
     "thinking_token_budget": (None,),
     "trace_decode_token_ids": (None, []),
@@ -66,6 +59,7 @@ def check_sampling_params(params: SamplingParams) -> None:
         raise ValueError(f"seed: must be an integer of 64 bits, got {params.seed}")
     # Whether the options go together depends on the server's as well: compat/front_end.py asks that.
     parse_request_options(params.extra_args)
+    parse_canvas(params.extra_args)
 
 
 class RequestCheck(LogitsProcessor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
@@ -53,13 +54,15 @@ class D2CacheSampler:
         stats = denoiser.row_stats(rows, logits, state.model.lm_logits)
         importance = state.capture.importance(rows.view.num_positions)
         result = denoiser.finish(rows, stats, importance)
+        emitted = state.logprobs.record(rows, result, logits, state.model.lm_logits)
         if state.tracer:
             state.tracer.step(rows, result, denoiser.canvas, stats.confidence)
         # The worker's computed count stays where the scheduler rolls it back to.
         budgets = [denoiser.canvas.requests[s].row_budget for s in rows.slots]
         rejected = torch.tensor(budgets, dtype=torch.int32, device=logits.device)
         state.finish_step()
-        return SamplerOutput(result.tokens, None, None, result.num_tokens, rejected)
+        logprobs = LogprobsTensors(*emitted) if emitted is not None else None
+        return SamplerOutput(result.tokens, logprobs, None, result.num_tokens, rejected)
 
 
 def _nothing(num_reqs: int, device: torch.device) -> SamplerOutput:

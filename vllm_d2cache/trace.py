@@ -51,6 +51,7 @@ class TraceRecorder:
                 "canvas_length": request.canvas_len,
                 "options": asdict(request.options),
                 "model": self.model,
+                **({"canvas": list(request.given)} if request.given else {}),
             },
         )
 

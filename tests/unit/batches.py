@@ -13,6 +13,7 @@ import torch
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions, parse_request_options, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.logprobs import EmittedLogprobs, LogprobRecorder
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.records import FamilyTraits, SamplingSpec, StepResult, StepRows
 
@@ -46,8 +47,10 @@ class FakeJob:
     sampling: SamplingSpec = field(default_factory=SamplingSpec)
     noise: int = 0
     emitted_before: int = 0
+    given: tuple[int, ...] = ()
     steps: list[Step] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
+    logprobs: list[tuple[list[int], list[float], int]] = field(default_factory=list)  # ids, values, rank; as emitted
 
     @property
     def total(self) -> int:
@@ -60,11 +63,11 @@ class FakeJob:
 
     def fresh(self) -> FakeJob:
         """The same request, not yet run."""
-        return FakeJob(self.prompt, self.canvas_length, self.options, self.sampling, self.noise)
+        return FakeJob(self.prompt, self.canvas_length, self.options, self.sampling, self.noise, given=self.given)
 
-    def numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """This step's logits [T, vocab] and importance [T]: a function of the request and its step alone."""
-        generator = torch.Generator().manual_seed(1000 * self.noise + len(self.steps))
+    def numbers(self, step: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step's logits [T, vocab] and importance [T]: a function of the request and its step alone."""
+        generator = torch.Generator().manual_seed(1000 * self.noise + (len(self.steps) if step is None else step))
         logits = 3 * torch.randn(self.total, VOCAB, generator=generator)
         logits[:, MASK] += 3  # would often win
         return logits, torch.rand(self.total, generator=generator) ** 3 + 1e-3
@@ -87,6 +90,7 @@ class Batch:
         # One slot more than jobs, and longer than any of them.
         traits = FamilyTraits(MASK, shift)
         self.denoiser = Denoiser(len(jobs) + 1, longest + 3, torch.device("cpu"), traits, self.server)
+        self.logprobs = LogprobRecorder(self.denoiser.canvas)
 
     def slot(self, i: int) -> int:
         return (2 * i + 1) % len(self.jobs) if len(self.jobs) % 2 else len(self.jobs) - i
@@ -96,8 +100,9 @@ class Batch:
         options = self.server.resolve(parse_request_options({f"d2cache_{k}": v for k, v in job.options.items()}))
         length, budget = len(job.prompt), self.server.refresh_budget
         rows = POLICY_CLASSES[options.policy].max_rows(options, length, job.canvas_length, budget)
-        request = Request(f"r{i}", length, job.canvas_length, options, job.sampling, rows)
+        request = Request(f"r{i}", length, job.canvas_length, options, job.sampling, rows, job.given)
         self.denoiser.add(self.slot(i), request, np.array(job.prompt, dtype=np.int64), job.emitted_before)
+        self.logprobs.add(self.slot(i), request)
 
     def run(self, start_at: Sequence[int] | None = None) -> None:
         """Run all jobs to their end; job i joins at step ``start_at[i]``."""
@@ -112,6 +117,7 @@ class Batch:
                 self.step(running)
             for i in [i for i in running if self.jobs[i].done]:
                 running.remove(i)
+                self.logprobs.remove(self.slot(i))
                 self.denoiser.remove(self.slot(i))
             if not running and now >= max(starts):
                 return
@@ -132,9 +138,13 @@ class Batch:
             if rows.reads_importance[r]:
                 importance[r, : self.jobs[i].total] = column
             offset += count
-        stats = denoiser.row_stats(rows, torch.cat(logits)[rows.logits_rows], torch.clone)
+        hidden = torch.cat(logits)[rows.logits_rows]
+        stats = denoiser.row_stats(rows, hidden, torch.clone)
         result = denoiser.finish(rows, stats, importance)
+        emitted = self.logprobs.record(rows, result, hidden, torch.clone)
         self._record(running, rows, result)
+        if emitted is not None:
+            self._record_logprobs(running, emitted)
 
     def _record(self, running: list[int], rows: StepRows, result: StepResult) -> None:
         offset = 0
@@ -155,6 +165,12 @@ class Batch:
             choice = None if chosen is None else (chosen.choose, chosen.count, chosen.pool)
             job.steps.append(Step(positions, rows.full[r], predicted, window, committed, emitted, masked, keys, choice))
             job.output += emitted
+
+    def _record_logprobs(self, running: list[int], emitted: EmittedLogprobs) -> None:
+        for r, i in enumerate(running):
+            for e in range(emitted.starts[r], emitted.starts[r + 1]):
+                ids, values = emitted.token_ids[e].tolist(), emitted.logprobs[e].tolist()
+                self.jobs[i].logprobs.append((ids, values, int(emitted.ranks[e])))
 
 
 def run_alone(job: FakeJob, server: dict[str, Any] | None = None, **settings: Any) -> FakeJob:

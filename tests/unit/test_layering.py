@@ -20,22 +20,26 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config": ("option_types", "policy_registry"),
     "generation_defaults": (),
     "ops": (),
-    "compat": ("config", "generation_defaults"),
+    "infill": ("config",),
+    "request_fit": ("config", "infill"),
+    "compat": ("config", "generation_defaults", "request_fit"),
     "canvas": ("records", "config"),
+    "constraints": ("records", "ops", "canvas"),
     "samplers": ("records", "config", "ops"),
     "policies": ("option_types", "policy_registry", "records", "config", "ops", "canvas"),
-    "denoiser": ("records", "config", "ops", "canvas", "policies", "samplers", "counters"),
+    "denoiser": ("records", "config", "ops", "canvas", "constraints", "policies", "samplers", "counters"),
     "trace": ("records", "canvas"),
+    "logprobs": ("records", "ops", "canvas"),
     "counters": ("records",),
     "attention.capture": ("ops",),
     "attention.eviction": ("records", "ops", "attention.capture"),
     "attention": ("ops", "attention.capture", "attention.eviction"),
-    "request_check": ("config",),
+    "request_check": ("config", "infill"),
     "startup_log": ("config", "canvas", "policies", "attention.capture"),
     "scheduler": ("config", "policies", "compat", "startup_log"),
     "runner_sampler": ("ops",),
     "model_state": (
-        "records", "config", "ops", "canvas", "policies", "denoiser", "trace",
+        "records", "config", "ops", "canvas", "policies", "denoiser", "trace", "logprobs", "infill",
         "attention", "attention.capture", "attention.eviction", "runner_sampler", "compat", "models.weight_check",
     ),
     "models.weight_check": (),
@@ -50,8 +54,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
-    "policies", "denoiser", "trace", "counters", "attention.capture", "attention.eviction", "trace_reader", "viewer",
-    "models.weight_check",
+    "policies", "denoiser", "trace", "logprobs", "constraints", "infill", "request_fit", "counters",
+    "attention.capture", "attention.eviction", "trace_reader", "viewer", "models.weight_check",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

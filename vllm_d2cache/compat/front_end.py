@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from vllm_d2cache.config import (
+    CANVAS,
     DEFAULT_CANVAS_LENGTH,
     SECTION,
     OptionError,
@@ -19,6 +20,7 @@ from vllm_d2cache.config import (
     parse_server_options,
 )
 from vllm_d2cache.generation_defaults import UNSUPPORTED_DEFAULTS
+from vllm_d2cache.request_fit import check_fit
 
 _MARK = "_vllm_d2cache"
 # Request classes of the OpenAI server, and the fields in which a client may give the canvas length.
@@ -86,6 +88,11 @@ def _patch_online_length(cls: type, names: tuple[str, ...]) -> None:
     @functools.wraps(original)
     def to_sampling_params(self: Any, max_tokens: int, default_sampling_params: dict[str, Any] | None = None) -> Any:
         if isinstance(default_sampling_params, CanvasDefaults):
+            canvas = (getattr(self, "vllm_xargs", None) or {}).get(CANVAS)
+            set_by_client = any(n in self.model_fields_set and vars(self).get(n) is not None for n in names)
+            if isinstance(canvas, list) and not set_by_client:
+                # A given canvas has its length; whether it fits is asked where it is checked.
+                return original(self, max(1, len(canvas)), default_sampling_params)
             # vars: reading a deprecated field as an attribute warns.
             asked = next(((n, vars(self)[n]) for n in names if vars(self).get(n) is not None), None)
             if asked is not None and asked[1] > max_tokens:
@@ -117,6 +124,7 @@ def install_request_check(architectures: frozenset[str]) -> None:
             room = self.model_config.max_model_len - len(request.prompt_token_ids)
             if params.max_tokens > room:
                 raise _does_not_fit("max_tokens", params.max_tokens, room)
+            _check_fit(params, self.model_config)
         return request
 
     setattr(process_inputs, _MARK, True)
@@ -133,6 +141,15 @@ def _check_options(additional_config: Any, params: Any) -> None:
         server.resolve(parse_request_options(params.extra_args)).check_canvas(params.max_tokens)
     except OptionError as error:
         raise VLLMValidationError(str(error)) from error
+
+
+def _check_fit(params: Any, model_config: Any) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        check_fit(params, model_config.get_vocab_size(), model_config.hf_config.mask_token_id)
+    except OptionError as error:
+        raise VLLMValidationError(str(error), parameter=str(error).partition(":")[0]) from error
 
 
 def _does_not_fit(field: str, asked: int, room: int) -> Exception:

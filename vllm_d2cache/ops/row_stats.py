@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_d2cache.ops.logit_edits import RowEdits
+
 # Rows whose logits exist at one time: bounds the transient to ROWS_PER_TILE x vocabulary, whatever the batch.
 ROWS_PER_TILE = 64
 
@@ -27,6 +29,7 @@ class RowParams:
     draw: torch.Tensor  # [n] float64 uniform numbers for sampling
     samples: bool  # some row has a temperature
     filters: bool  # some row has a top_p or top_k
+    edits: RowEdits | None = None  # made before temperature and filters
 
     def tile(self, i: int, j: int) -> RowParams:
         """The parameters of rows i to j."""
@@ -37,6 +40,7 @@ class RowParams:
             self.draw[i:j],
             self.samples,
             self.filters,
+            None if self.edits is None else self.edits.rows(slice(i, j)),
         )
 
     def rows(self, index: torch.Tensor) -> RowParams:
@@ -48,6 +52,7 @@ class RowParams:
             self.draw[index],
             self.samples,
             self.filters,
+            None if self.edits is None else self.edits.rows(index),
         )
 
 
@@ -100,8 +105,10 @@ def row_stats(
 
 
 def scaled_logits(logits: torch.Tensor, params: RowParams, mask_token_id: int) -> torch.Tensor:
-    """[m, vocab] logits in fp32, after temperature, nucleus and top-k; ``logits`` may be overwritten."""
+    """[m, vocab] logits in fp32, after edits, temperature, nucleus and top-k; ``logits`` may be overwritten."""
     logits = logits.float()
+    if params.edits is not None:
+        params.edits.apply(logits)
     if params.samples:
         logits /= torch.where(params.temperature > 0, params.temperature, 1.0).unsqueeze(1)
     if params.filters:

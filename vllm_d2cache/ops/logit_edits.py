@@ -1,0 +1,99 @@
+"""What a request asks to be done to its logits before a token is chosen: biases, bans, penalties.
+
+The order is vLLM's: allowed tokens, biases, minimum length, penalties, banned tokens. Everything is a function of the
+request's own text, so that mates and padding cannot change it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LogitEdits:
+    """Edits of the R requests of a step; a table is None where no request of the step uses it.
+
+    Lists of token ids are padded with -1; an empty line means that its request does not use the table.
+    """
+
+    allowed: torch.Tensor | None  # [R, A] int64, nothing else may be chosen
+    bias_ids: torch.Tensor | None  # [R, B] int64
+    bias: torch.Tensor | None  # [R, B] float32, added to those
+    stop_ids: torch.Tensor | None  # [R, K] int64, not chosen in slots before min_tokens
+    min_tokens: torch.Tensor | None  # [R] int64
+    penalties: torch.Tensor | None  # [R, 3] float32: repetition, frequency, presence
+    text: torch.Tensor | None  # [R, T] int64, tokens that stand in prompt and canvas; -1 elsewhere
+    prompt_len: torch.Tensor | None  # [R] int64
+    banned: torch.Tensor | None  # [R, F] int64, never chosen
+
+
+@dataclass(frozen=True)
+class RowEdits:
+    """The edits of n rows of logits."""
+
+    edits: LogitEdits
+    request: torch.Tensor  # [n] int64, row of the batch each belongs to
+    slot: torch.Tensor  # [n] int64, canvas slot each predicts
+
+    def rows(self, index: torch.Tensor | slice) -> RowEdits:
+        """The edits of some rows."""
+        return RowEdits(self.edits, self.request[index], self.slot[index])
+
+    def apply(self, logits: torch.Tensor) -> None:
+        """Change [n, vocab] fp32 logits in place."""
+        edits, request = self.edits, self.request
+        if edits.allowed is not None:
+            _keep(logits, edits.allowed[request])
+        if edits.bias_ids is not None and edits.bias is not None:
+            logits.scatter_add_(1, edits.bias_ids[request].clamp(min=0), edits.bias[request])
+        if edits.stop_ids is not None and edits.min_tokens is not None:
+            early = self.slot < edits.min_tokens[request]
+            _ban(logits, edits.stop_ids[request].masked_fill(~early.unsqueeze(1), -1))
+        if edits.penalties is not None:
+            self._penalise(logits)
+        if edits.banned is not None:
+            _ban(logits, edits.banned[request])
+
+    def _penalise(self, logits: torch.Tensor) -> None:
+        edits = self.edits
+        assert edits.penalties is not None and edits.text is not None and edits.prompt_len is not None
+        uses = (edits.penalties != edits.penalties.new_tensor(NO_PENALTIES)).any(1)[self.request].nonzero().flatten()
+        request = self.request[uses]
+        text = edits.text[request]
+        position = torch.arange(text.shape[1], device=text.device).unsqueeze(0)
+        stands = text >= 0
+        written = stands & (position >= edits.prompt_len[request].unsqueeze(1))
+        # Counts are whole numbers: adding them up is exact in any order.
+        seen, count = (
+            logits.new_zeros(len(uses), logits.shape[1]).scatter_add_(1, text.clamp(min=0), where.float())
+            for where in (stands, written)
+        )
+        repetition, frequency, presence = edits.penalties[request].unsqueeze(2).unbind(1)
+        part = logits[uses]
+        part = torch.where(seen > 0, torch.where(part > 0, part / repetition, part * repetition), part)
+        logits[uses] = part - frequency * count - presence * (count > 0)
+
+
+NO_PENALTIES = (1.0, 0.0, 0.0)
+
+
+def _ban(logits: torch.Tensor, ids: torch.Tensor) -> None:
+    """Set the listed ids [n, F] of each row to -inf; -1 is padding."""
+    some = (ids >= 0).any(1).nonzero().flatten()
+    ids = _filled(ids[some])
+    logits[some] = logits[some].scatter(1, ids, -torch.inf)
+
+
+def _keep(logits: torch.Tensor, ids: torch.Tensor) -> None:
+    """Set all but the listed ids [n, A] of each row to -inf; rows without any stay as they are."""
+    some = (ids >= 0).any(1).nonzero().flatten()
+    ids = _filled(ids[some])
+    part = logits[some]
+    logits[some] = torch.full_like(part, -torch.inf).scatter(1, ids, part.gather(1, ids))
+
+
+def _filled(ids: torch.Tensor) -> torch.Tensor:
+    """Padding replaced by an id of the same line: naming one twice changes nothing."""
+    return torch.where(ids >= 0, ids, ids.amax(1, keepdim=True) if ids.numel() else ids)
