@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.batches import Batch, FakeJob
+from tests.unit.batches import VOCAB, Batch, FakeJob
 from tests.unit.replay import one_by_one, replay
 from tests.unit.views import outcome_of, view_of
 from vllm_d2cache.policies import POLICY_CLASSES
@@ -73,5 +73,6 @@ def test_entropies_are_computed_for_those_who_read_them(options: dict[str, Any],
     batch.add(0)
     slot = batch.slot(0)
     rows = batch.denoiser.begin(torch.tensor([slot]), [slot])
-    _, margin, entropy = batch.denoiser.row_params(rows)
-    assert (margin, entropy) == (False, want)
+    logits = torch.zeros(len(rows.logits_rows), VOCAB)
+    stats = batch.denoiser.row_stats(rows, logits, torch.clone)
+    assert (stats.margin is not None, stats.entropy is not None) == (False, want)
