@@ -17,7 +17,7 @@ test_env := HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 DO_NOT_TRACK=1 VLLM_NO_USA
 pytest := $(test_env) OMP_NUM_THREADS=1 $(bin)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test unit lint format bench eval train clean
+.PHONY: help env demo test unit lint format bench load eval train clean
 
 help:  ## show this list
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv] [BACKEND=auto|cpu|cuda]'
@@ -47,6 +47,9 @@ format: env  ## apply ruff's fixes and format
 
 bench: env  ## CPU benchmark of a step
 	$(test_env) $(bin)/python -m benchmarks.cpu.step_speed
+
+load: env  ## 2,000 mixed requests at 64 concurrent against a server, each answer checked (many minutes on CPU)
+	$(test_env) $(bin)/python -m benchmarks.load --out load.json
 
 eval: env  ## accuracy and cost of the tiny checkpoint on held-out problems
 	$(test_env) $(bin)/python -m benchmarks.eval_tiny
