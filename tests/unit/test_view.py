@@ -73,7 +73,7 @@ def test_leaves_out_a_line_that_is_still_being_written(tmp_path: Path) -> None:
 BROKEN = {
     "": "no complete line",
     "hello\n": "line 1",
-    '{"request_id": "a"}\n': "line 1: no field 'prompt_token_ids'",
+    '{"request_id": "a"}\n': "line 1: no field 'canvas_length'",
     '{"request_id": "a", "prompt_token_ids": [1], "canvas_length": 2, "options": {}}\n[1]\n': "line 2",
     '{"request_id": "a", "prompt_token_ids": [1], "canvas_length": 2, "options": {}}\n'
     '{"refreshed": null, "committed": [[2, 5]]}\n': "line 2: committed: a slot is not in 0..1",
