@@ -75,6 +75,7 @@ def test_token_ids_outside_the_vocabulary(http: httpx.Client) -> None:
 
 BODIES = {
     "not UTF-8": b'{"prompt": "\xff\xfe", "max_tokens": 8}',
+    "half a character": b'{"prompt": "\\ud800", "max_tokens": 8}',
     "no JSON": b"{",
     "no object": b"[]",
     "deep": b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}",
