@@ -17,7 +17,7 @@ test_env := HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 DO_NOT_TRACK=1 VLLM_NO_USA
 pytest := $(test_env) OMP_NUM_THREADS=1 $(bin)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test unit lint format bench eval train clean
+.PHONY: help env demo test unit lint format bench load eval train clean
 
 help:  ## show this list
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv] [BACKEND=auto|cpu|cuda]'
@@ -55,6 +55,9 @@ eval: env .venv-eval/bin/lm_eval  ## lm-evaluation-harness over the server: scor
 .venv-eval/bin/lm_eval:
 	"$(PYTHON)" -m venv .venv-eval
 	.venv-eval/bin/python -m pip install --quiet 'lm_eval[api,math]>=0.4.13,<0.5'
+
+load: env  ## 2,000 mixed requests at 64 concurrent against a server, each answer checked (many minutes on CPU)
+	$(test_env) $(bin)/python -m benchmarks.load --out load.json
 
 train: env  ## train the tiny checkpoint anew, on CPU (an hour or more)
 	$(bin)/python tools/train_tiny.py --out models/tiny-llada --steps 6000

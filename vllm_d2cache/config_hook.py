@@ -19,7 +19,7 @@ from vllm_d2cache.samplers.frequencies import load_frequencies
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 REQUEST_CHECK = "vllm_d2cache.request_check:RequestCheck"
 SCHEDULER = "vllm_d2cache.scheduler.D2CacheScheduler"

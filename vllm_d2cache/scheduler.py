@@ -23,7 +23,7 @@ from vllm_d2cache.config import SECTION, parse_request_options, parse_server_opt
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.startup_log import plan_lines
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 
 class D2CacheScheduler(AsyncScheduler):

@@ -27,6 +27,7 @@ class Step:
 
     refreshed: list[int] | None  # ascending positions; None = all
     commits: list[Commit]
+    revoked: list[int]  # slots committed earlier and masked again; of decoders that verify
     elapsed: float | None  # seconds from the first line; None in files that do not have it
 
 
@@ -39,6 +40,7 @@ class RecordedRequest:
         model: what vLLM calls the model; None in files that do not say.
         prompt: [P] token ids.
         canvas_len: G.
+        given: slot -> token that the request itself put into its canvas; empty if the canvas was all masks.
         options: everything that decided how the request was decoded, by plain name.
         steps: in order; may be cut short if the request was aborted or still runs.
         output: the tokens of the response; None if the file has no last line.
@@ -49,6 +51,7 @@ class RecordedRequest:
     model: str | None
     prompt: list[int]
     canvas_len: int
+    given: dict[int, int]
     options: dict[str, Any]
     steps: list[Step]
     output: list[int] | None
@@ -58,6 +61,15 @@ class RecordedRequest:
     def num_positions(self) -> int:
         """T."""
         return len(self.prompt) + self.canvas_len
+
+    def canvas_after(self, done: int) -> dict[int, tuple[int, Commit]]:
+        """Slot -> (step, commit) of the slots that hold a token after ``done`` steps; step -1 for given ones."""
+        state = {slot: (-1, Commit(slot, token, None)) for slot, token in self.given.items()}
+        for number, step in enumerate(self.steps[:done]):
+            for slot in step.revoked:
+                state.pop(slot, None)
+            state |= {commit.slot: (number, commit) for commit in step.commits}
+        return state
 
     @property
     def step_rows(self) -> list[int]:
@@ -108,11 +120,15 @@ def read_trace(path: Path) -> RecordedRequest:
 
 
 def _head(record: dict[str, Any]) -> dict[str, Any]:
+    canvas = record.get("canvas") or []  # a token for each slot, -1 = a hole
+    if len(canvas) not in (0, record["canvas_length"]):
+        raise ValueError(f"canvas: {len(canvas)} slots instead of {record['canvas_length']}")
     return {
         "request_id": str(record["request_id"]),
         "model": record.get("model"),
         "prompt": [int(token) for token in record["prompt_token_ids"]],
         "canvas_len": int(record["canvas_length"]),
+        "given": {slot: int(token) for slot, token in enumerate(canvas) if token >= 0},
         "options": dict(record["options"]),
     }
 
@@ -122,8 +138,10 @@ def _step(record: dict[str, Any], canvas_len: int, num_positions: int) -> Step:
     confidence = record.get("confidence") or [None] * len(committed)
     commits = [Commit(int(s), int(t), c) for (s, t), c in zip(committed, confidence, strict=True)]
     refreshed = record["refreshed"]
-    if any(not 0 <= c.slot < canvas_len for c in commits):
-        raise ValueError(f"committed: a slot is not in 0..{canvas_len - 1}")
+    revoked = [int(slot) for slot in record.get("revoked") or []]
+    for name, slots in (("committed", [c.slot for c in commits]), ("revoked", revoked)):
+        if any(not 0 <= slot < canvas_len for slot in slots):
+            raise ValueError(f"{name}: a slot is not in 0..{canvas_len - 1}")
     if refreshed is not None and any(not 0 <= p < num_positions for p in refreshed):
         raise ValueError(f"refreshed: a position is not in 0..{num_positions - 1}")
-    return Step(refreshed, commits, record.get("elapsed"))
+    return Step(refreshed, commits, revoked, record.get("elapsed"))

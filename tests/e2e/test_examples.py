@@ -99,12 +99,12 @@ def test_compose_runs_two_like_replicas_on_gpus_of_their_own(compose: dict[str, 
 
 
 def test_compose_starts_vllm_with_flags_it_knows(compose: dict[str, Any]) -> None:
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    command = compose["services"]["replica-a"]["command"]
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(command)
-    assert (args.model_tag, args.served_model_name, args.max_model_len) == ("/model", ["llada"], 4096)
+    model, *flags = compose["services"]["replica-a"]["command"]
+    args = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(flags)
+    assert (model, args.served_model_name, args.max_model_len) == ("/model", ["llada"], 4096)
 
 
 def test_compose_uses_a_tested_vllm() -> None:

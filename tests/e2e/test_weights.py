@@ -100,13 +100,18 @@ def _add(name: str) -> Callable[[dict[str, Any], Tensors], None]:
     return lambda config, tensors: tensors.update({name: torch.zeros(4)})
 
 
+def _damage(name: str) -> Callable[[dict[str, Any], Tensors], None]:
+    return lambda config, tensors: tensors[name].view(-1)[3:4].fill_(torch.nan)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         (_drop("model.transformer.blocks.2.k_proj.weight"), "blocks.2.k_proj.weight"),
         (_add("model.transformer.blocks.1.q_norm.weight"), "q_norm"),
+        (_damage("model.transformer.blocks.1.attn_norm.weight"), "damaged: 1 of .*attn_norm.weight"),
     ],
-    ids=["missing", "unknown"],
+    ids=["missing", "unknown", "damaged"],
 )
 def test_wrong_tensors_are_named(tmp_path: Path, change: Any, named: str) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory

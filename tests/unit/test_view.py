@@ -73,10 +73,15 @@ def test_leaves_out_a_line_that_is_still_being_written(tmp_path: Path) -> None:
 BROKEN = {
     "": "no complete line",
     "hello\n": "line 1",
-    '{"request_id": "a"}\n': "line 1: no field 'prompt_token_ids'",
+    '{"request_id": "a"}\n': "line 1: no field 'canvas_length'",
     '{"request_id": "a", "prompt_token_ids": [1], "canvas_length": 2, "options": {}}\n[1]\n': "line 2",
     '{"request_id": "a", "prompt_token_ids": [1], "canvas_length": 2, "options": {}}\n'
     '{"refreshed": null, "committed": [[2, 5]]}\n': "line 2: committed: a slot is not in 0..1",
+    '{"request_id": "a", "prompt_token_ids": [1], "canvas_length": 2, "options": {}}\n'
+    '{"refreshed": null, "committed": [], "revoked": [2]}\n': "line 2: revoked: a slot is not in 0..1",
+    '{"request_id": "a", "prompt_token_ids": [1], "canvas_length": 2, "options": {}, "canvas": [1]}\n': (
+        "line 1: canvas: 1 slots instead of 2"
+    ),
     '{"request_id": "a", "prompt_token_ids": [1], "canvas_length": 2, "options": {}}\n'
     '{"refreshed": [3], "committed": []}\n': "line 2: refreshed: a position is not in 0..2",
 }
@@ -105,6 +110,31 @@ def test_usage_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     }.items():
         assert main(["view", *arguments]) == 2, arguments
         assert message in capsys.readouterr().err
+
+
+def write_revoking_trace(path: Path) -> Path:
+    """Slot 1 is given; slot 0 is committed, masked again, and committed as another token."""
+    head = {"request_id": "r", "prompt_token_ids": [7], "canvas_length": 3, "options": {"policy": "full"}}
+    lines: list[dict[str, Any]] = [
+        {**head, "canvas": [-1, 50, -1]},
+        {"refreshed": None, "committed": [[0, 60]]},
+        {"refreshed": [1, 3], "committed": [[2, 61]], "revoked": [0]},
+        {"refreshed": [1], "committed": [[0, 62]]},
+        {"output_token_ids": [62, 50, 61], "finish_reason": "length"},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_given_and_revoked_tokens(tmp_path: Path) -> None:
+    request = read_trace(write_revoking_trace(tmp_path / "t.jsonl"))
+    states = [{slot: (step, c.token) for slot, (step, c) in request.canvas_after(done).items()} for done in range(4)]
+    assert states == [
+        {1: (-1, 50)},
+        {1: (-1, 50), 0: (0, 60)},
+        {1: (-1, 50), 2: (1, 61)},
+        {1: (-1, 50), 2: (1, 61), 0: (2, 62)},
+    ]
 
 
 def test_ranges_are_the_positions() -> None:
@@ -167,10 +197,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         yield page
 
 
-def open_trace(page: Page, trace: Path, out: Path, **settings: Any) -> None:
+def open_trace(page: Page, trace: Path, out: Path, tokenizer: bool = True, **settings: Any) -> None:
     page.problems.clear()
     page.requested.clear()
-    assert main(["view", str(trace), "--out", str(out), "--tokenizer", str(TINY)]) == 0
+    assert main(["view", str(trace), "--out", str(out), *(["--tokenizer", str(TINY)] if tokenizer else [])]) == 0
     page.open(out.as_uri(), **settings)
 
 
@@ -219,6 +249,18 @@ def test_replay_by_keyboard_slider_buttons_and_picture(page: Page, tmp_path: Pat
     assert "step 5" in text(page, "#tip")
     assert page.problems == []
     assert page.requested == [(tmp_path / "page.html").as_uri()]
+
+
+def test_given_and_revoked_tokens_in_the_page(page: Page, tmp_path: Path) -> None:
+    open_trace(page, write_revoking_trace(tmp_path / "t.jsonl"), tmp_path / "page.html", tokenizer=False)
+    shown = "[...document.querySelectorAll('#canvas span')].map(e => e.matches('.mask') ? '' : e.textContent)"
+    states = [(page.press("ArrowLeft"), page.run(shown))[1] for _ in range(3)]
+    assert states == [["", "[50]", "[61]"], ["[60]", "[50]", ""], ["", "[50]", ""]]
+    assert text(page, ".given") == "[50]"
+    assert page.run("document.querySelectorAll('.fresh').length") == 1  # the legend's
+    page.press("End")
+    assert page.run(shown) == ["[62]", "[50]", "[61]"]
+    assert page.problems == []
 
 
 def test_plays_to_the_end_and_pauses(page: Page, tmp_path: Path) -> None:

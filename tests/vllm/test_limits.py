@@ -12,6 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_d2cache.compat import front_end
+from vllm_d2cache.config_hook import _refusals
 from vllm_d2cache.request_check import check_sampling_params
 
 pytestmark = pytest.mark.vllm
@@ -43,3 +44,24 @@ def test_stop_tokens() -> None:
     check_sampling_params(SamplingParams(max_tokens=4, stop_token_ids=list(range(128))))
     with pytest.raises(ValueError, match=r"stop_token_ids: at most 128 .* got 129"):
         check_sampling_params(SamplingParams(max_tokens=4, stop_token_ids=list(range(129))))
+
+
+def test_sleep_mode_is_refused_at_start_up() -> None:
+    """On its own: a CPU's vLLM refuses it before us."""
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            enable_dbo=False,
+        ),
+        kv_transfer_config=None,
+        speculative_config=None,
+        lora_config=None,
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        model_config=SimpleNamespace(enable_sleep_mode=True, dtype="torch.bfloat16"),
+    )
+    (reason,) = _refusals(config)
+    assert reason.startswith("--enable-sleep-mode (")
+    config.model_config.enable_sleep_mode = False
+    assert _refusals(config) == []

@@ -9,12 +9,19 @@ let done = S;
 
 // --- what was recorded ---------------------------------------------------------------------------------------------
 
-// commitsOf[slot]: the [step, token, confidence] of its commits. A decoder may commit a slot again.
+// commitsOf[slot]: the [step, token, confidence] of its commits, in order. Step -1: the request gave the token. No token:
+// a decoder took it back.
 const commitsOf = Array.from({ length: G }, () => []);
+for (const [slot, token] of data.given) commitsOf[slot].push([-1, token, null]);
 data.commits.forEach((commits, step) => {
+  for (const slot of data.revoked[step]) commitsOf[slot].push([step, null, null]);
   for (const [slot, token, confidence] of commits) commitsOf[slot].push([step, token, confidence]);
 });
-const commitBefore = (slot, step) => commitsOf[slot].findLast((commit) => commit[0] < step);
+
+function commitBefore(slot, step) {
+  const last = commitsOf[slot].findLast((commit) => commit[0] < step);
+  return last && last[1] !== null ? last : undefined;
+}
 
 function refreshedIn(step) {
   const ranges = step < 0 ? [] : data.refreshed[step] ?? [0, T];
@@ -50,7 +57,8 @@ function setToken(span, token) {
 
 const promptSpans = data.prompt.map((token, position) => makeToken($("prompt"), position, token));
 // Each slot has its last token from the start, invisible while it is a mask: the text does not jump about.
-const canvasSpans = commitsOf.map((commits, slot) => makeToken($("canvas"), P + slot, commits.at(-1)?.[1]));
+const lastToken = (commits) => commits.findLast((commit) => commit[1] !== null)?.[1];
+const canvasSpans = commitsOf.map((commits, slot) => makeToken($("canvas"), P + slot, lastToken(commits)));
 if (data.finish === "stop") canvasSpans.slice(data.output.length).forEach((span) => span.classList.add("after"));
 
 function showTokens() {
@@ -58,7 +66,8 @@ function showTokens() {
   canvasSpans.forEach((span, slot) => {
     const commit = commitBefore(slot, done);
     span.classList.toggle("mask", !commit);
-    span.classList.toggle("fresh", commit?.[0] === done - 1);
+    span.classList.toggle("fresh", commit !== undefined && commit[0] === done - 1 && done > 0);
+    span.classList.toggle("given", commit?.[0] === -1);
     span.classList.toggle("refreshed", fresh[P + slot] === 1);
     const unsure = commit && commit[2] !== null ? Math.round(75 * (1 - commit[2])) : 0;
     span.style.backgroundColor = unsure ? `color-mix(in srgb, var(--unsure) ${unsure}%, transparent)` : "";
@@ -94,18 +103,22 @@ function drawMap() {
   const committed = new Uint8Array(width * height);
   const column = (position) => Math.floor((position * width) / T);
   const holding = new Float32Array(width); // masks of each column before the step
-  for (let slot = 0; slot < G; slot++) holding[column(P + slot)]++;
-  const isMask = new Uint8Array(G).fill(1);
+  const isMask = new Uint8Array(G);
+  const setMask = (slot, mask) => {
+    holding[column(P + slot)] += mask - isMask[slot];
+    isMask[slot] = mask;
+  };
+  for (let slot = 0; slot < G; slot++) setMask(slot, commitBefore(slot, 0) ? 0 : 1);
   for (let step = 0; step < S; step++) {
     const line = Math.floor((step * height) / S) * width;
     const ranges = data.refreshed[step] ?? [0, T];
     for (let i = 0; i < ranges.length; i += 2)
       for (let p = ranges[i]; p < ranges[i] + ranges[i + 1]; p++) refreshed[line + column(p)]++;
     for (let x = 0; x < width; x++) masked[line + x] += holding[x];
+    for (const slot of data.revoked[step]) setMask(slot, 1);
     for (const [slot] of data.commits[step]) {
       committed[line + column(P + slot)] = 1;
-      holding[column(P + slot)] -= isMask[slot];
-      isMask[slot] = 0;
+      setMask(slot, 0);
     }
   }
   const image = new ImageData(width, height), each = (T / width) * (S / height);
@@ -242,6 +255,8 @@ function tip(event, text) {
 function about(position) {
   if (position < P) return `position ${position} · prompt\n${spelled(data.prompt[position])} · id ${data.prompt[position]}`;
   const commits = commitsOf[position - P].map(([step, token, confidence]) => {
+    if (token === null) return `\nstep ${step + 1}: masked again`;
+    if (step < 0) return `\ngiven by the request: ${spelled(token)} · id ${token}`;
     const sure = confidence === null ? "" : ` · confidence ${confidence.toFixed(3)}`;
     return `\nstep ${step + 1}: ${spelled(token)} · id ${token}${sure}`;
   });
@@ -282,7 +297,8 @@ function describe(list, entries) {
   }
 }
 
-const commits = sum(data.commits.map((list) => list.length)), rows = sum(data.rows);
+const lengths = (lists) => sum(lists.map((list) => list.length));
+const commits = lengths(data.commits), rows = sum(data.rows), revoked = lengths(data.revoked);
 $("title").textContent = data.id;
 const ends = { stop: "ended by a stop token", length: "canvas filled", abort: "aborted or ended by the front end" };
 $("subtitle").textContent = [data.model, `policy ${data.options.policy}`, ends[data.finish] ?? "no last line: still running, or cut off"]
@@ -290,6 +306,8 @@ $("subtitle").textContent = [data.model, `policy ${data.options.policy}`, ends[d
 describe($("figures"), [
   ["prompt", `${number(P)} tokens`], ["canvas", `${number(G)} positions`], ["steps", number(S)],
   ["commits per step", S ? number(commits / S) : "–"],
+  ...(data.given.length ? [["given tokens", number(data.given.length)]] : []),
+  ...(revoked ? [["masked again", number(revoked)]] : []),
   ["rows refreshed", S ? `${number(rows)} · ${number((100 * rows) / (S * T))} % of full` : "0"],
   ...(data.seconds ? [["time", `${seconds(sum(data.seconds))} · ${seconds(sum(data.seconds) / S)} a step`]] : []),
 ]);

@@ -55,16 +55,16 @@ def _figures(request: RecordedRequest) -> RenderableType:
 
 def _canvas(request: RecordedRequest, texts: Mapping[int, str], done: int) -> Text:
     """Tokens so far; those of the last step in reverse, unsure ones in yellow."""
-    state = {c.slot: (c, number) for number, step in enumerate(request.steps[:done], 1) for c in step.commits}
+    state = request.canvas_after(done)
     line = Text()
     for slot in range(request.canvas_len):
         if slot not in state:
             line.append("░", Style(dim=True))
             continue
-        commit, number = state[slot]
+        number, commit = state[slot]
         text = texts.get(commit.token)
         unsure = commit.confidence is not None and commit.confidence < _UNSURE
-        style = Style(reverse=number == done, color="yellow" if unsure else None)
+        style = Style(reverse=number == done - 1, color="yellow" if unsure else None)
         line.append(f"[{commit.token}]" if text is None else text.translate(_CONTROL), style)
         if text is not None and text.endswith("\n"):
             line.append("\n")
