@@ -15,9 +15,10 @@ from typing import Any
 
 PREFIX = "d2cache_"
 SECTION = "d2cache"
-# Keys of a request that are no options of decoding, and have no server-wide default (infill.py).
+# Keys of a request that are no options of decoding and have no server-wide default: infill.py, report.py.
 CANVAS = PREFIX + "canvas"
-REQUEST_KEYS = (CANVAS,)
+REPORT = PREFIX + "report"
+REQUEST_KEYS = (CANVAS, REPORT)
 
 POLICIES = ("d2cache", "full")
 SCORES = ("confidence", "margin", "entropy")

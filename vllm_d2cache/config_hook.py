@@ -76,6 +76,12 @@ def _refusals(config: VllmConfig) -> list[str]:
         f"--kv-cache-dtype {config.cache_config.cache_dtype} (only the model's own dtype yet)": (
             config.cache_config.cache_dtype not in ("auto", str(config.model_config.dtype).removeprefix("torch."))
         ),
+        f"--logprobs-mode {config.model_config.logprobs_mode} (only raw_logprobs)": (
+            config.model_config.logprobs_mode != "raw_logprobs"
+        ),
+        "VLLM_COMPUTE_NANS_IN_LOGITS, VLLM_RAISE_ON_LOGIT_NANS (the sampler is not vLLM's)": (
+            envs.VLLM_COMPUTE_NANS_IN_LOGITS or envs.VLLM_RAISE_ON_LOGIT_NANS
+        ),
         "VLLM_USE_V2_MODEL_RUNNER=0 (the plugin lives in Model Runner V2)": envs.VLLM_USE_V2_MODEL_RUNNER is False,
     }
     return [reason for reason, present in checks.items() if present]

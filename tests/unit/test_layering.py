@@ -19,7 +19,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ops": (),
     "infill": ("config",),
     "request_fit": ("config", "infill"),
-    "compat": ("config", "request_fit"),
+    "request_fields": ("config",),
+    "figures": ("config",),
+    "metrics": ("compat", "registration"),
+    "compat": ("config", "request_fields", "request_fit"),
     "canvas": ("records", "config"),
     "constraints": ("records", "ops", "canvas"),
     "samplers": ("records", "config", "ops"),
@@ -29,8 +32,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "logprobs": ("records", "ops", "canvas"),
     "attention.capture": ("ops",),
     "attention": ("ops", "attention.capture"),
-    "request_check": ("config", "infill"),
-    "scheduler": ("config", "policies", "compat"),
+    "request_check": ("config", "figures", "infill"),
+    "scheduler": ("config", "figures", "policies", "compat"),
     "runner_sampler": ("ops",),
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "trace", "logprobs",
@@ -43,7 +46,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 PURE = (
     "records", "config", "ops", "canvas", "samplers", "policies", "denoiser", "trace", "logprobs",
-    "constraints", "infill", "request_fit", "attention.capture",
+    "constraints", "infill", "request_fields", "request_fit", "figures", "attention.capture",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

@@ -12,6 +12,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_d2cache.compat import front_end
@@ -37,6 +38,7 @@ def _unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
         (ModelConfig, "get_diff_sampling_param"),
         (InputProcessor, "process_inputs"),
         *[(c, "to_sampling_params") for c in (CompletionRequest, ChatCompletionRequest, ResponsesRequest)],
+        *[(c, "to_beam_search_params") for c in (CompletionRequest, ChatCompletionRequest)],
     ]:
         monkeypatch.setattr(cls, name, inspect.unwrap(getattr(cls, name)))
     monkeypatch.setattr(CompletionRequest.model_fields["max_tokens"], "default", 16)
@@ -79,16 +81,55 @@ def test_protocol_patches_refuse_what_does_not_fit() -> None:
         assert request.to_sampling_params(99, {}).max_tokens == 99
 
 
-def test_offline_canvas_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = SimpleNamespace(sampling_params=SimpleNamespace(max_tokens=30), prompt_token_ids=[1] * 80)
+def admitted(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """A request behind vLLM's own processing, and an input processor of our model with 100 positions."""
+    params = SamplingParams(**{"max_tokens": 30, **fields.pop("params", {})})
+    request = SimpleNamespace(**{"sampling_params": params, "prompt_token_ids": [1] * 70, "priority": 0, **fields})
     monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
     front_end.install_length_check(OURS)
-    processor = SimpleNamespace(model_config=SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=100))
+    model = SimpleNamespace(
+        architectures=["LLaDAModelLM"],
+        max_model_len=100,
+        hf_config=SimpleNamespace(mask_token_id=40),
+        get_vocab_size=lambda: 41,
+    )
+    engine = SimpleNamespace(scheduler_config=SimpleNamespace(policy="fcfs"), additional_config={})
+    return request, SimpleNamespace(model_config=model, vllm_config=engine)
+
+
+def test_offline_canvas_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    request, processor = admitted(monkeypatch, prompt_token_ids=[1] * 80)
     with pytest.raises(VLLMValidationError, match=r"max_tokens: a canvas of 30 .* valid values are 1 to 20"):
         InputProcessor.process_inputs(processor)
     processor.model_config.max_model_len = 110
     assert InputProcessor.process_inputs(processor) is request
     processor.model_config = SimpleNamespace(architectures=["LlamaForCausalLM"], max_model_len=100)
+    assert InputProcessor.process_inputs(processor) is request
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"params": {"logprobs": 42}}, "logprobs: must be 0 to 41"),
+        ({"params": {"allowed_token_ids": [40]}}, "allowed_token_ids: leaves no token"),
+        ({"params": {"bad_words": ["x"]}}, "bad_words: needs a tokenizer"),
+        ({"params": {"extra_args": {"d2cache_canvas": [40] + [-1] * 29}}}, "d2cache_canvas: must hold"),
+        ({"prompt_token_ids": None}, "prompt_embeds: not supported"),
+        ({"priority": 2}, "priority: has no effect without --scheduling-policy priority"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], said: str
+) -> None:
+    _, processor = admitted(monkeypatch, **fields)
+    with pytest.raises(VLLMValidationError, match="^" + said) as caught:
+        InputProcessor.process_inputs(processor)
+    assert caught.value.parameter == said.partition(":")[0]
+
+
+def test_priority_is_accepted_where_it_has_an_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    request, processor = admitted(monkeypatch, priority=2)
+    processor.vllm_config.scheduler_config.policy = "priority"
     assert InputProcessor.process_inputs(processor) is request
 
 
