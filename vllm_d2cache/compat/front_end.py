@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_d2cache.config import CANVAS, DEFAULT_CANVAS_LENGTH, OptionError
-from vllm_d2cache.request_fields import check_fields
+from vllm_d2cache.request_fields import WITHOUT_EFFECT, check_fields
 from vllm_d2cache.request_fit import check_fit
 
 _MARK = "_vllm_d2cache"
@@ -113,9 +113,8 @@ def _patch_beam_search(cls: type) -> None:
 
 def _check_fields(request: Any) -> None:
     """Refuse what vLLM would drop: the OpenAI server lets through any field it does not know."""
-    defaults = {
-        name: field.get_default(call_default_factory=True) for name, field in type(request).model_fields.items()
-    }
+    fields = type(request).model_fields
+    defaults = {name: fields[name].default for name in WITHOUT_EFFECT if name in fields}
     # The responses route has fields of OpenAI's that vLLM documents as ignored.
     unknown = {} if type(request).__name__ == "ResponsesRequest" else (request.model_extra or {})
     _as_validation_error(check_fields, vars(request), defaults, unknown)
