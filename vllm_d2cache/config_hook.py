@@ -37,6 +37,7 @@ class DiffusionConfigHook:
         if unsupported:
             raise ValueError("this checkpoint is not supported by vllm-d2cache: " + "; ".join(unsupported))
         front_end.install_length_check(frozenset(model_config.architectures))
+        front_end.install_beam_search_check(frozenset(model_config.architectures))
         processors = list(model_config.logits_processors or [])
         if REQUEST_CHECK not in processors:
             model_config.logits_processors = [*processors, REQUEST_CHECK]

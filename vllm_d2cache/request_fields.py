@@ -11,9 +11,7 @@ from vllm_d2cache.config import REPORT, OptionError
 WITHOUT_EFFECT: dict[str, str] = {
     "length_penalty": "it belongs to beam search",
     "media_io_kwargs": "the model reads text alone",
-    "mm_payload": "the model reads text alone",
     "mm_processor_kwargs": "the model reads text alone",
-    "return_mm_kwargs": "the model reads text alone",
     "routed_experts_prompt_start": "the model has no experts",
     "suffix": "give a canvas with holes instead (d2cache_canvas)",
     "use_beam_search": "tokens are not written from left to right",

@@ -194,3 +194,33 @@ def test_what_cannot_be_done_is_refused_by_name(
     with pytest.raises(VLLMValidationError, match=named):
         generate(engine, [{"sampling": sampling, "options": options}])
     assert one(engine, sampling={"max_tokens": 3})
+
+
+def test_beam_search_is_refused(engine: Engine) -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import BeamSearchParams
+
+    with pytest.raises(VLLMValidationError, match="use_beam_search"):
+        engine.llm.beam_search([{"prompt_token_ids": PROMPT}], BeamSearchParams(beam_width=2, max_tokens=4))
+
+
+def test_a_report_of_what_a_request_cost(engine: Engine) -> None:
+    got = generate(
+        engine, [{"options": {"report": True, "window": 8}}, {}, {"options": {"report": 1, "policy": "full"}}]
+    )
+    cached, silent, full = (output.kv_transfer_params for output in got)
+    assert silent is None
+    rows = 16 * (len(PROMPT) + 16)
+    assert full["d2cache"] == {
+        "policy": "full",
+        "steps": 16,
+        "tokens": 16,
+        "tokens_per_step": 1.0,
+        "rows_refreshed": rows,
+        "rows_saved": 0,
+        "saved_share": 0.0,
+    }
+    lines = engine.trace(got[0].request_id)[1:-1]
+    computed = sum(len(PROMPT) + 16 if line["refreshed"] is None else len(line["refreshed"]) for line in lines)
+    assert cached["d2cache"]["rows_refreshed"] == computed
+    assert cached["d2cache"]["rows_saved"] == rows - computed

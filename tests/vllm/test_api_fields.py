@@ -38,8 +38,6 @@ REFUSED: dict[str, Any] = {
     "ec_transfer_params": {"a": 1},
     "mm_processor_kwargs": {"a": 1},
     "media_io_kwargs": {"image": {"a": 1}},
-    "mm_payload": "none",
-    "return_mm_kwargs": True,
     "routed_experts_prompt_start": 3,
 }
 # Refused when the request meets the model: tests/vllm/test_front_end.py.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from vllm.config import ModelConfig
+from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -131,6 +132,16 @@ def test_priority_is_accepted_where_it_has_an_effect(monkeypatch: pytest.MonkeyP
     request, processor = admitted(monkeypatch, priority=2)
     processor.vllm_config.scheduler_config.policy = "priority"
     assert InputProcessor.process_inputs(processor) is request
+
+
+def test_offline_beam_search_is_refused_for_ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BeamSearchOfflineMixin, "beam_search", lambda self, prompts: prompts)
+    front_end.install_beam_search_check(OURS)
+    llm = SimpleNamespace(model_config=SimpleNamespace(architectures=["LLaDAModelLM"]))
+    with pytest.raises(VLLMValidationError, match=r"^use_beam_search: has no effect here"):
+        BeamSearchOfflineMixin.beam_search(llm, ["x"])
+    llm.model_config.architectures = ["LlamaForCausalLM"]
+    assert BeamSearchOfflineMixin.beam_search(llm, ["x"]) == ["x"]
 
 
 def test_vllm_still_needs_the_patches() -> None:

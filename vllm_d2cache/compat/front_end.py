@@ -111,6 +111,24 @@ def _patch_beam_search(cls: type) -> None:
     cls.to_beam_search_params = to_beam_search_params
 
 
+def install_beam_search_check(architectures: frozenset[str]) -> None:
+    """Wrap ``LLM.beam_search`` where it is loaded; idempotent. Called from the config hook."""
+    # Why, and remove when: as for the requests.
+    cls = getattr(sys.modules.get("vllm.entrypoints.generate.beam_search.offline"), "BeamSearchOfflineMixin", None)
+    if cls is None or hasattr(cls.beam_search, _MARK):
+        return
+    original = cls.beam_search
+
+    @functools.wraps(original)
+    def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not architectures.isdisjoint(self.model_config.architectures):
+            _as_validation_error(check_fields, {"use_beam_search": True}, {"use_beam_search": False}, {})
+        return original(self, *args, **kwargs)
+
+    setattr(beam_search, _MARK, True)
+    cls.beam_search = beam_search
+
+
 def _check_fields(request: Any) -> None:
     """Refuse what vLLM would drop: the OpenAI server lets through any field it does not know."""
     fields = type(request).model_fields
