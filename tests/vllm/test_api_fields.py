@@ -91,11 +91,10 @@ def test_every_refused_field_has_a_value_to_try() -> None:
     assert all(f"`{name}`" in DOC for name in BOOKKEEPING)
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize("field", REFUSED)
+@pytest.mark.parametrize(
+    ("field", "kind"), [(f, kind) for f in REFUSED for kind in CLASSES if f in CLASSES[kind][0].model_fields]
+)
 def test_refused_fields_are_refused_by_name(field: str, kind: str) -> None:
-    if field not in CLASSES[kind][0].model_fields:
-        pytest.skip(f"{kind} has no {field}")
     extra = {"logprobs": 2 if kind == "C" else True, "top_logprobs": 2} if field == "logprob_token_ids" else {}
     if kind == "C":
         extra.pop("top_logprobs", None)
