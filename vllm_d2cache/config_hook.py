@@ -50,6 +50,7 @@ class DiffusionConfigHook:
             )
             model_config.max_model_len = DEFAULT_MAX_MODEL_LEN
         front_end.install_request_check(frozenset(model_config.architectures))
+        front_end.install_beam_search_check(frozenset(model_config.architectures))
         processors = list(model_config.logits_processors or [])
         if REQUEST_CHECK not in processors:
             model_config.logits_processors = [*processors, REQUEST_CHECK]
@@ -99,6 +100,12 @@ def _refusals(config: VllmConfig) -> list[str]:
         ),
         f"--kv-cache-dtype {config.cache_config.cache_dtype} (only the model's own dtype yet)": (
             config.cache_config.cache_dtype not in ("auto", str(config.model_config.dtype).removeprefix("torch."))
+        ),
+        f"--logprobs-mode {config.model_config.logprobs_mode} (only raw_logprobs)": (
+            config.model_config.logprobs_mode != "raw_logprobs"
+        ),
+        "VLLM_COMPUTE_NANS_IN_LOGITS, VLLM_RAISE_ON_LOGIT_NANS (the sampler is not vLLM's)": (
+            envs.VLLM_COMPUTE_NANS_IN_LOGITS or envs.VLLM_RAISE_ON_LOGIT_NANS
         ),
         "VLLM_USE_V2_MODEL_RUNNER=0 (the plugin lives in Model Runner V2)": envs.VLLM_USE_V2_MODEL_RUNNER is False,
     }

@@ -21,7 +21,7 @@ _WHY_IGNORED = {
     "output_history": "see the option trace_dir",
 }
 # Defaults that vLLM would give every request, and every request would then be refused for (request_check.py).
-UNSUPPORTED_DEFAULTS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_p")
+UNSUPPORTED_DEFAULTS = ("min_p",)
 
 
 @dataclass

@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 
-from vllm_d2cache.config import parse_request_options
+from vllm_d2cache.config import REPORT, parse_request_options
+from vllm_d2cache.figures import wants_report
 from vllm_d2cache.infill import parse_canvas
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ def check_sampling_params(params: SamplingParams) -> None:
     # Whether the options go together depends on the server's as well: compat/front_end.py asks that.
     parse_request_options(params.extra_args)
     parse_canvas(params.extra_args)
+    if wants_report(params.extra_args) and (params.n > 1 or params.output_kind == RequestOutputKind.DELTA):
+        raise ValueError(f"{REPORT}: comes with a whole answer; not with stream, and not with n > 1")
 
 
 class RequestCheck(LogitsProcessor):

@@ -62,7 +62,10 @@ class D2CacheSampler:
         rejected = torch.tensor(budgets, dtype=torch.int32, device=logits.device)
         state.finish_step()
         logprobs = LogprobsTensors(*emitted) if emitted is not None else None
-        return SamplerOutput(result.tokens, logprobs, None, result.num_tokens, rejected)
+        # Rows and commits of each request: compat/internals.py, take_step_report.
+        counts = torch.tensor(rows.counts, device=logits.device)
+        report = torch.stack([counts, result.committed.sum(1)], dim=1)
+        return SamplerOutput(result.tokens, logprobs, report, result.num_tokens, rejected)
 
 
 def _nothing(num_reqs: int, device: torch.device) -> SamplerOutput:

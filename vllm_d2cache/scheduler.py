@@ -8,6 +8,7 @@ scheduling works unchanged.
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from typing import Any
 
@@ -15,11 +16,14 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_d2cache.compat.internals import append_canvas, place_output_token
+from vllm_d2cache.compat.internals import append_canvas, attach_totals, place_output_token, take_step_report
 from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
+from vllm_d2cache.figures import RequestFigures, wants_report
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.startup_log import plan_lines
 
@@ -38,6 +42,8 @@ class D2CacheScheduler(AsyncScheduler):
         self.num_sampled_tokens_per_step = 0
         self._most_active = self.max_num_active_reqs
         self._budgets: dict[str, int] = {}
+        self._figures: dict[str, RequestFigures] = {}
+        self._totals: Counter[tuple[str, str]] = Counter()  # by policy and name, since they were last sent
         for line in plan_lines(self.vllm_config, self.options, self.kv_cache_config.num_blocks):
             logger.info("vllm-d2cache %s", line)
 
@@ -50,6 +56,7 @@ class D2CacheScheduler(AsyncScheduler):
         self._budgets[request.request_id] = POLICY_CLASSES[options.policy].max_rows(
             options, request.num_prompt_tokens, request.max_tokens, self.options.refresh_budget
         )
+        self._figures[request.request_id] = RequestFigures(options.policy, request.num_tokens, request.max_tokens)
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -80,6 +87,24 @@ class D2CacheScheduler(AsyncScheduler):
             request = self.requests[req_id]
             request.num_computed_tokens = request.num_tokens - self._budgets[req_id]
 
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Count the step, then stock bookkeeping."""
+        for req_id, (rows, commits) in take_step_report(model_runner_output).items():
+            # A request that has ended since may have run one step more.
+            if figures := self._figures.get(req_id):
+                figures.observe(rows, commits, scheduler_output.num_scheduled_tokens[req_id], self._totals)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's statistics, and the totals since the last ones."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            attach_totals(stats, self._totals)
+            self._totals.clear()
+        return stats
+
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
@@ -106,7 +131,13 @@ class D2CacheScheduler(AsyncScheduler):
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         self._budgets.pop(request.request_id, None)
-        return super()._free_request(request, delay_free_blocks=delay_free_blocks)
+        figures = self._figures.pop(request.request_id, None)
+        kv_transfer_params, ec_transfer_params = super()._free_request(request, delay_free_blocks=delay_free_blocks)
+        params = request.sampling_params
+        if figures is not None and params is not None and wants_report(params.extra_args):
+            # vLLM returns these with the finished request; nothing else is ever in them here.
+            kv_transfer_params = {SECTION: figures.report(request.num_output_tokens)}
+        return kv_transfer_params, ec_transfer_params
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """There are no draft tokens."""

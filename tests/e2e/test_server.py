@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -103,16 +107,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"xargs": {"policy": "dual", "current_k": 4}}, "d2cache_current_k: an option of d2cache_policy 'd2cache'"),
     ({"xargs": {"cache_steps": 4}}, "the options of that policy are: d2cache_selection_sigma"),
     ({"extra": {"vllm_xargs": {"policy": "full"}}}, "valid options are d2cache_policy"),
-    ({"logprobs": True}, "logprobs"),
     ({"response_format": {"type": "json_object"}}, "structured_outputs"),
-    ({"presence_penalty": 0.5}, "presence_penalty"),
-    ({"logit_bias": {"5": 3.0}}, "logit_bias"),
-    ({"extra": {"min_tokens": 4}}, "min_tokens"),
     # Greedy decoding has no use for min_p: vLLM itself sets it to 0 there.
     ({"temperature": 1.0, "extra": {"min_p": 0.1}}, "min_p"),
-    ({"extra": {"repetition_penalty": 1.2}}, "repetition_penalty"),
-    ({"extra": {"bad_words": ["x"]}}, "bad_words"),
-    ({"extra": {"allowed_token_ids": [1]}}, "allowed_token_ids"),
+    ({"extra": {"prompt_logprobs": 1}}, "prompt_logprobs"),
+    ({"extra": {"bad_words": ["apple"]}}, "bad_words"),
+    ({"extra": {"allowed_token_ids": [999999]}}, "allowed_token_ids"),
+    ({"extra": {"use_beam_search": True}}, "use_beam_search"),
+    ({"extra": {"priority": 3}}, "priority"),
+    ({"extra": {"guided_json": "{}"}}, "guided_json"),
+    ({"xargs": {"canvas": [5, -1]}}, "max_tokens: must be the length of d2cache_canvas, 2"),
+    ({"xargs": {"canvas": [5, 6]}}, "at least one hole"),
+    ({"xargs": {"report": 1}, "n": 2, "temperature": 1.0}, "d2cache_report"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 4090}, "max_tokens"),
     ({"max_tokens": 9999}, "max_tokens"),
@@ -127,11 +133,6 @@ def test_bad_request_is_refused_by_name(client: openai.OpenAI, fields: dict[str,
     assert named in str(caught.value)
 
 
-def test_completions_refuse_logprobs(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="logprobs"):
-        client.completions.create(model=MODEL, prompt="abc", max_tokens=8, logprobs=2)
-
-
 def test_disconnects_and_load_leave_the_server_well(client: openai.OpenAI) -> None:
     want = ask(client).choices[0].message.content
     abandoned = ask(client, stream=True, max_tokens=512, extra={"ignore_eos": True})
@@ -141,3 +142,93 @@ def test_disconnects_and_load_leave_the_server_well(client: openai.OpenAI) -> No
         options = [{"policy": "full"} if i % 2 else {} for i in range(12)]
         texts = list(pool.map(lambda o: ask(client, xargs=o).choices[0].message.content, options))
     assert texts == [want] * 12
+
+
+def test_logprobs_with_the_tokens_streaming_or_not(client: openai.OpenAI) -> None:
+    whole = ask(client, logprobs=True, top_logprobs=2).choices[0]
+    entries = whole.logprobs.content
+    assert "".join(e.token for e in entries).startswith("hgfedcba")
+    assert all(len(e.top_logprobs) == 2 and e.logprob <= 0 for e in entries)
+    pieces = [c.choices[0] for c in ask(client, logprobs=True, top_logprobs=2, stream=True) if c.choices]
+    streamed = [e for p in pieces if p.logprobs for e in p.logprobs.content]
+    assert [(e.token, e.logprob) for e in streamed] == [(e.token, e.logprob) for e in entries]
+    completion = client.completions.create(model=MODEL, prompt="abc", max_tokens=6, logprobs=3)
+    logprobs = completion.choices[0].logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == completion.usage.completion_tokens
+    assert all(value <= 0 for value in logprobs.token_logprobs)
+
+
+def test_bans_and_biases(client: openai.OpenAI, url: str) -> None:
+    a, b = (
+        httpx.post(f"{url}/tokenize", json={"model": MODEL, "prompt": c, "add_special_tokens": False}).json()["tokens"]
+        for c in "ab"
+    )
+    only = ask(client, max_tokens=8, extra={"allowed_token_ids": [*a, *b], "ignore_eos": True})
+    assert set(only.choices[0].message.content) <= {"a", "b"}
+    assert "g" not in ask(client, extra={"bad_words": ["g"]}).choices[0].message.content
+    biased = ask(client, max_tokens=8, logit_bias={str(a[0]): 100})
+    assert biased.choices[0].message.content == "a" * 8
+    assert ask(client, max_tokens=12, extra={"min_tokens": 12}).usage.completion_tokens == 12
+
+
+def test_infill_example_keeps_what_is_given(url: str) -> None:
+    example = Path(__file__).resolve().parents[2] / "examples" / "infill.py"
+    done = subprocess.run([sys.executable, str(example), f"{url}/v1"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        question, _, rest = line.partition("->")
+        template, answer = question.split()[-1], rest.split()[0]
+        assert len(answer) == len(template), line
+        assert all(t in ("_", c) for t, c in zip(template, answer, strict=True)), line
+
+
+def counters(url: str) -> dict[str, float]:
+    """The plugin's counters and vLLM's diffusion counters, summed over their labels."""
+    found: dict[str, float] = {}
+    for line in httpx.get(f"{url}/metrics").text.splitlines():
+        name = line.partition("{")[0]
+        if name.startswith(("vllm:diffusion", "vllm_d2cache:")) and name.endswith("_total"):
+            found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
+    return found
+
+
+def test_a_report_and_the_counters_say_the_same(client: openai.OpenAI, url: str) -> None:
+    before = counters(url)
+    answer = ask(client, max_tokens=20, extra={"ignore_eos": True}, xargs={"report": 1, "window": 10})
+    report = answer.kv_transfer_params["d2cache"]
+    total = answer.usage.prompt_tokens + 20
+    assert report["policy"] == "d2cache"
+    assert report["tokens"] == report["steps"] == 20
+    assert report["rows_refreshed"] + report["rows_saved"] == 20 * total
+    assert 0 < report["saved_share"] < 1
+    after = counters(url)
+    grown = {name: after[name] - before.get(name, 0.0) for name in after}
+    assert grown["vllm:diffusion_num_denoising_steps_total"] == 21
+    assert grown["vllm:diffusion_num_canvas_positions_total"] == 21 * 20
+    assert grown["vllm:diffusion_num_committed_tokens_total"] == 20
+    assert grown["vllm_d2cache:steps_total"] == grown["vllm_d2cache:commits_total"] == 20
+    assert grown["vllm_d2cache:rows_refreshed_total"] == report["rows_refreshed"]
+    assert grown["vllm_d2cache:rows_saved_total"] == report["rows_saved"]
+    assert grown["vllm_d2cache:budget_rows_used_total"] == report["rows_refreshed"] - total
+    assert grown["vllm_d2cache:budget_rows_total"] >= grown["vllm_d2cache:budget_rows_used_total"]
+    assert ask(client).model_extra.get("kv_transfer_params") is None
+
+
+def test_vllms_own_benchmark_prints_the_right_diffusion_block(url: str) -> None:
+    vllm = str(Path(sys.executable).with_name("vllm"))
+    command = [
+        *(vllm, "bench", "serve", "--backend", "openai", "--model", MODEL, "--base-url", url, "--ignore-eos"),
+        *("--dataset-name", "random", "--random-input-len", "12", "--random-output-len", "16", "--num-prompts", "5"),
+        *("--seed", "1", "--disable-tqdm"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    block = done.stdout.partition("Diffusion Decoding")[2]
+    figures = dict(re.findall(r"^([A-Z][^:\n]+):\s+([\d.]+)", block, re.MULTILINE))
+    assert figures["Denoising steps per canvas"] == "16.00"
+    assert figures["Committed per denoising step"] == "1.00"
+    assert figures["Committed tokens"] == "80"
+    assert figures["Denoising steps"] == "80"
+    assert figures["Canvas positions evaluated"] == str(5 * 17 * 16)

@@ -22,7 +22,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ops": (),
     "infill": ("config",),
     "request_fit": ("config", "infill"),
-    "compat": ("config", "generation_defaults", "request_fit"),
+    "request_fields": ("config",),
+    "figures": ("config",),
+    "metrics": ("compat", "registration"),
+    "compat": ("config", "generation_defaults", "request_fields", "request_fit"),
     "canvas": ("records", "config"),
     "constraints": ("records", "ops", "canvas"),
     "samplers": ("records", "config", "ops"),
@@ -34,9 +37,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "attention.capture": ("ops",),
     "attention.eviction": ("records", "ops", "attention.capture"),
     "attention": ("ops", "attention.capture", "attention.eviction"),
-    "request_check": ("config", "infill"),
+    "request_check": ("config", "figures", "infill"),
     "startup_log": ("config", "canvas", "policies", "attention.capture"),
-    "scheduler": ("config", "policies", "compat", "startup_log"),
+    "scheduler": ("config", "figures", "policies", "compat", "startup_log"),
     "runner_sampler": ("ops",),
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "trace", "logprobs", "infill",
@@ -54,8 +57,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
-    "policies", "denoiser", "trace", "logprobs", "constraints", "infill", "request_fit", "counters",
-    "attention.capture", "attention.eviction", "trace_reader", "viewer", "models.weight_check",
+    "policies", "denoiser", "trace", "logprobs", "constraints", "infill", "request_fields", "request_fit", "figures",
+    "counters", "attention.capture", "attention.eviction", "trace_reader", "viewer", "models.weight_check",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from vllm.config import ModelConfig
+from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_d2cache.compat import front_end
@@ -37,6 +39,7 @@ def _unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
         (ModelConfig, "get_diff_sampling_param"),
         (InputProcessor, "process_inputs"),
         *[(c, "to_sampling_params") for c in (CompletionRequest, ChatCompletionRequest, ResponsesRequest)],
+        *[(c, "to_beam_search_params") for c in (CompletionRequest, ChatCompletionRequest)],
     ]:
         monkeypatch.setattr(cls, name, inspect.unwrap(getattr(cls, name)))
     monkeypatch.setattr(CompletionRequest.model_fields["max_tokens"], "default", 16)
@@ -79,15 +82,24 @@ def test_protocol_patches_refuse_what_does_not_fit() -> None:
         assert request.to_sampling_params(99, {}).max_tokens == 99
 
 
-def test_offline_canvas_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = SimpleNamespace(max_tokens=30, extra_args=None)
-    request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1] * 80)
+def admitted(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """A request behind vLLM's own processing, and an input processor of our model with 100 positions."""
+    params = SamplingParams(**{"max_tokens": 30, **fields.pop("params", {})})
+    request = SimpleNamespace(**{"sampling_params": params, "prompt_token_ids": [1] * 70, "priority": 0, **fields})
     monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
     front_end.install_request_check(OURS)
-    processor = SimpleNamespace(
-        model_config=SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=100),
-        vllm_config=SimpleNamespace(additional_config={}),
+    model = SimpleNamespace(
+        architectures=["LLaDAModelLM"],
+        max_model_len=100,
+        hf_config=SimpleNamespace(mask_token_id=40),
+        get_vocab_size=lambda: 41,
     )
+    engine = SimpleNamespace(scheduler_config=SimpleNamespace(policy="fcfs"), additional_config={})
+    return request, SimpleNamespace(model_config=model, vllm_config=engine)
+
+
+def test_offline_canvas_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    request, processor = admitted(monkeypatch, prompt_token_ids=[1] * 80)
     with pytest.raises(VLLMValidationError, match=r"max_tokens: a canvas of 30 .* valid values are 1 to 20"):
         InputProcessor.process_inputs(processor)
     processor.model_config.max_model_len = 110
@@ -98,38 +110,63 @@ def test_offline_canvas_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_options_of_another_policy_than_the_servers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same request is right or wrong, depending on the server's policy."""
-    params = SimpleNamespace(max_tokens=30, extra_args={"d2cache_current_k": 4})
-    request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1])
-    monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
-    front_end.install_request_check(OURS)
-    processor = SimpleNamespace(
-        model_config=SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=100),
-        vllm_config=SimpleNamespace(additional_config={}),
-    )
+    request, processor = admitted(monkeypatch, params={"extra_args": {"d2cache_current_k": 4}})
     assert InputProcessor.process_inputs(processor) is request
     processor.vllm_config.additional_config = {"d2cache": {"policy": "dual"}}
     with pytest.raises(VLLMValidationError, match=r"d2cache_current_k: an option of d2cache_policy 'd2cache'"):
         InputProcessor.process_inputs(processor)
-    params.extra_args["d2cache_policy"] = "d2cache"
+    request.sampling_params.extra_args["d2cache_policy"] = "d2cache"
     assert InputProcessor.process_inputs(processor) is request
 
 
 def test_options_must_go_with_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = SimpleNamespace(max_tokens=30, extra_args={"d2cache_threshold": 0.9})
-    request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1] * 8)
-    monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
-    front_end.install_request_check(OURS)
-    config = SimpleNamespace(additional_config={"d2cache": {"decoder": "eb"}})
-    ours = SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=100)
+    request, processor = admitted(monkeypatch, params={"extra_args": {"d2cache_threshold": 0.9}})
+    processor.vllm_config.additional_config = {"d2cache": {"decoder": "eb"}}
     with pytest.raises(VLLMValidationError, match="d2cache_threshold: not an option of d2cache_decoder 'eb'"):
-        InputProcessor.process_inputs(SimpleNamespace(model_config=ours, vllm_config=config))
-    params.extra_args = {"d2cache_steps": 31}  # the canvas of 30 is one window of 32
-    assert InputProcessor.process_inputs(SimpleNamespace(model_config=ours, vllm_config=config)) is request
-    params.extra_args = {"d2cache_steps": 31, "d2cache_window": 10}
+        InputProcessor.process_inputs(processor)
+    request.sampling_params.extra_args = {"d2cache_steps": 31}  # the canvas of 30 is one window of 32
+    assert InputProcessor.process_inputs(processor) is request
+    request.sampling_params.extra_args = {"d2cache_steps": 31, "d2cache_window": 10}
     with pytest.raises(VLLMValidationError, match="d2cache_steps: must be a multiple of 3"):
-        InputProcessor.process_inputs(SimpleNamespace(model_config=ours, vllm_config=config))
-    params.extra_args = {"d2cache_gamma": 0.5}
-    assert InputProcessor.process_inputs(SimpleNamespace(model_config=ours, vllm_config=config)) is request
+        InputProcessor.process_inputs(processor)
+    request.sampling_params.extra_args = {"d2cache_gamma": 0.5}
+    assert InputProcessor.process_inputs(processor) is request
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"params": {"logprobs": 42}}, "logprobs: must be 0 to 41"),
+        ({"params": {"allowed_token_ids": [40]}}, "allowed_token_ids: leaves no token"),
+        ({"params": {"bad_words": ["x"]}}, "bad_words: needs a tokenizer"),
+        ({"params": {"extra_args": {"d2cache_canvas": [40] + [-1] * 29}}}, "d2cache_canvas: must hold"),
+        ({"prompt_token_ids": None}, "prompt_embeds: not supported"),
+        ({"priority": 2}, "priority: has no effect without --scheduling-policy priority"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], said: str
+) -> None:
+    _, processor = admitted(monkeypatch, **fields)
+    with pytest.raises(VLLMValidationError, match="^" + said) as caught:
+        InputProcessor.process_inputs(processor)
+    assert caught.value.parameter == said.partition(":")[0]
+
+
+def test_priority_is_accepted_where_it_has_an_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    request, processor = admitted(monkeypatch, priority=2)
+    processor.vllm_config.scheduler_config.policy = "priority"
+    assert InputProcessor.process_inputs(processor) is request
+
+
+def test_offline_beam_search_is_refused_for_ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BeamSearchOfflineMixin, "beam_search", lambda self, prompts: prompts)
+    front_end.install_beam_search_check(OURS)
+    llm = SimpleNamespace(model_config=SimpleNamespace(architectures=["LLaDAModelLM"]))
+    with pytest.raises(VLLMValidationError, match=r"^use_beam_search: has no effect here"):
+        BeamSearchOfflineMixin.beam_search(llm, ["x"])
+    llm.model_config.architectures = ["LlamaForCausalLM"]
+    assert BeamSearchOfflineMixin.beam_search(llm, ["x"]) == ["x"]
 
 
 def test_vllm_still_needs_the_patches() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from vllm_d2cache.config import (
@@ -20,6 +21,7 @@ from vllm_d2cache.config import (
     parse_server_options,
 )
 from vllm_d2cache.generation_defaults import UNSUPPORTED_DEFAULTS
+from vllm_d2cache.request_fields import WITHOUT_EFFECT, check_fields
 from vllm_d2cache.request_fit import check_fit
 
 _MARK = "_vllm_d2cache"
@@ -73,6 +75,8 @@ def _patch_protocols() -> None:
         cls = getattr(sys.modules.get(module), name, None)
         if cls is not None and not hasattr(cls.to_sampling_params, _MARK):
             _patch_online_length(cls, names)
+            if hasattr(cls, "to_beam_search_params"):
+                _patch_beam_search(cls)
             if name == "CompletionRequest":
                 # Without it: a completion without max_tokens gets 16, before anybody asks for defaults. No hook: a
                 # field's default. Remove when: the server asks the model's defaults here as it does for chat.
@@ -88,6 +92,7 @@ def _patch_online_length(cls: type, names: tuple[str, ...]) -> None:
     @functools.wraps(original)
     def to_sampling_params(self: Any, max_tokens: int, default_sampling_params: dict[str, Any] | None = None) -> Any:
         if isinstance(default_sampling_params, CanvasDefaults):
+            _check_fields(self)
             canvas = (getattr(self, "vllm_xargs", None) or {}).get(CANVAS)
             set_by_client = any(n in self.model_fields_set and vars(self).get(n) is not None for n in names)
             if isinstance(canvas, list) and not set_by_client:
@@ -101,6 +106,48 @@ def _patch_online_length(cls: type, names: tuple[str, ...]) -> None:
 
     setattr(to_sampling_params, _MARK, True)
     cls.to_sampling_params = to_sampling_params
+
+
+def _patch_beam_search(cls: type) -> None:
+    # Without it: beam search asks for one token at a time, each on a canvas of its own, and ranks them by likelihoods
+    # that were never made for it. No hook: its parameters are not checked. Remove when: they are.
+    original = cls.to_beam_search_params
+
+    @functools.wraps(original)
+    def to_beam_search_params(self: Any, max_tokens: int, default_sampling_params: dict[str, Any] | None = None) -> Any:
+        if isinstance(default_sampling_params, CanvasDefaults):
+            _check_fields(self)
+        return original(self, max_tokens, default_sampling_params)
+
+    setattr(to_beam_search_params, _MARK, True)
+    cls.to_beam_search_params = to_beam_search_params
+
+
+def install_beam_search_check(architectures: frozenset[str]) -> None:
+    """Wrap ``LLM.beam_search`` where it is loaded; idempotent. Called from the config hook."""
+    # Why, and remove when: as for the requests.
+    cls = getattr(sys.modules.get("vllm.entrypoints.generate.beam_search.offline"), "BeamSearchOfflineMixin", None)
+    if cls is None or hasattr(cls.beam_search, _MARK):
+        return
+    original = cls.beam_search
+
+    @functools.wraps(original)
+    def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not architectures.isdisjoint(self.model_config.architectures):
+            _as_validation_error(check_fields, {"use_beam_search": True}, {"use_beam_search": False}, {})
+        return original(self, *args, **kwargs)
+
+    setattr(beam_search, _MARK, True)
+    cls.beam_search = beam_search
+
+
+def _check_fields(request: Any) -> None:
+    """Refuse what vLLM would drop: the OpenAI server lets through any field it does not know."""
+    fields = type(request).model_fields
+    defaults = {name: fields[name].default for name in WITHOUT_EFFECT if name in fields}
+    # The responses route has fields of OpenAI's that vLLM documents as ignored.
+    unknown = {} if type(request).__name__ == "ResponsesRequest" else (request.model_extra or {})
+    _as_validation_error(check_fields, vars(request), defaults, unknown)
 
 
 def install_request_check(architectures: frozenset[str]) -> None:
@@ -120,6 +167,7 @@ def install_request_check(architectures: frozenset[str]) -> None:
         request = original(self, *args, **kwargs)
         params = request.sampling_params
         if params is not None and not architectures.isdisjoint(self.model_config.architectures):
+            _check_admission(request, self.vllm_config.scheduler_config.policy)
             _check_options(self.vllm_config.additional_config, params)
             room = self.model_config.max_model_len - len(request.prompt_token_ids)
             if params.max_tokens > room:
@@ -143,11 +191,31 @@ def _check_options(additional_config: Any, params: Any) -> None:
         raise VLLMValidationError(str(error)) from error
 
 
+def _check_admission(request: Any, scheduling_policy: str) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    if request.prompt_token_ids is None:
+        raise VLLMValidationError(
+            "prompt_embeds: not supported for diffusion language models; give text or token ids",
+            parameter="prompt_embeds",
+        )
+    if request.priority != 0 and scheduling_policy != "priority":
+        raise VLLMValidationError(
+            f"priority: has no effect without --scheduling-policy priority, got {request.priority}; leave it out (0)",
+            parameter="priority",
+        )
+
+
 def _check_fit(params: Any, model_config: Any) -> None:
+    _as_validation_error(check_fit, params, model_config.get_vocab_size(), model_config.hf_config.mask_token_id)
+
+
+def _as_validation_error(check: Callable[..., None], *args: Any) -> None:
+    """Let vLLM answer with HTTP 400 what ``check`` refuses."""
     from vllm.exceptions import VLLMValidationError
 
     try:
-        check_fit(params, model_config.get_vocab_size(), model_config.hf_config.mask_token_id)
+        check(*args)
     except OptionError as error:
         raise VLLMValidationError(str(error), parameter=str(error).partition(":")[0]) from error
 

@@ -6,6 +6,7 @@ they touch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from packaging.version import Version
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.states import RequestState
@@ -101,3 +104,33 @@ def in_process_model_state(llm: LLM) -> Any:
 def set_logits_rows(input_batch: InputBatch, rows: Any) -> None:
     """Which hidden rows the runner hands to the sampler."""
     input_batch.logits_indices = rows
+
+
+def take_step_report(output: ModelRunnerOutput) -> dict[str, Any]:
+    """What D2CacheSampler says of each request of a step, by request id.
+
+    It travels from worker to scheduler where vLLM's sampler puts the number of NaNs in a request's logits: the one
+    field of the step's output that a sampler fills and vLLM hands on by request. It is taken out before the scheduler
+    looks at it; the config hook refuses to count NaNs.
+    """
+    report = output.num_nans_in_logits or {}
+    output.num_nans_in_logits = None
+    return report
+
+
+def attach_totals(stats: SchedulerStats, totals: Mapping[tuple[str, str], int]) -> None:
+    """Send totals by (policy, name) to the front ends.
+
+    They travel in the counts of running LoRA adapters, which are empty: the config hook refuses LoRA. No field of the
+    statistics is free, and a field more would not survive the way between the processes.
+    """
+    stats.running_lora_adapters.update({f"{policy}/{name}": value for (policy, name), value in totals.items()})
+
+
+def take_totals(stats: SchedulerStats) -> dict[tuple[str, str], int]:
+    """What :func:`attach_totals` sent; read once for each logger."""
+    return {
+        (policy, name): value
+        for key, value in stats.running_lora_adapters.items()
+        for policy, _, name in [key.partition("/")]
+    }
