@@ -77,6 +77,18 @@ class Engine:
         cleanup_dist_env_and_memory()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process holds one engine at a time: first the tests that share one, then the server's, then all others."""
+
+    def place(item: pytest.Item) -> int:
+        if Path(__file__).parent not in item.path.parents:
+            return 0
+        names = getattr(item, "fixturenames", ())
+        return 1 if "engine" in names else 2 if "server" in names else 3
+
+    items.sort(key=place)
+
+
 def runner_of(engine: Engine) -> Any:
     """vLLM's model runner inside the in-process engine."""
     return engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
@@ -91,7 +103,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """The engine as a user gets it, but for fp32 and eight places. test_variants.py, which runs last, closes it."""
+    """The engine as a user gets it, but for fp32 and eight places. test_variants.py, the last to use it, closes it."""
     made = Engine(tmp_path_factory.mktemp("traces"))
     yield made
     made.close()

@@ -1,6 +1,6 @@
 """Dream through the engine: the published implementation's traces and logits, and the specification written in loops.
 
-Runs before the other engine tests: it closes its engine, and one process holds one at a time.
+Has an engine of its own and closes it: one process holds one at a time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Other engine settings give the same results. Runs last: one process holds one engine at a time."""
+"""Other engine settings give the same results. The last to use the shared engine: one process holds one at a time."""
 
 from __future__ import annotations
 

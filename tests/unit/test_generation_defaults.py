@@ -35,6 +35,6 @@ def test_ranking_and_nucleus_become_options(alg: str, score: str) -> None:
 
 
 def test_defaults_that_requests_are_refused_for_are_named() -> None:
-    found = read_generation_defaults({"repetition_penalty": 1.05, "top_k": 20})
+    found = read_generation_defaults({"min_p": 0.05, "top_k": 20})
     assert found.options == {}
-    assert set(found.ignored) == {"repetition_penalty"}
+    assert set(found.ignored) == {"min_p"}

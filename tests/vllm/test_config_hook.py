@@ -47,7 +47,7 @@ def test_longest_request_is_the_operators_choice(checkpoint: Path) -> None:
 
 
 def test_generation_config_is_mapped_and_the_operator_wins(checkpoint: Path) -> None:
-    wishes = {"top_p": 0.9, "alg": "entropy", "temperature": 0.2, "repetition_penalty": 1.05}
+    wishes = {"top_p": 0.9, "alg": "entropy", "temperature": 0.2, "min_p": 0.05}
     (checkpoint / "generation_config.json").write_text(json.dumps(wishes))
     config = configured(checkpoint)
     assert options(config) == {"confidence_top_p": 0.9, "score": "entropy"}
@@ -63,8 +63,8 @@ def test_generation_config_is_mapped_and_the_operator_wins(checkpoint: Path) -> 
     overridden = configured(checkpoint, override_generation_config={"top_p": 0.5})
     assert options(overridden)["confidence_top_p"] == 0.5
     # What the operator asks for himself is not dropped: requests are then refused by its name.
-    penalised = configured(checkpoint, override_generation_config={"repetition_penalty": 1.1})
-    assert penalised.model_config.get_diff_sampling_param()["repetition_penalty"] == 1.1
+    penalised = configured(checkpoint, override_generation_config={"min_p": 0.1})
+    assert penalised.model_config.get_diff_sampling_param()["min_p"] == 0.1
 
 
 @pytest.mark.parametrize(
