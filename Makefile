@@ -31,11 +31,12 @@ env:  ## build the environment, or bring it up to date (no effect when nothing h
 demo: env  ## serve the tiny checkpoint with `vllm serve` and compare d2Cache with full recompute
 	@$(bin)/python tools/demo.py
 
-test: lint unit  ## all tests: lint, unit tests, tests inside vLLM, end to end (minutes)
+test: lint unit  ## all tests: lint, unit tests, property tests, tests inside vLLM, end to end (minutes)
+	$(pytest) -n auto tests/unit tests/ops -m "(hypothesis or slow) and not vllm and not gpu"
 	$(pytest) tests/vllm tests/e2e
 
-unit: env  ## tests that need neither vLLM nor a GPU (under a minute)
-	$(pytest) tests/unit tests/ops -m "not vllm and not gpu"
+unit: env  ## tests that need neither vLLM nor a GPU, but for the long ones (under a minute)
+	$(pytest) -n auto tests/unit tests/ops -m "not hypothesis and not slow and not vllm and not gpu"
 
 lint: env  ## ruff: errors, import order, format
 	$(bin)/ruff check .

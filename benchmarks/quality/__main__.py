@@ -76,7 +76,7 @@ def extra_setting(text: str) -> Setting:
     """NAME=JSON from the command line."""
     name, _, options = text.partition("=")
     values: dict[str, Any] = json.loads(options)
-    return Setting(name, str(values.get("policy", "d2cache")), values)
+    return Setting(name, name, values)
 
 
 def chat_renderer(model: str) -> Callable[[str], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import time
@@ -171,8 +172,12 @@ class Harness:
         metric, _, filter_name = task.metric.partition(",")
         if task.metric not in values:
             raise HarnessError(f"{task.name}: no {task.metric} among {', '.join(values)}")
-        error = values.get(f"{metric}_stderr,{filter_name}")
         traces, end = self._traces()
+        error = values.get(f"{metric}_stderr,{filter_name}")
+        if not isinstance(error, float):
+            # The harness gives none for some groups: that of answers that are right or wrong.
+            share = float(values[task.metric])
+            error = math.sqrt(share * (1 - share) / len(traces))
         return Score(
             task.name,
             setting.name,
@@ -180,7 +185,7 @@ class Harness:
             setting.options,
             len(traces),
             100 * values[task.metric],
-            196 * error if isinstance(error, float) else float("nan"),
+            196 * error,
             sum(len(t.output or []) for t in traces),
             sum(t.canvas_len for t in traces),
             sum(len(pairs) for t in traces for pairs in t.committed),

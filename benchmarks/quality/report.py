@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,11 +32,10 @@ HEADS = (
 
 def cells(score: Score) -> list[str]:
     """One line as text."""
-    interval = "" if score.interval != score.interval else f" ± {score.interval:.1f}"
     return [
         score.task,
         score.setting,
-        f"{score.score:.1f}{interval}",
+        f"{score.score:.1f} ± {score.interval:.1f}",
         str(score.requests),
         str(score.output_tokens),
         str(score.canvas_tokens),
@@ -93,7 +93,9 @@ def plot(scores: Sequence[Score], path: Path) -> None:
     for task, row in zip(tasks, grid, strict=True):
         for axes, (name, label) in zip(row, axes_of, strict=True):
             for curve in dict.fromkeys(s.curve for s in scores):
-                points = [s for s in scores if (s.task, s.curve) == (task, curve)]
+                points = sorted(
+                    (s for s in scores if (s.task, s.curve) == (task, curve)), key=operator.attrgetter(name)
+                )
                 x = [getattr(s, name) for s in points]
                 error = [s.interval for s in points]
                 axes.errorbar(x, [s.score for s in points], yerr=error, marker="o", capsize=3, label=curve)

@@ -36,6 +36,7 @@ def random_case(seed: int) -> tuple[list[int], int, dict[str, Any]]:
     return prompt, canvas, options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("seed", range(20))
 def test_denoiser_follows_the_specification(family: str, seed: int) -> None:
