@@ -31,6 +31,9 @@ from vllm_d2cache.models.shape import TransformerShape
 # A buffer that some tools save; it follows from config.json.
 _REDUNDANT = "rotary_emb.inv_freq"
 
+# Three tensors of a checkpoint that are one here.
+QKV = {f".{name}_proj.": (".qkv_proj.", name) for name in "qkv"}
+
 
 class SelfAttention(nn.Module):
     """Self-attention over all positions."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
@@ -128,11 +129,63 @@ class LLaDAConfig(DiffusionLMConfig):
         )
 
 
-class LLaDAMoEConfig(DiffusionLMConfig):
+class HubConfig(DiffusionLMConfig):
+    """A config.json under transformers' own names. Keys a checkpoint lacks, or has as null, come from ``defaults``."""
+
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.pop("model_type", None)
+        given = {key: value for key, value in kwargs.items() if value is not None or key not in self.defaults}
+        settings = {**self.defaults, **given}
+        if settings.get("num_key_value_heads") is None:
+            settings["num_key_value_heads"] = settings["num_attention_heads"]
+        # Files written by newer versions of transformers hold theta and type in one entry.
+        scaling = settings.pop("rope_scaling", None)
+        rope = settings.pop("rope_parameters", None) or scaling or {}
+        settings["rope_theta"] = rope.get("rope_theta", settings["rope_theta"])
+        settings["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+        super().__init__(**settings)
+
+    def shape(self) -> TransformerShape:
+        """What all families under these names have in common."""
+        return TransformerShape(
+            hidden_size=self.hidden_size,
+            num_layers=self.num_hidden_layers,
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads,
+            intermediate_size=self.intermediate_size,
+            vocab_size=self.vocab_size,
+            embedding_size=self.vocab_size,
+            max_positions=self.max_position_embeddings,
+            norm_eps=self.rms_norm_eps,
+            rope_theta=self.rope_theta,
+            tied_head=self.tie_word_embeddings,
+        )
+
+
+class LLaDAMoEConfig(HubConfig):
     """LLaDA-MoE's config.json (docs/models.md has where its facts come from)."""
 
     model_type = "lladamoe"
     architecture: ClassVar[str] = "LLaDAMoEModelLM"
+    attribute_map: ClassVar[dict[str, str]] = {"intermediate_size": "expert_intermediate_size"}
+    defaults: ClassVar[dict[str, Any]] = {
+        "vocab_size": 157184,
+        "hidden_size": 2048,
+        "expert_intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_layer_freq": 1,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 50000.0,
+        # The published config.json does not name it; the model card does.
+        "mask_token_id": 156895,
+        "tie_word_embeddings": False,
+    }
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
         "hidden_act": ("silu",),
         "attention_bias": (False,),
@@ -149,45 +202,17 @@ class LLaDAMoEConfig(DiffusionLMConfig):
         "layers_without_experts": (0,),
     }
 
-    def __init__(
-        self,
-        vocab_size: int = 157184,
-        hidden_size: int = 2048,
-        expert_intermediate_size: int = 1024,
-        num_hidden_layers: int = 16,
-        num_attention_heads: int = 16,
-        num_key_value_heads: int | None = None,
-        num_experts: int = 64,
-        num_experts_per_tok: int = 8,
-        moe_layer_freq: list[int] | int = 1,
-        max_position_embeddings: int = 8192,
-        rms_norm_eps: float = 1e-5,
-        rope_theta: float = 50000.0,
-        rope_scaling: dict[str, Any] | None = None,
-        mask_token_id: int | None = None,
-        tie_word_embeddings: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.expert_intermediate_size = expert_intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.moe_layer_freq = moe_layer_freq
-        every = moe_layer_freq if isinstance(moe_layer_freq, list) else [int(moe_layer_freq == 1)] * num_hidden_layers
-        self.layers_without_experts = every.count(0) + abs(num_hidden_layers - len(every))
-        self.max_position_embeddings = max_position_embeddings
-        self.rms_norm_eps = rms_norm_eps
-        rope = kwargs.pop("rope_parameters", None) or rope_scaling or {}
-        self.rope_theta = rope.get("rope_theta", rope_theta)
-        self.rope_type = rope.get("rope_type", rope.get("type", "default"))
-        # The published config.json does not name it; the model card does.
-        self.mask_token_id = 156895 if mask_token_id is None else mask_token_id
-        kwargs.pop("model_type", None)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+    # transformers gives a subclass without an __init__ of its own a generated one.
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    @property
+    def layers_without_experts(self) -> int:
+        """How many layers have a plain MLP, or are not spoken of."""
+        every = self.moe_layer_freq
+        if not isinstance(every, list):
+            every = [int(every == 1)] * self.num_hidden_layers
+        return every.count(0) + abs(self.num_hidden_layers - len(every))
 
     def traits(self) -> FamilyTraits:
         """A canvas slot reads the logits of its own position."""
@@ -195,28 +220,30 @@ class LLaDAMoEConfig(DiffusionLMConfig):
 
     def shape(self) -> TransformerShape:
         """Experts in every layer, norms over the heads of q and k, no bias."""
-        return TransformerShape(
-            hidden_size=self.hidden_size,
-            num_layers=self.num_hidden_layers,
-            num_heads=self.num_attention_heads,
-            num_kv_heads=self.num_key_value_heads,
-            intermediate_size=self.expert_intermediate_size,
-            vocab_size=self.vocab_size,
-            embedding_size=self.vocab_size,
-            max_positions=self.max_position_embeddings,
-            norm_eps=self.rms_norm_eps,
-            rope_theta=self.rope_theta,
-            tied_head=self.tie_word_embeddings,
+        return replace(
+            super().shape(),
             qk_norm=True,
             num_experts=self.num_experts,
             experts_per_token=self.num_experts_per_tok,
         )
 
 
-class DreamConfig(DiffusionLMConfig):
+class DreamConfig(HubConfig):
     """Dream's config.json (d2cache.md, section 9): Qwen2.5's keys and a mask token."""
 
     model_type = "Dream"
+    defaults: ClassVar[dict[str, Any]] = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "mask_token_id": 151666,
+        "tie_word_embeddings": False,
+    }
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
         "hidden_act": ("silu",),
         "use_sliding_window": (False,),
@@ -224,36 +251,9 @@ class DreamConfig(DiffusionLMConfig):
         "rope_type": ("default",),
     }
 
-    def __init__(
-        self,
-        vocab_size: int = 152064,
-        hidden_size: int = 3584,
-        intermediate_size: int = 18944,
-        num_hidden_layers: int = 28,
-        num_attention_heads: int = 28,
-        num_key_value_heads: int | None = 4,
-        max_position_embeddings: int = 131072,
-        rms_norm_eps: float = 1e-6,
-        rope_theta: float = 1000000.0,
-        rope_scaling: dict[str, Any] | None = None,
-        mask_token_id: int = 151666,
-        tie_word_embeddings: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.max_position_embeddings = max_position_embeddings
-        self.rms_norm_eps = rms_norm_eps
-        # Files written by newer versions of transformers hold both in one entry.
-        rope = kwargs.pop("rope_parameters", None) or rope_scaling or {}
-        self.rope_theta = rope.get("rope_theta", rope_theta)
-        self.rope_type = rope.get("rope_type", rope.get("type", "default"))
-        self.mask_token_id = mask_token_id
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+    # transformers gives a subclass without an __init__ of its own a generated one.
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
 
     def traits(self) -> FamilyTraits:
         """Made from an autoregressive model: a position predicts the token to its right."""
@@ -261,17 +261,4 @@ class DreamConfig(DiffusionLMConfig):
 
     def shape(self) -> TransformerShape:
         """Biases on q, k and v alone; q and k are rotated in the model's dtype."""
-        return TransformerShape(
-            hidden_size=self.hidden_size,
-            num_layers=self.num_hidden_layers,
-            num_heads=self.num_attention_heads,
-            num_kv_heads=self.num_key_value_heads,
-            intermediate_size=self.intermediate_size,
-            vocab_size=self.vocab_size,
-            embedding_size=self.vocab_size,
-            max_positions=self.max_position_embeddings,
-            norm_eps=self.rms_norm_eps,
-            rope_theta=self.rope_theta,
-            qkv_bias=True,
-            tied_head=self.tie_word_embeddings,
-        )
+        return replace(super().shape(), qkv_bias=True)

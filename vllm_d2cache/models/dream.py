@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_d2cache.models.common import DiffusionLM
+from vllm_d2cache.models.common import QKV, DiffusionLM
 from vllm_d2cache.models.shape import TransformerShape
 
 
@@ -23,9 +23,7 @@ class DreamModel(DiffusionLM):
     head_tensor = "lm_head.weight"
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_stacked={
-            ".q_proj.": (".qkv_proj.", "q"),
-            ".k_proj.": (".qkv_proj.", "k"),
-            ".v_proj.": (".qkv_proj.", "v"),
+            **QKV,
             ".gate_proj.": (".gate_up_proj.", 0),
             ".up_proj.": (".gate_up_proj.", 1),
         },

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_d2cache.models.common import DiffusionLM
+from vllm_d2cache.models.common import QKV, DiffusionLM
 from vllm_d2cache.models.shape import TransformerShape
 
 
@@ -17,11 +17,7 @@ class LLaDAMoEModelLM(DiffusionLM):
     head_tensor = "lm_head.weight"
     # The experts' tensors are put in place by vLLM's fused layer.
     hf_to_vllm_mapper = WeightsMapper(
-        orig_to_new_stacked={
-            ".q_proj.": (".qkv_proj.", "q"),
-            ".k_proj.": (".qkv_proj.", "k"),
-            ".v_proj.": (".qkv_proj.", "v"),
-        },
+        orig_to_new_stacked=QKV,
         orig_to_new_prefix={"model.": ""},
     )
 

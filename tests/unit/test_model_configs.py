@@ -1,0 +1,67 @@
+"""config.json of each family: absent and null keys, other spellings, and what the network is built from."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.reference.llada_moe import CONFIG as MOE
+from tests.reference.oracle import ORACLE
+from vllm_d2cache.models.configs import DreamConfig, LLaDAConfig, LLaDAMoEConfig
+from vllm_d2cache.records import FamilyTraits
+
+DREAM: dict[str, Any] = json.loads((ORACLE / "dream" / "config.json").read_text())
+
+
+def test_dream_without_keys_is_the_published_one() -> None:
+    config = DreamConfig(num_key_value_heads=4)
+    shape = config.shape()
+    assert (shape.hidden_size, shape.num_layers, shape.head_size, shape.kv_size) == (3584, 28, 128, 512)
+    assert (shape.qkv_bias, shape.rope_in_fp32, shape.tied_head) == (True, False, False)
+    assert config.traits() == FamilyTraits(151666, logit_shift=1)
+
+
+@pytest.mark.parametrize("cls", [DreamConfig, LLaDAMoEConfig])
+def test_null_kv_heads_are_all_heads(cls: type) -> None:
+    shape = cls(num_attention_heads=8, num_key_value_heads=None).shape()
+    assert shape.num_kv_heads == 8
+
+
+def test_rope_in_the_words_of_newer_files() -> None:
+    old = DreamConfig.from_dict(DREAM)
+    new = {key: value for key, value in DREAM.items() if key not in ("rope_theta", "rope_scaling")}
+    entry = {"rope_type": "default", "rope_theta": DREAM["rope_theta"]}
+    assert DreamConfig.from_dict({**new, "rope_parameters": entry}).shape() == old.shape()
+    scaled = DreamConfig.from_dict({**DREAM, "rope_scaling": {"type": "yarn", "factor": 4.0}})
+    assert scaled.unsupported() == ["rope_type='yarn' (supported: 'default')"]
+
+
+def test_the_architecture_tells_llada_moe_from_llada() -> None:
+    config = LLaDAConfig.from_dict(MOE)
+    assert type(config) is LLaDAMoEConfig
+    assert config.model_type == "lladamoe"
+    assert config.unsupported() == []
+    shape = config.shape()
+    assert (shape.num_experts, shape.experts_per_token, shape.intermediate_size, shape.qk_norm) == (8, 2, 32, True)
+    assert type(LLaDAConfig.from_dict({"architectures": ["LLaDAModelLM"]})) is LLaDAConfig
+    unnamed = {key: value for key, value in MOE.items() if key != "mask_token_id"}
+    assert LLaDAConfig.from_dict(unnamed).traits() == FamilyTraits(156895)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("moe_layer_freq", [1, 0, 1], "layers_without_experts=1"),
+        ("moe_layer_freq", [1, 1], "layers_without_experts=1"),
+        ("shared_expert_intermediate_size", 512, "shared_expert_intermediate_size=512"),
+        ("norm_topk_prob", True, "norm_topk_prob=True"),
+        ("qk_layernorm", False, "qk_layernorm=False"),
+        ("router_num_group", 8, "router_num_group=8"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor=0.5"),
+    ],
+)
+def test_other_mixtures_are_refused(key: str, value: Any, named: str) -> None:
+    (reason,) = LLaDAConfig.from_dict({**MOE, key: value}).unsupported()
+    assert reason.startswith(named)
