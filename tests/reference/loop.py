@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.reference.llada import DenseLlada
+from tests.reference.dense import DenseModel
+from tests.reference.dllm import DLLMCache
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions
 from vllm_d2cache.denoiser import Denoiser
@@ -28,10 +29,11 @@ class Job:
     steps: list[tuple[list[int] | None, list[tuple[int, int]]]] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     masked_left: int = -1
+    layers: DLLMCache | None = None  # of the policy dllm_cache
 
 
 def run_jobs(
-    models: list[DenseLlada],
+    models: list[DenseModel],
     jobs: list[Job],
     server: ServerOptions | None = None,
     start_at: list[int] | None = None,
@@ -39,7 +41,7 @@ def run_jobs(
     """Denoise all jobs in one batch; job i joins at step ``start_at[i]``. One model (cache) a job."""
     server = server or ServerOptions({})
     config = models[0].config
-    traits = FamilyTraits(config["mask_token_id"])
+    traits = FamilyTraits(config["mask_token_id"], models[0].logit_shift)
     max_len = max(len(j.prompt) + j.canvas_length for j in jobs)
     denoiser = Denoiser(len(jobs), max_len, torch.device("cpu"), traits, server)
     start_at = start_at or [0] * len(jobs)
@@ -51,6 +53,8 @@ def run_jobs(
                 request = Request(f"r{i}", len(job.prompt), job.canvas_length, options, job.sampling)
                 denoiser.add(i, request, np.array(job.prompt))
                 models[i].reset(len(job.prompt) + job.canvas_length)
+                if options.policy == "dllm_cache":
+                    job.layers = DLLMCache(models[i], len(job.prompt), **options.policy_options)
                 running.append(i)
         if running:
             _step(denoiser, models, jobs, running)
@@ -66,14 +70,19 @@ def _is_done(job: Job) -> bool:
     return len(job.output) == job.canvas_length or bool(set(job.output) & set(job.sampling.stop_token_ids))
 
 
-def _step(denoiser: Denoiser, models: list[DenseLlada], jobs: list[Job], running: list[int]) -> None:
+def _step(denoiser: Denoiser, models: list[DenseModel], jobs: list[Job], running: list[int]) -> None:
     rows = denoiser.begin(torch.tensor(running), running)
     hidden, importance = [], torch.zeros(len(running), rows.view.num_positions)
     offset = 0
     for r, (i, count) in enumerate(zip(running, rows.counts, strict=True)):
         positions = rows.positions[offset : offset + count]
         models[i].visible, models[i].choice = rows.keys[r], rows.choices[r]
-        out, maps = models[i].forward(rows.input_ids[offset : offset + count].long(), positions)
+        cache = jobs[i].layers
+        if cache is not None:
+            total = len(jobs[i].prompt) + jobs[i].canvas_length
+            out, maps = cache.forward(denoiser.canvas.tokens[i, :total].long())[positions], []
+        else:
+            out, maps = models[i].forward(rows.input_ids[offset : offset + count].long(), positions)
         hidden.append(out)
         if rows.reads_importance[r]:
             layers = [push_back_map(m) for m in reversed(maps)]

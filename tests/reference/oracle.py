@@ -29,12 +29,12 @@ def case_names(family: str = "llada") -> list[str]:
     for path in sorted((ORACLE / "traces").glob(f"{family}.*.json")):
         raw = json.loads(path.read_text())
         kwargs, cache = raw["generate_kwargs"], raw["cache"]
-        known = {"sigma", "strategy", "gen_length", "block_length", "threshold", "factor", "alg"}
+        known = {"sigma", "strategy", "gen_length", "block_length", "threshold", "factor", "alg", "top_p"}
         if kwargs["strategy"] != "vanilla" or not set(kwargs) <= known:
             continue
         # Without the repair the search window is a different one by design (docs/architecture.md).
         repaired = cache is not None and cache["kind"] == "d2cache" and "block_mask" in raw["repairs"]
-        if cache is None or cache["kind"] == "prefix" or repaired:
+        if cache is None or cache["kind"] in ("prefix", "dllm") or repaired:
             names.append(path.stem)
     return names
 
@@ -44,7 +44,7 @@ def _policy(cache: dict[str, Any] | None) -> str:
         return "full"
     if cache["kind"] == "prefix":
         return "dual" if cache["use_dual"] else "prefix"
-    return cache["kind"]
+    return {"dllm": "dllm_cache"}.get(cache["kind"], cache["kind"])
 
 
 def load_case(name: str) -> OracleCase:
@@ -59,6 +59,7 @@ def load_case(name: str) -> OracleCase:
         "score": _ALG[kwargs.get("alg", "maskgit_plus")],
         "threshold": kwargs.get("threshold", 0.0) or 0.0,
         "factor": kwargs.get("factor", 0.0) or 0.0,
+        "confidence_top_p": kwargs.get("top_p", 1.0) or 1.0,
     }
     if cache and cache["kind"] == "d2cache":
         options |= {
@@ -68,10 +69,17 @@ def load_case(name: str) -> OracleCase:
             "selection_sigma": cache["sigma"],
             "confidence_memory": "latest" if "conf_cache" in raw["repairs"] else "first",
         }
+    if cache and cache["kind"] == "dllm":
+        options |= {name: cache[name] for name in ("kp", "kr", "rou")}
     steps = []
     for step in raw["steps"]:
         active = step["active_positions"]
         moves = step["transfer"][0]
         pairs = list(zip(moves["positions"], moves["tokens"], strict=True))
-        steps.append((None if active is None else sorted(active[0]), sorted(pairs)))
+        refreshed = None if active is None else sorted(active[0])
+        if "dllm_layers" in step and not step["dllm_layers"][1]["refresh_prompt"]:
+            # The published code carries the prompt's rows along, where no layer behind the first one computes them.
+            canvas = len(raw["input_ids"][0])
+            refreshed = list(range(canvas, canvas + length))
+        steps.append((refreshed, sorted(pairs)))
     return OracleCase(name, raw["input_ids"][0], length, options, steps, raw["final_tokens"][0])

@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "trace": ("records", "canvas"),
     "attention.capture": ("ops",),
     "attention.eviction": ("records", "ops", "attention.capture"),
+    "stored_outputs": ("records", "ops", "attention.capture"),
     "attention": ("ops", "attention.capture", "attention.eviction"),
     "request_check": ("config",),
     "scheduler": ("config", "policies", "compat"),
@@ -34,15 +35,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "trace",
         "attention", "attention.capture", "attention.eviction", "runner_sampler", "compat",
+        "stored_outputs",
     ),
-    "models": ("records", "attention"),
+    "models": ("records", "attention", "stored_outputs"),
     "config_hook": ("config", "compat"),
     "registration": (),
     "__init__": (),
 }  # fmt: skip
 PURE = (
     "option_types", "policy_registry", "records", "config", "ops", "canvas", "samplers", "policies", "denoiser",
-    "trace", "attention.capture", "attention.eviction",
+    "trace", "attention.capture", "attention.eviction", "stored_outputs",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

@@ -25,6 +25,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm_d2cache.attention.backend import D2CacheAttentionBackend
 from vllm_d2cache.models.configs import LLaDAConfig
 from vllm_d2cache.records import FamilyTraits
+from vllm_d2cache.stored_outputs import PartialForward
 
 
 class LLaDAAttention(nn.Module):
@@ -86,6 +87,12 @@ class LLaDAAttention(nn.Module):
         out, _ = self.attn_out(self.attn(q, k, v))
         return out
 
+    def values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, d] normed rows -> [n, kv heads, head size]."""
+        # The joint projection, as its weights may be packed or quantised: they are not for others to cut.
+        value = self.qkv_proj(hidden)[0].split(self.sizes, dim=-1)[2]
+        return value.reshape(len(hidden), -1, self.attn.head_size)
+
 
 class LLaDABlock(nn.Module):
     """Attention and a gated MLP, each behind an RMS norm."""
@@ -131,6 +138,16 @@ class LLaDABlock(nn.Module):
         gate_up, _ = self.gate_up_proj(hidden)
         hidden, _ = self.ff_out(self.act(gate_up))
         return hidden, residual
+
+    def values(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """[n, kv heads, head size] values of rows [n, d] before the block (stored_outputs.Layer)."""
+        normed, _ = self.attn_norm(hidden, residual)
+        return self.self_attn.values(normed)
+
+    @property
+    def pages(self) -> torch.Tensor:
+        """[blocks, kv heads, block size, 2 * head size] K and V of this block (stored_outputs.Layer)."""
+        return self.self_attn.attn.kv_cache
 
 
 class LLaDAModelLM(nn.Module):
@@ -188,6 +205,8 @@ class LLaDAModelLM(nn.Module):
         # Set by the model state while a step is under way: the sampler then applies the head itself, a tile of rows
         # at a time, and compute_logits hands the hidden states through.
         self.head_in_sampler = False
+        # Likewise, where a request's policy stores outputs of layers: runs the layers in place of the plain loop.
+        self.partial_forward: PartialForward | None = None
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -210,8 +229,11 @@ class LLaDAModelLM(nn.Module):
         """[N] token ids at [N] absolute positions, in any order -> [N, d] final hidden states."""
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         residual = None
-        for block in self.blocks:
-            hidden, residual = block(positions, hidden, residual)
+        if self.partial_forward is not None:
+            hidden, residual = self.partial_forward.run(self.blocks, positions, hidden)
+        else:
+            for block in self.blocks:
+                hidden, residual = block(positions, hidden, residual)
         hidden, _ = self.ln_f(hidden, residual)
         return hidden
 
