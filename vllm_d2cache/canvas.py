@@ -47,6 +47,9 @@ class CanvasStates:
         self.observe = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by canvas slot
         self.eligible = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by canvas slot
         self.visible = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by position
+        # By position: 1 where layers may take their stored outputs, 2 where values are compared as well.
+        self.stored = torch.zeros(num_slots, max_len, dtype=torch.int8, device=device)
+        self.stored_count = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.kept = torch.zeros(num_slots, len(KeptKeys._fields), dtype=torch.int64, device=device)
         self.emitted = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)

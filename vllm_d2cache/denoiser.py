@@ -27,6 +27,7 @@ from vllm_d2cache.records import (
     StepPlan,
     StepResult,
     StepRows,
+    StoredRows,
 )
 from vllm_d2cache.samplers import (
     DECODER_CLASSES,
@@ -113,6 +114,7 @@ class Denoiser:
             reads_importance=[POLICY_CLASSES[r.options.policy].reads_importance for r in requests],
             keys=keys,
             choices=choices,
+            stored=self._stored_rows(view, requests, request, positions),
             positions=positions,
             input_ids=canvas.tokens[slots[request], positions],
             request=request,
@@ -144,6 +146,35 @@ class Denoiser:
             elif counts[i] < requests[r].prompt_len + requests[r].canvas_len:
                 keys[r] = positions
         return keys, choices
+
+    def _stored_rows(
+        self, view: CanvasView, requests: list[Request], request: torch.Tensor, positions: torch.Tensor
+    ) -> StoredRows | None:
+        """StepRows.stored; costs nothing where no request's policy stores outputs."""
+        storing = [r for r, q in enumerate(requests) if POLICY_CLASSES[q.options.policy].stores_outputs]
+        if not storing:
+            return None
+        stores = torch.zeros(len(requests), dtype=torch.bool, device=self.canvas.device)
+        stores[storing] = True
+        kind = self.canvas.stored[view.slots[request], positions] * stores[request]
+        count = self.canvas.stored_count[view.slots]
+        computed = torch.zeros_like(count).index_add_(0, request, (kind == 0).long())
+        compared = torch.zeros_like(count).index_add_(0, request, (kind == 2).long())
+        # From the position before the canvas on: a shifted family reads its first slot there.
+        place = positions - view.prompt_len[request] + 1
+        kept = {}
+        for r in storing:
+            mine = ((request == r) & (place >= 0)).nonzero().flatten()
+            kept[r] = (mine, place[mine])
+        return StoredRows(
+            stored=kind > 0,
+            compared=(kind == 2).nonzero().flatten(),
+            request=request,
+            count=count,
+            computed=(computed + torch.minimum(compared, count)).tolist(),
+            kept=kept,
+            capacity={r: requests[r].canvas_len + 1 for r in storing},
+        )
 
     def row_stats(
         self, rows: StepRows, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor]
@@ -322,6 +353,10 @@ class Denoiser:
         if plan.visible is not None:
             self.canvas.visible[view.slots, : plan.visible.shape[1]] = plan.visible
             self.canvas.kept[view.slots] = 0 if plan.kept is None else torch.stack([x.long() for x in plan.kept], 1)
+        if plan.stored is not None:
+            kind = plan.stored.rows.to(torch.int8) + plan.stored.compared.to(torch.int8)
+            self.canvas.stored[view.slots, : kind.shape[1]] = kind
+            self.canvas.stored_count[view.slots] = plan.stored.count
 
     def _emit(self, view: CanvasView, committed: torch.Tensor) -> StepResult:
         """Hand out the newly contiguous tokens from the left."""

@@ -35,6 +35,7 @@ from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.records import EditSpec, SamplingSpec, StepRows
 from vllm_d2cache.runner_sampler import D2CacheSampler
+from vllm_d2cache.stored_outputs import OutputStore, PartialForward
 from vllm_d2cache.trace import TraceRecorder
 
 
@@ -60,6 +61,7 @@ class D2CacheModelState(ModelState):
         size = vllm_config.parallel_config.tensor_parallel_size
         self._tensor_parallel = TensorParallel(size, tensor_model_parallel_all_reduce) if size > 1 else None
         self._kept_keys: KeptBySlot = {}
+        self._outputs = OutputStore()
         self._slots: dict[str, int] = {}
         self._first_block: dict[int, int] = {}
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
@@ -110,6 +112,7 @@ class D2CacheModelState(ModelState):
             self._unsettled.pop(slot, None)
             self._kept_keys.pop(slot, None)
             self.logprobs.remove(slot)
+            self._outputs.drop(slot)
             self.denoiser.remove(slot)
 
     def preprocess_state(
@@ -168,6 +171,10 @@ class D2CacheModelState(ModelState):
         if any(rows.choices):
             layer_keys = LayerKeys(layout, rows.choices, rows.slots, self._kept_keys, self._tensor_parallel)
         metadata = D2CacheMetadata(layout, self.capture, layer_keys)
+        if rows.stored is not None:
+            self.model.partial_forward = PartialForward(
+                rows.stored, rows.slots, layout, metadata.use_layout, self._outputs, self._tensor_parallel
+            )
         return dict.fromkeys((name for g in kv_cache_config.kv_cache_groups for name in g.layer_names), metadata)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
@@ -186,6 +193,7 @@ class D2CacheModelState(ModelState):
         """Called by the sampler at its end."""
         self.rows, self.capture = None, None
         self.model.head_in_sampler = False
+        self.model.partial_forward = None
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """Nothing beyond vLLM's own dummy inputs."""

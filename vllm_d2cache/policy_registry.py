@@ -28,6 +28,7 @@ BUILT_IN = {
     "entropy": "vllm_d2cache.policies.entropy:EntropyPolicy",
     "window_diffusion": "vllm_d2cache.policies.window_diffusion:WindowDiffusionPolicy",
     "streaming": "vllm_d2cache.policies.streaming:StreamingPolicy",
+    "dllm_cache": "vllm_d2cache.policies.dllm_cache:DLLMCachePolicy",
     "sparse_dllm": "vllm_d2cache.policies.sparse_dllm:SparseDLLMPolicy",
 }
 

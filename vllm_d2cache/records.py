@@ -141,6 +141,27 @@ class StepOutcome:
         )
 
 
+class StoredOutputs(NamedTuple):
+    """Refreshed rows that layers behind the first one need not compute, as they have stored an output for them."""
+
+    rows: torch.Tensor  # [R, T] bool, positions from the one before the canvas on
+    compared: torch.Tensor  # [R, T] bool, of these: their values are recomputed in every layer, and
+    count: torch.Tensor  # [R] int64, so many of them, whose values changed most, are computed after all
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """StoredOutputs of the rows of a step, as the layers need them."""
+
+    stored: torch.Tensor  # [N] bool
+    compared: torch.Tensor  # [m] int64 ascending rows
+    request: torch.Tensor  # [N] int64, row of the batch each belongs to
+    count: torch.Tensor  # [R] int64
+    computed: list[int]  # rows of each request that a layer behind the first one computes
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]]  # request -> its rows whose outputs are kept, and their places
+    capacity: dict[int, int]  # request -> places
+
+
 class KeptKeys(NamedTuple):
     """Keys beyond the visible ones, another set in each layer; each [R]. A request may choose them once in a while."""
 
@@ -172,6 +193,7 @@ class StepPlan:
     # policies with ``hides_keys``; None = all.
     visible: torch.Tensor | None = None
     kept: KeptKeys | None = None  # of policies with ``hides_keys`` whose key sets differ between layers
+    stored: StoredOutputs | None = None  # of policies with ``stores_outputs``
 
 
 @dataclass(frozen=True)
@@ -185,6 +207,7 @@ class StepRows:
     reads_importance: list[bool]  # the request's policy wants the attention rollout
     keys: list[torch.Tensor | None]  # of each request: [n] int64 ascending positions its rows attend to; None = all
     choices: list[KeyChoice | None]  # of each request whose keys differ from layer to layer
+    stored: StoredRows | None  # where some request's policy stores outputs
     positions: torch.Tensor  # [N] int64, absolute
     input_ids: torch.Tensor  # [N] int32
     request: torch.Tensor  # [N] int64, row of the batch each belongs to

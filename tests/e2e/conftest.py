@@ -126,6 +126,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"policy": "window_diffusion", "outer_window": 9, "inner_window": 4, "phase_steps": 5},
     {"policy": "streaming", "window": 8, "suffix_window": 6, "tokens_per_step": 2},
     {"policy": "sparse_dllm", "window": 8, "keep_ratio": 0.3},
+    {"policy": "dllm_cache", "kp": 7, "kr": 3, "rou": 0.3, "window": 8},
     {"policy": "entropy", "entropy_tau": 3.0, "entropy_k": 3, "score": "entropy"},
 ]
 

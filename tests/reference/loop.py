@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from tests.reference.dense import DenseModel
+from tests.reference.dllm import DLLMCache
 from tests.reference.oracle import SERVER
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions, parse_server_options
@@ -28,6 +29,7 @@ class Job:
     steps: list[tuple[list[int] | None, list[tuple[int, int]]]] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     masked_left: int = -1
+    layers: DLLMCache | None = None  # of the policy dllm_cache
 
 
 def run_jobs(
@@ -51,6 +53,8 @@ def run_jobs(
                 request = Request(f"r{i}", len(job.prompt), job.canvas_length, options, job.sampling)
                 denoiser.add(i, request, np.array(job.prompt))
                 models[i].reset(len(job.prompt) + job.canvas_length)
+                if options.policy == "dllm_cache":
+                    job.layers = DLLMCache(models[i], len(job.prompt), **options.policy_options)
                 running.append(i)
         if running:
             _step(denoiser, models, jobs, running)
@@ -73,7 +77,12 @@ def _step(denoiser: Denoiser, models: list[DenseModel], jobs: list[Job], running
     for r, (i, count) in enumerate(zip(running, rows.counts, strict=True)):
         positions = rows.positions[offset : offset + count]
         models[i].visible, models[i].choice = rows.keys[r], rows.choices[r]
-        out, maps = models[i].forward(rows.input_ids[offset : offset + count].long(), positions)
+        cache = jobs[i].layers
+        if cache is not None:
+            total = len(jobs[i].prompt) + jobs[i].canvas_length
+            out, maps = cache.forward(denoiser.canvas.tokens[i, :total].long())[positions], []
+        else:
+            out, maps = models[i].forward(rows.input_ids[offset : offset + count].long(), positions)
         hidden.append(out)
         if rows.reads_importance[r]:
             layers = [push_back_map(m) for m in reversed(maps)]

@@ -46,7 +46,7 @@ def case_names(family: str = "llada") -> list[str]:
             continue
         # Without the repair the search window is a different one by design (docs/architecture.md).
         repaired = cache is not None and cache["kind"] == "d2cache" and "block_mask" in raw["repairs"]
-        if cache is None or cache["kind"] == "prefix" or repaired:
+        if cache is None or cache["kind"] in ("prefix", "dllm") or repaired:
             names.append(path.stem)
     return names
 
@@ -56,7 +56,7 @@ def _policy(cache: dict[str, Any] | None) -> str:
         return "full"
     if cache["kind"] == "prefix":
         return "dual" if cache["use_dual"] else "prefix"
-    return cache["kind"]
+    return {"dllm": "dllm_cache"}.get(cache["kind"], cache["kind"])
 
 
 def load_case(name: str) -> OracleCase:
@@ -82,12 +82,19 @@ def load_case(name: str) -> OracleCase:
             "selection_sigma": cache["sigma"],
             "confidence_memory": "latest" if "conf_cache" in raw["repairs"] else "first",
         }
+    if cache and cache["kind"] == "dllm":
+        options |= {name: cache[name] for name in ("kp", "kr", "rou")}
     steps = []
     for step in raw["steps"]:
         active = step["active_positions"]
         moves = step["transfer"][0]
         pairs = list(zip(moves["positions"], moves["tokens"], strict=True))
-        steps.append((None if active is None else sorted(active[0]), sorted(pairs)))
+        refreshed = None if active is None else sorted(active[0])
+        if "dllm_layers" in step and not step["dllm_layers"][1]["refresh_prompt"]:
+            # The published code carries the prompt's rows along, where no layer behind the first one computes them.
+            canvas = len(raw["input_ids"][0])
+            refreshed = list(range(canvas, canvas + length))
+        steps.append((refreshed, sorted(pairs)))
     return OracleCase(name, raw["input_ids"][0], length, options, steps, raw["final_tokens"][0])
 
 

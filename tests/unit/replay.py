@@ -13,7 +13,7 @@ from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.ops.row_stats import RowStats
-from vllm_d2cache.records import FamilyTraits, KeyChoice, SamplingSpec
+from vllm_d2cache.records import FamilyTraits, KeyChoice, SamplingSpec, StoredRows
 
 MASK = 370
 
@@ -26,6 +26,7 @@ class Replayed:
     candidates: list[int]  # slots that could be committed
     keys: list[int] | None  # positions the rows attend to; None = all
     choice: KeyChoice | None
+    stored: StoredRows | None
 
 
 def replay(
@@ -61,7 +62,13 @@ def replay(
         candidates = rows.candidates[0].nonzero().flatten().tolist()
         keys = rows.keys[0]
         steps.append(
-            Replayed(rows.positions.tolist(), candidates, None if keys is None else keys.tolist(), rows.choices[0])
+            Replayed(
+                rows.positions.tolist(),
+                candidates,
+                None if keys is None else keys.tolist(),
+                rows.choices[0],
+                rows.stored,
+            )
         )
     return steps
 

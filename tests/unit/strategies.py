@@ -79,6 +79,11 @@ POLICIES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "inner_window": st.sampled_from([1, 2, 4, 10**30]),
         "phase_steps": st.sampled_from([1, 2, 5, 10**30]),
     },
+    "dllm_cache": {
+        "kp": st.sampled_from([1, 2, 7, 10**30]),
+        "kr": st.sampled_from([1, 2, 3, 10**30]),
+        "rou": st.sampled_from([0, 0.1, 0.3, 1]),
+    },
     "sparse_dllm": {
         "keep_ratio": st.sampled_from([0, 0.3, 0.5, 1]),
         "kernel_size": st.sampled_from([1, 2, 3, 10**30]),

@@ -29,6 +29,12 @@ class D2CacheMetadata(AttentionMetadata):
     capture: ImportanceCapture
     layer_keys: LayerKeys | None = None  # where the keys of some request differ from layer to layer
 
+    def use_layout(self, layout: PagedLayout) -> None:
+        """The next layer's rows are those of ``layout``."""
+        self.layout = self.capture.layout = layout
+        if self.layer_keys is not None:
+            self.layer_keys.layout = layout
+
 
 class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
     """Attention of one layer."""

@@ -27,6 +27,7 @@ from vllm_d2cache.attention.backend import D2CacheAttentionBackend
 from vllm_d2cache.models.configs import DiffusionLMConfig
 from vllm_d2cache.models.experts import SparseMLP
 from vllm_d2cache.models.shape import TransformerShape
+from vllm_d2cache.stored_outputs import PartialForward
 
 # A buffer that some tools save; it follows from config.json.
 _REDUNDANT = "rotary_emb.inv_freq"
@@ -97,6 +98,12 @@ class SelfAttention(nn.Module):
         out, _ = self.o_proj(self.attn(q, k, v))
         return out
 
+    def values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, d] normed rows -> [n, kv heads, head size]."""
+        # The joint projection, as its weights may be packed or quantised: they are not for others to cut.
+        value = self.qkv_proj(hidden)[0].split(self.sizes, dim=-1)[2]
+        return value.reshape(len(hidden), -1, self.attn.head_size)
+
 
 def _each_head(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
     """``norm`` over each head of [N, heads * head size]."""
@@ -161,6 +168,16 @@ class TransformerLayer(nn.Module):
         hidden, residual = self.post_attention_layernorm(hidden, residual)
         return self.mlp(hidden), residual
 
+    def values(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """[n, kv heads, head size] values of rows [n, d] before the layer (stored_outputs.Layer)."""
+        normed, _ = self.input_layernorm(hidden, residual)
+        return self.self_attn.values(normed)
+
+    @property
+    def pages(self) -> torch.Tensor:
+        """[blocks, kv heads, block size, 2 * head size] K and V of this layer (stored_outputs.Layer)."""
+        return self.self_attn.attn.kv_cache
+
 
 class DiffusionLM(nn.Module):
     """A masked diffusion language model; subclasses name the tensors of their checkpoints."""
@@ -202,6 +219,8 @@ class DiffusionLM(nn.Module):
         # Set by the model state while a step is under way: the sampler then applies the head itself, a tile of rows
         # at a time, and compute_logits hands the hidden states through.
         self.head_in_sampler = False
+        # Likewise, where a request's policy stores outputs of layers: runs the layers in place of the plain loop.
+        self.partial_forward: PartialForward | None = None
 
     @staticmethod
     def tensor_shapes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
@@ -229,8 +248,11 @@ class DiffusionLM(nn.Module):
         """[N] token ids at [N] absolute positions, in any order -> [N, d] final hidden states."""
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         residual = None
-        for layer in self.layers:
-            hidden, residual = layer(positions, hidden, residual)
+        if self.partial_forward is not None:
+            hidden, residual = self.partial_forward.run(self.layers, positions, hidden)
+        else:
+            for layer in self.layers:
+                hidden, residual = layer(positions, hidden, residual)
         hidden, _ = self.norm(hidden, residual)
         return hidden
 

@@ -43,6 +43,8 @@ class CachePolicy(ABC):
     """Whether the engine must compute the entropy of the predicted slots' distributions."""
     hides_keys: ClassVar[bool] = False
     """Whether the plans say which positions are visible; without it, rows attend to all."""
+    stores_outputs: ClassVar[bool] = False
+    """Whether the engine must keep the outputs of layers for the canvas of this policy's requests."""
 
     def __init__(
         self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None

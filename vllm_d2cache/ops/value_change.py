@@ -1,0 +1,55 @@
+"""How much the values of rows have changed since they were last written to their pages, and which changed most."""
+
+from __future__ import annotations
+
+import torch
+
+
+def swap_values(kv_cache: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Write fresh values to their pages, in place, and return those that were there.
+
+    Args:
+        kv_cache: [blocks, kv heads, block size, 2 * head size], keys first.
+        value: [n, kv heads, head size].
+        slots: [n] int64, block * block size + offset.
+
+    Returns:
+        [n, kv heads, head size].
+    """
+    block_size, head_size = kv_cache.shape[2], value.shape[2]
+    pages = kv_cache.permute(0, 2, 1, 3)[..., head_size:]
+    block = slots.div(block_size, rounding_mode="floor")
+    offset = slots - block * block_size
+    old = pages[block, offset]
+    pages[block, offset] = value
+    return old
+
+
+def similarity_parts(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """[n, 3] float32: product and squared lengths of new and old values [n, kv heads, head size].
+
+    They are sums over heads: ranks that hold different heads add them up.
+    """
+    new, old = new.float().flatten(1), old.float().flatten(1)
+    return torch.stack([(new * old).sum(1), (new * new).sum(1), (old * old).sum(1)], 1)
+
+
+def cosine(parts: torch.Tensor) -> torch.Tensor:
+    """[n] float32 cosine similarity from its parts [n, 3]."""
+    product, new, old = parts.unbind(1)
+    return product / (new.sqrt() * old.sqrt()).clamp(min=1e-8)
+
+
+def least_similar(similarity: torch.Tensor, request: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """[n] bool: the ``count`` rows of each request with the smallest similarity. Ties go to the earlier row.
+
+    Args:
+        similarity: [n] float32.
+        request: [n] int64 ascending, the request each row belongs to.
+        count: [R] int64, of each request.
+    """
+    by_similarity = similarity.argsort(stable=True)
+    order = by_similarity[request[by_similarity].argsort(stable=True)]  # by request, then by similarity
+    start = torch.searchsorted(request, torch.arange(count.shape[0], device=request.device))
+    rank = torch.arange(request.shape[0], device=request.device) - start[request]
+    return torch.zeros_like(request, dtype=torch.bool).scatter_(0, order, rank < count[request])

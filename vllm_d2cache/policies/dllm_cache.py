@@ -1,0 +1,70 @@
+"""dLLM-Cache: layers keep their outputs; a step computes the rows whose values have changed most.
+
+d2cache.md, section 6, and the exact cheaper forms of rivals.md, section 5.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from vllm_d2cache.canvas import canvas_to_positions
+from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.option_types import Number
+from vllm_d2cache.policies.base import CachePolicy, nothing
+from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan, StoredOutputs
+
+
+class DLLMCachePolicy(CachePolicy):
+    """Prompt every ``kp`` steps, canvas every ``kr`` steps; in between a share ``rou`` of the canvas in each layer.
+
+    The first layer always computes the whole canvas. Prompt rows leave the network between their refreshes: there
+    nothing but their K and V is read, and those do not change.
+    """
+
+    name = "dllm_cache"
+    options: ClassVar = {
+        "kp": Number(int, 1, note="steps", default=50),
+        "kr": Number(int, 1, note="steps", default=4),
+        "rou": Number(float, 0, 1, note="share of the canvas", default=0.25),
+    }
+    defaults: ClassVar = {"window": 32, "sigma": 0.0}
+    stores_outputs = True
+
+    def __init__(
+        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
+    ) -> None:
+        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
+        self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # number of the step under way
+
+    @staticmethod
+    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
+        """All positions, when the prompt is refreshed; a refresh budget does not apply."""
+        return prompt_len + canvas_len
+
+    def first_plan(self, view: CanvasView) -> StepPlan:
+        """Everything, in all layers."""
+        self.step[view.slots] = 0
+        return self._plan(view, torch.zeros_like(view.slots))
+
+    def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
+        """The canvas, and the prompt where it is due."""
+        self.step[view.slots] += 1
+        return self._plan(view, self.step[view.slots])
+
+    def _plan(self, view: CanvasView, step: torch.Tensor) -> StepPlan:
+        """Step number ``step`` [R]."""
+        prompt_due = (step % self.option("kp", view) == 0).unsqueeze(1)
+        canvas_due = (step % self.option("kr", view) == 0).unsqueeze(1)
+        share = self.option("rou", view)
+        canvas = canvas_to_positions(view.in_canvas, view)
+        # In a shifted family the first slot is read from a prompt row, which goes on with what its layers stored.
+        source = self.read_from(view.in_canvas, view) & ~canvas
+        stored = StoredOutputs(
+            rows=(canvas & ~canvas_due) | (source & ~prompt_due),
+            compared=canvas & ~canvas_due & (share > 0).unsqueeze(1),
+            count=(share * view.canvas_len).floor().long(),
+        )
+        refresh = torch.where(prompt_due, view.in_text, canvas | source)
+        return StepPlan(refresh, nothing(view), stored=stored)
