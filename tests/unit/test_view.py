@@ -269,7 +269,7 @@ def test_plays_to_the_end_and_pauses(page: Page, tmp_path: Path) -> None:
     page.run("document.querySelector('#speed').value = '5'")
     page.press(" ")
     assert text(page, "#play") == "Pause"
-    assert text(page, "#where").startswith("step 0")
+    assert text(page, "#where").startswith("step ")  # which one depends on how busy the machine is
     end = (
         f"new Promise(ok => {{ const look = () => done === {steps} && !timer ? ok(1) : setTimeout(look, 20); look() }})"
     )
