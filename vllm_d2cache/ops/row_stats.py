@@ -10,8 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_d2cache.ops.dispatch import dispatched
+
 # Rows whose logits exist at one time: bounds the transient to ROWS_PER_TILE x vocabulary, whatever the batch.
 ROWS_PER_TILE = 64
+# On a GPU each tile reads the LM head (1 GB for 8B models) again: more rows, so that this is not what takes the time.
+CUDA_ROWS_PER_TILE = 256
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,10 @@ def row_stats(
         mask_token_id: never chosen, though it keeps its share of the softmax.
     """
     tiles = []
-    for i in range(0, hidden.shape[0], ROWS_PER_TILE):
-        j = min(i + ROWS_PER_TILE, hidden.shape[0])
-        logits = lm_head(hidden[i:j]).float()
-        tiles.append(_tile_stats(logits, params.tile(i, j), mask_token_id, want_margin, want_entropy))
+    step = CUDA_ROWS_PER_TILE if hidden.device.type == "cuda" else ROWS_PER_TILE
+    for i in range(0, hidden.shape[0], step):
+        j = min(i + step, hidden.shape[0])
+        tiles.append(tile_stats(lm_head(hidden[i:j]), params.tile(i, j), mask_token_id, want_margin, want_entropy))
     if not tiles:
         none = torch.empty(0, device=hidden.device)
         return RowStats(none.long(), none, none if want_margin else None, none if want_entropy else None)
@@ -80,14 +84,28 @@ def row_stats(
     )
 
 
-def _tile_stats(
-    logits: torch.Tensor, params: RowParams, mask_token_id: int, want_margin: bool, want_entropy: bool
-) -> RowStats:
-    """Statistics of [m, vocab] fp32 logits, which are overwritten."""
+def scaled_logits(logits: torch.Tensor, params: RowParams, mask_token_id: int) -> torch.Tensor:
+    """[m, vocab] logits in fp32, after temperature, nucleus and top-k; ``logits`` may be overwritten."""
+    logits = logits.float()
     if params.samples:
         logits /= torch.where(params.temperature > 0, params.temperature, 1.0).unsqueeze(1)
     if params.filters:
         logits = _filter(logits, params.top_p, params.top_k, mask_token_id)
+    return logits
+
+
+@dispatched("vllm_d2cache.ops.triton.row_stats")
+def tile_stats(
+    logits: torch.Tensor,
+    params: RowParams,
+    mask_token_id: int,
+    want_margin: bool,
+    want_entropy: bool,
+    scaled: bool = False,
+) -> RowStats:
+    """Statistics of [m, vocab] logits, which may be overwritten; ``scaled``: they come from :func:`scaled_logits`."""
+    if not scaled:
+        logits = scaled_logits(logits, params, mask_token_id)
     probs = torch.softmax(logits, dim=-1)
     margin = entropy = None
     if want_margin:
