@@ -8,6 +8,7 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.row_stats import row_stats
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class D2CacheSampler:
             state.tracer.step(rows, result, denoiser.canvas)
         # The worker's computed count stays where the scheduler rolls it back to.
         budgets = [denoiser.canvas.requests[s].row_budget for s in rows.slots]
-        rejected = torch.tensor(budgets, dtype=torch.int32, device=logits.device)
+        rejected = upload(budgets, torch.int32, logits.device)
         state.finish_step()
         return SamplerOutput(result.tokens, None, None, result.num_tokens, rejected)
 
