@@ -19,6 +19,7 @@ SECTION = "d2cache"
 POLICIES = ("d2cache", "full")
 SCORES = ("confidence", "margin", "entropy")
 CONFIDENCE_MEMORIES = ("first", "latest")
+ATTENTION_BACKENDS = ("triton", "xformers", "torch")
 
 # Canvas length of a request that names no max_tokens (the published gen_length of most tasks).
 DEFAULT_CANVAS_LENGTH = 256
@@ -84,8 +85,9 @@ REQUEST_FIELDS: dict[str, _Number | _Choice] = {
     "confidence_memory": _Choice(CONFIDENCE_MEMORIES),
     "confidence_top_p": _Number(float, 0, 1, open_low=True, note="1 = off"),
 }
-SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget")
+SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget", "attention_backend")
 _BUDGET = _Number(int, 1, note="rows per request and step")
+_BACKEND = _Choice(ATTENTION_BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,13 @@ class ServerOptions:
         trace_dir: directory for per-request traces; None = off.
         refresh_budget: rows a request may recompute in a step after its first; None = as many as its policy
             asks for. What does not fit waits for the next step, which makes results approximate.
+        attention_backend: what computes on a GPU, one of :data:`ATTENTION_BACKENDS`; None = triton there, torch on CPU.
     """
 
     request_defaults: Mapping[str, Any]
     trace_dir: str | None = None
     refresh_budget: int | None = None
+    attention_backend: str | None = None
 
     def resolve(self, request: Mapping[str, Any]) -> RequestOptions:
         """Options of one request from its own settings (already parsed) over the server's over the defaults."""
@@ -185,7 +189,7 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
     if raw is not None and not isinstance(raw, Mapping):
         raise OptionError(f'additional_config["{SECTION}"]: must be an object, got {raw!r}')
     defaults: dict[str, Any] = {}
-    trace_dir, budget = None, None
+    trace_dir, budget, backend = None, None, None
     for name, value in (raw or {}).items():
         label = f'additional_config["{SECTION}"]["{name}"]'
         if name in REQUEST_FIELDS:
@@ -198,10 +202,14 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
             budget = None if value is None else _BUDGET.parse(value)
             if value is not None and budget is None:
                 raise OptionError(f"{label}: must be {_BUDGET.describe()}, got {value!r}")
+        elif name == "attention_backend":
+            backend = None if value is None else _BACKEND.parse(value)
+            if value is not None and backend is None:
+                raise OptionError(f"{label}: must be {_BACKEND.describe()}, got {value!r}")
         else:
             valid = ", ".join([*REQUEST_FIELDS, *SERVER_ONLY_FIELDS])
             raise OptionError(f"{label}: unknown option; valid options are {valid}")
-    options = ServerOptions(defaults, trace_dir, budget)
+    options = ServerOptions(defaults, trace_dir, budget, backend)
     options.resolve({})
     return options
 
