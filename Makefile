@@ -17,11 +17,11 @@ test_env := HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 DO_NOT_TRACK=1 VLLM_NO_USA
 pytest := $(test_env) OMP_NUM_THREADS=1 $(bin)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test unit lint format bench load eval train clean
+.PHONY: help env demo test unit kernels test-gpu lint format bench bench-gpu load eval train clean
 
 help:  ## show this list
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv] [BACKEND=auto|cpu|cuda]'
-	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
 
 env:  ## build the environment, or bring it up to date (no effect when nothing has changed)
 	@test -n "$(PYTHON)" || \
@@ -31,12 +31,19 @@ env:  ## build the environment, or bring it up to date (no effect when nothing h
 demo: env  ## serve the tiny checkpoint with `vllm serve` and compare d2Cache with full recompute
 	@$(bin)/python tools/demo.py
 
-test: lint unit  ## all tests: lint, unit tests, property tests, tests inside vLLM, end to end (minutes)
+test: lint unit kernels  ## all tests: lint, unit and property tests, kernels, tests inside vLLM, end to end (minutes)
 	$(pytest) -n auto tests/unit tests/ops -m "(hypothesis or slow) and not vllm and not gpu"
 	$(pytest) tests/vllm tests/e2e
 
 unit: env  ## tests that need neither vLLM nor a GPU, but for the long ones (under a minute)
 	$(pytest) -n auto tests/unit tests/ops -m "not hypothesis and not slow and not vllm and not gpu"
+
+kernels: env  ## Triton kernels against their PyTorch twins, in Triton's interpreter on CPU (two minutes)
+	TRITON_INTERPRET=1 $(pytest) tests/triton
+
+test-gpu: env  ## kernels and ops on a GPU, real shapes included
+	@$(bin)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no GPU: nothing to test")'
+	$(pytest) tests/triton tests/ops
 
 lint: env  ## ruff: errors, import order, format
 	$(bin)/ruff check .
@@ -48,6 +55,9 @@ format: env  ## apply ruff's fixes and format
 
 bench: env  ## CPU benchmark of a step
 	$(test_env) $(bin)/python -m benchmarks.cpu.step_speed
+
+bench-gpu: env  ## GPU benchmark: correctness, ceilings of the card, kernels, engine steps
+	$(test_env) $(bin)/python -m benchmarks.gpu
 
 eval: env .venv-eval/bin/lm_eval  ## lm-evaluation-harness over the server: scores and costs (ARGS='--help' lists options)
 	DO_NOT_TRACK=1 VLLM_NO_USAGE_STATS=1 $(bin)/python -m benchmarks.quality $(ARGS)

@@ -149,9 +149,9 @@ def make_view(
 
 
 def canvas_to_positions(mask: torch.Tensor, view: CanvasView, shift: int = 0) -> torch.Tensor:
-    """[R, G] bool over canvas slots as [R, T] bool over positions, moved left by ``shift``."""
+    """[R, G] bool (or numbers) over canvas slots as [R, T] over positions, moved left by ``shift``; elsewhere 0."""
     index = view.prompt_len.unsqueeze(1) + view.slot_index - shift
-    # Slots past a row's canvas are False; they land in a column that is cut off.
+    # Slots past a row's canvas land in a column that is cut off.
     index = torch.where(view.in_canvas, index, view.num_positions)
     out = mask.new_zeros(mask.shape[0], view.num_positions + 1)
     return out.scatter_(1, index, mask)[:, : view.num_positions]

@@ -27,6 +27,7 @@ REQUEST_KEYS = (CANVAS, REPORT)
 POLICIES = tuple(POLICY_CLASSES)  # names alone: the classes are loaded when they are needed
 SCORES = ("confidence", "margin", "entropy")
 CONFIDENCE_MEMORIES = ("first", "latest")
+ATTENTION_BACKENDS = ("triton", "xformers", "torch")
 
 # Decoder -> the options that only some decoders read. A request that names one its decoder does not read is refused.
 DECODER_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -80,9 +81,10 @@ REQUEST_FIELDS: dict[str, _Number | _Choice] = {
     "leap_threshold": _Number(float, 0, 1),
     "leap_radius": _Number(int, 0, note="positions"),
 }
-SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget", "max_canvas", "token_frequencies")
+SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget", "max_canvas", "token_frequencies", "attention_backend")
 _BUDGET = _Number(int, 1, note="rows per request and step")
 _MAX_CANVAS = _Number(int, DEFAULT_CANVAS_LENGTH, note="positions; the default canvas must fit")
+_BACKEND = _Choice(ATTENTION_BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ class ServerOptions:
             asks for. What does not fit waits for the next step, which makes results approximate.
         max_canvas: longest canvas a request may ask for; None = whatever fits behind its prompt.
         token_frequencies: ``.npy`` file of corpus frequencies for the pc decoder; None = there is none.
+        attention_backend: what computes on a GPU, one of :data:`ATTENTION_BACKENDS`; None = triton there, torch on CPU.
     """
 
     request_defaults: Mapping[str, Any]
@@ -208,6 +211,7 @@ class ServerOptions:
     refresh_budget: int | None = None
     max_canvas: int | None = None
     token_frequencies: str | None = None
+    attention_backend: str | None = None
 
     def check_canvas_length(self, length: int) -> None:
         """Refuse a canvas that is longer than the operator allows.
@@ -337,7 +341,7 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
     if raw is not None and not isinstance(raw, Mapping):
         raise OptionError(f'additional_config["{SECTION}"]: must be an object, got {raw!r}')
     defaults: dict[str, Any] = {}
-    trace_dir, budget, max_canvas, frequencies = None, None, None, None
+    trace_dir, budget, max_canvas, frequencies, backend = None, None, None, None, None
     for name, value in (raw or {}).items():
         label = f'additional_config["{SECTION}"]["{name}"]'
         if name in option_types():
@@ -358,11 +362,15 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
             max_canvas = None if value is None else _MAX_CANVAS.parse(value)
             if value is not None and max_canvas is None:
                 raise OptionError(f"{label}: must be {_MAX_CANVAS.describe()}, got {value!r}")
+        elif name == "attention_backend":
+            backend = None if value is None else _BACKEND.parse(value)
+            if value is not None and backend is None:
+                raise OptionError(f"{label}: must be {_BACKEND.describe()}, got {value!r}")
         else:
             valid = ", ".join([*option_types(), *SERVER_ONLY_FIELDS])
             raise OptionError(f"{label}: unknown option; valid options are {valid}")
     option_types()  # says now, not at the first request, what is wrong with a policy from outside
-    options = ServerOptions(defaults, trace_dir, budget, max_canvas, frequencies)
+    options = ServerOptions(defaults, trace_dir, budget, max_canvas, frequencies, backend)
     options.resolve({})
     return options
 

@@ -16,6 +16,7 @@ from vllm_d2cache.config import SCORES, ServerOptions
 from vllm_d2cache.constraints import Constraints
 from vllm_d2cache.counters import StepCounters
 from vllm_d2cache.ops.density import certainty_density
+from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.random import uniform
 from vllm_d2cache.ops.row_stats import RowParams, RowStats, row_stats
 from vllm_d2cache.policies import POLICY_CLASSES, CachePolicy
@@ -101,11 +102,13 @@ class Denoiser:
         predictable = computed & view.masked & view.live
         predicted = predictable & (eligible | observe)
 
-        counts = refresh.sum(1).tolist()
+        # The one place of a step that waits for the device: how many rows, and how many of them lead to logits.
+        # (Policies that hide keys or store outputs wait once more.)
+        counts, predictions = torch.stack([refresh.sum(1), predicted.sum(1)]).tolist()
         keys, choices = self._visible_keys(view, requests, refresh)
-        request, positions = refresh.nonzero(as_tuple=True)
+        request, positions = refresh.nonzero_static(size=sum(counts)).unbind(1)
         row_of = refresh.view(-1).cumsum(0).view_as(refresh) - 1  # [R, T] row of each refreshed position
-        who, slot = predicted.nonzero(as_tuple=True)
+        who, slot = predicted.nonzero_static(size=sum(predictions)).unbind(1)
         return StepRows(
             view=view,
             slots=list(slots_host),
@@ -296,21 +299,21 @@ class Denoiser:
 
     def _commit(self, view: CanvasView, committed: torch.Tensor, token: torch.Tensor) -> CanvasView:
         """Write the committed tokens; returns the canvases after it."""
-        canvas = self.canvas
-        width = committed.shape[1]
-        who, slot = committed.nonzero(as_tuple=True)
-        chosen = token[who, slot]
-        slots = view.slots[who]
-        canvas.tokens[slots, view.prompt_len[who] + slot] = chosen
-        canvas.masked[slots, slot] = False
-        stops = (chosen.unsqueeze(1) == canvas.stop_ids[slots]).any(1)
-        canvas.terminal[slots, slot] = stops
+        canvas, width = self.canvas, committed.shape[1]
+        text = canvas.tokens[view.slots, : view.num_positions]
+        chosen = torch.where(canvas_to_positions(committed, view), canvas_to_positions(token, view), text)
+        canvas.tokens[view.slots, : view.num_positions] = chosen
+        stops = (token.unsqueeze(2) == canvas.stop_ids[view.slots].unsqueeze(1)).any(2)
+        masked = canvas.masked[view.slots, :width] & ~committed
+        terminal = canvas.terminal[view.slots, :width] | (stops & committed)
+        canvas.masked[view.slots, :width] = masked
+        canvas.terminal[view.slots, :width] = terminal
         return make_view(
             view.slots,
             view.prompt_len,
             view.canvas_len,
-            canvas.masked[view.slots, :width],
-            canvas.terminal[view.slots, :width],
+            masked,
+            terminal,
             view.num_positions,
             view.options,
         )
@@ -341,7 +344,7 @@ class Denoiser:
             if all(n == name for n in names):
                 self._store(self._policy(name).next_plan(view, outcome), view)
                 continue
-            rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=self.canvas.device)
+            rows = upload([i for i, n in enumerate(names) if n == name], torch.int64, self.canvas.device)
             part = view.select(rows)
             self._store(self._policy(name).next_plan(part, outcome.select(rows)), part)
 

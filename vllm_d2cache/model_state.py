@@ -14,6 +14,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -31,12 +32,15 @@ from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.infill import parse_canvas
 from vllm_d2cache.logprobs import LogprobRecorder
 from vllm_d2cache.models.weight_check import check_finite
+from vllm_d2cache.ops.backends import AttentionShape, select_backend
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.records import EditSpec, SamplingSpec, StepRows
 from vllm_d2cache.runner_sampler import D2CacheSampler
 from vllm_d2cache.stored_outputs import OutputStore, PartialForward
 from vllm_d2cache.trace import TraceRecorder
+
+logger = init_logger(__name__)
 
 
 class D2CacheModelState(ModelState):
@@ -49,6 +53,8 @@ class D2CacheModelState(ModelState):
         check_finite(model.named_parameters())
         additional = vllm_config.additional_config
         self.options = parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
+        backend = select_backend(self.options.attention_backend, device, _attention_shape(vllm_config))
+        logger.info("vllm-d2cache computes attention, maps and statistics on %s with %s.", device, backend)
         self.denoiser = Denoiser(self.max_num_reqs, self.max_model_len, device, model.traits, self.options)
         self.logprobs = LogprobRecorder(self.denoiser.canvas)
         # Every rank computes the same; one of them writes.
@@ -206,6 +212,18 @@ class D2CacheModelState(ModelState):
         req_states: RequestState,
     ) -> None:
         """Token ids only."""
+
+
+def _attention_shape(config: VllmConfig) -> AttentionShape:
+    """What a rank's attention looks like."""
+    model, parallel = config.model_config, config.parallel_config
+    return AttentionShape(
+        model.get_num_attention_heads(parallel),
+        model.get_num_kv_heads(parallel),
+        model.get_head_size(),
+        config.cache_config.block_size,
+        model.dtype,
+    )
 
 
 def _sampling_spec(params: SamplingParams, req_id: str, engine_seed: int) -> SamplingSpec:

@@ -9,6 +9,8 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from vllm_d2cache.ops.host import upload
+
 if TYPE_CHECKING:
     from vllm_d2cache.model_state import D2CacheModelState
 
@@ -59,7 +61,7 @@ class D2CacheSampler:
             state.tracer.step(rows, result, denoiser.canvas, stats.confidence)
         # The worker's computed count stays where the scheduler rolls it back to.
         budgets = [denoiser.canvas.requests[s].row_budget for s in rows.slots]
-        rejected = torch.tensor(budgets, dtype=torch.int32, device=logits.device)
+        rejected = upload(budgets, torch.int32, logits.device)
         state.finish_step()
         logprobs = LogprobsTensors(*emitted) if emitted is not None else None
         # Rows and commits of each request: compat/internals.py, take_step_report.

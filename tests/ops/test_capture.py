@@ -81,7 +81,7 @@ def test_stored_maps_and_replayed_queries_agree(monkeypatch: pytest.MonkeyPatch,
     for share in (0, 1 << 30):  # every map kept, none kept
         monkeypatch.setattr(module, "_MAP_SHARE", share)
         capture = forward.run([True, True])
-        assert all((m is not None) == (share == 0) for m in capture.maps[0])
+        assert all((m is not None) == (share == 0) for m in capture.layers[0].maps)
         by_path.append(capture.importance(129))
     torch.testing.assert_close(by_path[0], by_path[1], rtol=1e-5, atol=1e-6)
 
@@ -93,8 +93,8 @@ def test_only_wanted_requests_cost_anything() -> None:
     got = capture.importance(129)
     assert got is not None
     assert (got[[0, 2]] == 0).all()
-    assert [m is not None for m in capture.maps[0]] == [False, True, False]
-    assert capture.queries[0] == [None, None, None]
+    assert [m is not None for m in capture.layers[0].maps] == [False, True, False]
+    assert capture.layers[0].queries is None
     assert forward.run([False] * 3).importance(129) is None
 
 
@@ -102,11 +102,11 @@ def test_pool_memory_is_reused_and_its_old_contents_do_not_matter() -> None:
     pool = MapPool()
     big = one_table(Forward([30], [129]))
     first = big.run([True], pool)
-    used = first.maps[0][0]
+    used = first.layers[0].maps[0]
     assert used is not None
     small = one_table(Forward([5, 9], [63, 63]))
     second = small.run([True, True], pool)
-    again = second.maps[0][0]
+    again = second.layers[0].maps[0]
     assert again is not None
     assert again.untyped_storage().data_ptr() == used.untyped_storage().data_ptr()
     got = second.importance(63)

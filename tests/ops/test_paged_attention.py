@@ -224,6 +224,12 @@ def test_map_product_matches_the_map(
     torch.testing.assert_close(got.double(), want, **tolerance(torch.float32))
 
 
+def test_map_product_of_no_row_adds_nothing() -> None:
+    accumulator = torch.ones(20)
+    attention_map_product(torch.empty(0, 4, HEAD), torch.randn(2, 20, HEAD), 0.3, torch.empty(0), accumulator)
+    assert (accumulator == 1).all()
+
+
 def test_scale_is_applied_once_in_every_path() -> None:
     paged = make_paged([20], [63])
     query = torch.randn(20, 8, HEAD)

@@ -215,7 +215,7 @@ def test_unknown_request_keys_are_refused_with_the_valid_ones(key: str) -> None:
 def test_unknown_server_keys_are_refused_with_the_valid_ones(key: str) -> None:
     with pytest.raises(OptionError) as error:
         parse_server_options({key: 1})
-    for name in (*REQUEST_FIELDS, "trace_dir", "refresh_budget"):
+    for name in (*REQUEST_FIELDS, "trace_dir", "refresh_budget", "attention_backend"):
         assert name in str(error.value)
 
 
@@ -225,7 +225,7 @@ def test_pc_needs_a_table() -> None:
             parse_server_options(server).resolve(parse_request_options(request))
 
 
-@pytest.mark.parametrize("name", ["trace_dir", "refresh_budget", "token_frequencies"])
+@pytest.mark.parametrize("name", ["trace_dir", "refresh_budget", "token_frequencies", "attention_backend"])
 def test_server_only_keys_in_a_request_say_so(name: str) -> None:
     with pytest.raises(OptionError, match="server-wide only"):
         parse_request_options({f"d2cache_{name}": 1})

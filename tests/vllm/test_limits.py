@@ -20,14 +20,19 @@ pytestmark = pytest.mark.vllm
 
 def admit(monkeypatch: pytest.MonkeyPatch, canvas: int, additional: Any) -> Any:
     """Send a request through the patched front end of a server of ours."""
-    params = SimpleNamespace(max_tokens=canvas, extra_args=None)
-    request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1, 2])
+    params = SamplingParams(max_tokens=canvas)
+    request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1, 2], priority=0)
     stock = inspect.unwrap(InputProcessor.process_inputs)
     monkeypatch.setattr(InputProcessor, "process_inputs", stock)
     monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
     front_end.install_request_check(frozenset({"LLaDAModelLM"}))
-    model = SimpleNamespace(architectures=["LLaDAModelLM"], max_model_len=1000)
-    config = SimpleNamespace(additional_config=additional)
+    model = SimpleNamespace(
+        architectures=["LLaDAModelLM"],
+        max_model_len=1000,
+        hf_config=SimpleNamespace(mask_token_id=40),
+        get_vocab_size=lambda: 41,
+    )
+    config = SimpleNamespace(additional_config=additional, scheduler_config=SimpleNamespace(policy="fcfs"))
     return InputProcessor.process_inputs(SimpleNamespace(model_config=model, vllm_config=config))
 
 
@@ -59,7 +64,7 @@ def test_sleep_mode_is_refused_at_start_up() -> None:
         speculative_config=None,
         lora_config=None,
         cache_config=SimpleNamespace(cache_dtype="auto"),
-        model_config=SimpleNamespace(enable_sleep_mode=True, dtype="torch.bfloat16"),
+        model_config=SimpleNamespace(enable_sleep_mode=True, dtype="torch.bfloat16", logprobs_mode="raw_logprobs"),
     )
     (reason,) = _refusals(config)
     assert reason.startswith("--enable-sleep-mode (")

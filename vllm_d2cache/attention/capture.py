@@ -7,13 +7,16 @@ kept instead, the keys being in the cache anyway, and the map's rows are compute
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
-from vllm_d2cache.ops.paged_attention import PagedLayout, attention_map_product, read_kv
-from vllm_d2cache.ops.rollout import PushBack, push_back_map, rollout
+from vllm_d2cache.ops.dispatch import chosen
+from vllm_d2cache.ops.paged_attention import AttentionMaps, MapPlan, PagedLayout
+from vllm_d2cache.ops.rollout import LayerRecord, TensorParallel, batched_rollout
+
+__all__ = ["ImportanceCapture", "MapPool", "TensorParallel"]
 
 # A map is kept while rows * _MAP_SHARE <= T.
 _MAP_SHARE = 4
@@ -25,27 +28,14 @@ class MapPool:
     def __init__(self) -> None:
         self._memory: dict[int, torch.Tensor] = {}
 
-    def take(self, layer: int, shapes: list[tuple[int, int]], device: torch.device) -> list[torch.Tensor]:
-        """One float32 tensor of each shape, side by side in the layer's memory; contents undefined."""
-        need = sum(n * t for n, t in shapes)
+    def take(self, layer: int, elements: int, device: torch.device) -> torch.Tensor:
+        """Flat float32 memory of the layer, at least that long; contents undefined."""
         memory = self._memory.get(layer)
-        if memory is None or memory.numel() < need:
+        if memory is None or memory.numel() < elements:
             # Rounded up so that a slowly growing need does not allocate in every step.
-            memory = torch.empty(need + need // 4, device=device)
+            memory = torch.empty(elements + elements // 4, device=device)
             self._memory[layer] = memory
-        views, offset = [], 0
-        for n, t in shapes:
-            views.append(memory[offset : offset + n * t].view(n, t))
-            offset += n * t
-        return views
-
-
-@dataclass(frozen=True)
-class TensorParallel:
-    """How ranks that hold different heads agree."""
-
-    size: int
-    all_reduce: Callable[[torch.Tensor], torch.Tensor]  # sum over the ranks
+        return memory
 
 
 @dataclass
@@ -63,81 +53,54 @@ class ImportanceCapture:
     positions: torch.Tensor
     pool: MapPool
     tensor_parallel: TensorParallel | None = None
-    maps: list[list[torch.Tensor | None]] = field(default_factory=list)
-    queries: list[list[torch.Tensor | None]] = field(default_factory=list)
-    caches: list[tuple[torch.Tensor, float]] = field(default_factory=list)
+    layers: list[LayerRecord] = field(default_factory=list)
 
-    def _keeps_map(self, r: int) -> bool:
-        return self.wanted[r] and self.layout.counts[r] * _MAP_SHARE <= self.layout.lengths[r]
+    @cached_property
+    def _plan(self) -> MapPlan:
+        shapes = zip(self.layout.counts, self.layout.lengths, strict=True)
+        return MapPlan.pack(
+            [(n, t) if w and n * _MAP_SHARE <= t else None for (n, t), w in zip(shapes, self.wanted, strict=True)]
+        )
 
-    def start_layer(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> list[torch.Tensor | None]:
-        """Register a layer; returns where the attention op is to leave each request's map, or None."""
-        requests = range(len(self.wanted))
-        kept = [r for r in requests if self._keeps_map(r)]
-        shapes = [(self.layout.counts[r], self.layout.lengths[r]) for r in kept]
-        maps: list[torch.Tensor | None] = [None] * len(self.wanted)
-        for r, view in zip(kept, self.pool.take(len(self.maps), shapes, query.device), strict=True):
-            maps[r] = view
-        queries: list[torch.Tensor | None] = [None] * len(self.wanted)
-        offset = 0
-        for r in requests:
-            if self.wanted[r] and maps[r] is None:
-                queries[r] = query[offset : offset + self.layout.counts[r]].clone()
-            offset += self.layout.counts[r]
-        self.maps.append(maps)
-        self.queries.append(queries)
-        self.caches.append((kv_cache, scale))
+    @cached_property
+    def _replays(self) -> bool:
+        """Whether some request leaves queries instead of maps."""
+        return any(w and shape is None for w, shape in zip(self.wanted, self._plan.shapes, strict=True))
+
+    def start_layer(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> AttentionMaps:
+        """Register a layer; returns where the attention op is to leave its maps."""
+        plan = self._plan
+        lse = None
+        if self._replays and chosen(query.device) != "torch":
+            lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        maps = AttentionMaps(plan, self.pool.take(len(self.layers), plan.elements, query.device), lse)
+        # The runner may use the buffer again in the next layer.
+        kept = query.clone() if self._replays else None
+        self.layers.append(LayerRecord(maps, kept, kv_cache, scale, self.layout))
         return maps
 
     def importance(self, num_positions: int) -> torch.Tensor | None:
         """[R, num_positions] float32 rollout of the requests that want it (0 elsewhere); None if none does."""
         if not any(self.wanted):
             return None
-        out = torch.zeros(len(self.wanted), num_positions, device=self.positions.device)
-        offset = 0
-        for r, count in enumerate(self.layout.counts):
-            rows = self.positions[offset : offset + count]
-            offset += count
-            if self.wanted[r]:
-                layers = (self._push_back(layer, r) for layer in reversed(range(len(self.maps))))
-                length = self.layout.lengths[r]
-                out[r, :length] = rollout(layers, rows, length)
-        return out
+        layers = [self._at_full_rows(layer) for layer in self.layers]
+        return batched_rollout(self.positions, layers, self.layout, self.wanted, num_positions, self.tensor_parallel)
 
-    def _push_back(self, layer: int, r: int) -> PushBack:
-        own_heads = self._own_heads(layer, r)
-        if self.tensor_parallel is None:
-            return own_heads
-        size, all_reduce = self.tensor_parallel.size, self.tensor_parallel.all_reduce
-
-        def push_back(u: torch.Tensor, v: torch.Tensor) -> None:
-            # The mean over all heads is the mean of the ranks' means; u is the same on every rank, so reducing the
-            # product [T] does for reducing the map [q, T].
-            v += all_reduce(_product(own_heads, u, v)) / size
-
-        return push_back
-
-    def _own_heads(self, layer: int, r: int) -> PushBack:
-        """The layer under the heads of this rank."""
-        stored = self.maps[layer][r]
-        if stored is not None:
-            return push_back_map(stored)
-        query = self.queries[layer][r]
-        assert query is not None
-        kv_cache, scale = self.caches[layer]
-        key, _ = read_kv(kv_cache, self.layout, r)
-
-        def push_back(u: torch.Tensor, v: torch.Tensor) -> None:
-            attention_map_product(query, key, scale, u, v)
-
-        return push_back
-
-
-def _product(push_back: PushBack, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """What ``push_back`` would add to ``v``."""
-    product = torch.zeros_like(v)
-    push_back(u, product)
-    return product
+    def _at_full_rows(self, layer: LayerRecord) -> LayerRecord:
+        """The layer as if it had computed all rows of the step: some policies of mates leave rows out of a layer."""
+        if layer.queries is None or layer.layout is None or layer.layout is self.layout:
+            return layer
+        query, lse = layer.queries, layer.maps.lse
+        full = query.new_zeros(sum(self.layout.counts), *query.shape[1:])
+        full_lse = None if lse is None else lse.new_zeros(full.shape[:2])
+        at = own = 0
+        for wanted, count, computed in zip(self.wanted, self.layout.counts, layer.layout.counts, strict=True):
+            if wanted:
+                full[at : at + count] = query[own : own + count]
+                if full_lse is not None and lse is not None:
+                    full_lse[at : at + count] = lse[own : own + count]
+            at, own = at + count, own + computed
+        return replace(layer, maps=replace(layer.maps, lse=full_lse), queries=full, layout=self.layout)
 
 
 def most_map_bytes(num_layers: int, length: int) -> int:

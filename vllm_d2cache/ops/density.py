@@ -6,11 +6,14 @@ import math
 
 import torch
 
+from vllm_d2cache.ops.dispatch import dispatched
+
 # exp(-d^2 / 2 sigma^2) is below fp32's smallest normal number beyond this many sigmas: farther terms are zero.
-_REACH_IN_SIGMAS = 13.3
+REACH_IN_SIGMAS = 13.3
 _TILE_ELEMENTS = 1 << 21
 
 
+@dispatched("vllm_d2cache.ops.triton.density")
 def certainty_density(known: torch.Tensor, canvas_len: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Gaussian-weighted share of known slots around every slot.
 
@@ -26,7 +29,7 @@ def certainty_density(known: torch.Tensor, canvas_len: torch.Tensor, sigma: torc
         [R, G] float32, 0 past a row's canvas.
     """
     rows, width = known.shape
-    reach = math.ceil(min(_REACH_IN_SIGMAS * float(sigma.max()), 2 * width))
+    reach = math.ceil(min(REACH_IN_SIGMAS * float(sigma.max()), 2 * width))
     length = canvas_len.unsqueeze(1)
     slot = torch.arange(-reach, width + reach, device=known.device).unsqueeze(0)
     inside = known.gather(1, slot.clamp(0, width - 1).expand(rows, -1))
@@ -37,7 +40,7 @@ def certainty_density(known: torch.Tensor, canvas_len: torch.Tensor, sigma: torc
     safe_sigma = sigma.double().clamp(min=1e-6).unsqueeze(1)
     kernel = torch.exp(-0.5 * (distance / safe_sigma) ** 2)  # [R, 2 * reach + 1]
     # A wider row of the batch must not lend its reach to the others.
-    kernel *= distance.abs() <= _REACH_IN_SIGMAS * safe_sigma
+    kernel *= distance.abs() <= REACH_IN_SIGMAS * safe_sigma
     norm = _normaliser(length, safe_sigma)
     windows = extended.double().unfold(1, 2 * reach + 1, 1)  # [R, G, 2 * reach + 1], a view
     step = max(1, _TILE_ELEMENTS // max(1, width * (2 * reach + 1)))
@@ -51,7 +54,7 @@ def certainty_density(known: torch.Tensor, canvas_len: torch.Tensor, sigma: torc
 
 def _normaliser(length: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """[R, 1] float64: the kernel's sum over distances -3G .. 3G - 1."""
-    half = math.ceil(min(_REACH_IN_SIGMAS * float(sigma.max()), int(3 * length.max())))
+    half = math.ceil(min(REACH_IN_SIGMAS * float(sigma.max()), int(3 * length.max())))
     d = torch.arange(-half, half + 1, device=sigma.device, dtype=torch.float64)
     terms = torch.exp(-0.5 * (d / sigma) ** 2) * ((d >= -3 * length) & (d < 3 * length))
     return terms.sum(1, keepdim=True).clamp(min=1e-8)

@@ -7,10 +7,18 @@ rows are refreshed that the map would be a T x T matrix).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
+
+from vllm_d2cache.ops.dispatch import dispatched
+from vllm_d2cache.ops.host import upload
+
+_TRITON = "vllm_d2cache.ops.triton"
 
 # Probabilities that exist at one time while a map is taken: [heads, tile rows, T]. Large enough that a matrix product
 # has many rows, small enough to stay in the last-level cache.
@@ -29,7 +37,87 @@ class PagedLayout:
     # Of each request: [n] int64 positions its rows attend to, None = all of them. The default is None for everyone.
     keys: list[torch.Tensor | None] | None = None
 
+    # For kernels, on the device; made once a step, when the first layer asks.
 
+    @cached_property
+    def row_starts(self) -> torch.Tensor:
+        """[R + 1] int32: first row of each request, and the end of the last."""
+        return upload(list(accumulate(self.counts, initial=0)), torch.int32, self.slots.device)
+
+    @cached_property
+    def text_lengths(self) -> torch.Tensor:
+        """[R] int32: ``lengths``."""
+        return upload(self.lengths, torch.int32, self.slots.device)
+
+    @cached_property
+    def visible_keys(self) -> VisibleKeys | None:
+        """``keys`` as kernels read them; None where every request attends to all of its positions."""
+        if self.keys is None or all(k is None for k in self.keys):
+            return None
+        device = self.slots.device
+        some = [k for k in self.keys if k is not None]
+        offsets = iter(accumulate((k.shape[0] for k in some), initial=0))
+        starts = [-1 if k is None else next(offsets) for k in self.keys]
+        counts = [t if k is None else k.shape[0] for k, t in zip(self.keys, self.lengths, strict=True)]
+        return VisibleKeys(
+            torch.cat(some).int(), upload(starts, torch.int64, device), upload(counts, torch.int32, device)
+        )
+
+
+class VisibleKeys(NamedTuple):
+    """Positions that the rows of some requests attend to."""
+
+    positions: torch.Tensor  # flat int32, request by request
+    starts: torch.Tensor  # [R] int64, first of each request in ``positions``; -1 = all positions
+    counts: torch.Tensor  # [R] int32, keys of each request
+
+
+@dataclass(frozen=True)
+class MapPlan:
+    """Which requests leave their attention map, and where in a layer's memory; the same for all layers of a step."""
+
+    shapes: list[tuple[int, int] | None]  # [rows, T] of each request; None = leaves none
+    starts: list[int]  # first element of each map, -1 where there is none
+    elements: int
+
+    @classmethod
+    def pack(cls, shapes: list[tuple[int, int] | None]) -> MapPlan:
+        """The maps of those shapes side by side."""
+        starts, offset = [], 0
+        for shape in shapes:
+            starts.append(offset if shape else -1)
+            offset += shape[0] * shape[1] if shape else 0
+        return cls(shapes, starts, offset)
+
+    def starts_on(self, device: torch.device) -> torch.Tensor:
+        """[R] int64: ``starts`` on the device."""
+        if "_starts" not in self.__dict__:
+            self.__dict__["_starts"] = upload(self.starts, torch.int64, device)
+        return self.__dict__["_starts"]
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Where one layer leaves its maps; indexed by request: float32 [rows, T], or None.
+
+    Attributes:
+        memory: flat float32, at least ``plan.elements`` long.
+        lse: [N, heads] float32; kernels leave log2 sum_j 2^(s_ij log2 e) of the scaled logits here. None = not kept.
+    """
+
+    plan: MapPlan
+    memory: torch.Tensor
+    lse: torch.Tensor | None = None
+
+    def __getitem__(self, r: int) -> torch.Tensor | None:
+        shape, start = self.plan.shapes[r], self.plan.starts[r]
+        return None if shape is None else self.memory[start : start + shape[0] * shape[1]].view(shape)
+
+    def __len__(self) -> int:
+        return len(self.plan.shapes)
+
+
+@dispatched(f"{_TRITON}.pages")
 def write_kv(kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
     """Scatter fresh keys and values into their pages, in place.
 
@@ -69,13 +157,14 @@ def read_kv(kv_cache: torch.Tensor, layout: PagedLayout, r: int) -> tuple[torch.
     return text[..., :head_size], text[..., head_size:]
 
 
+@dispatched(f"{_TRITON}.attention", xformers="vllm_d2cache.ops.xformers_attention")
 def paged_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     layout: PagedLayout,
     scale: float,
     output: torch.Tensor,
-    maps: list[torch.Tensor | None],
+    maps: AttentionMaps | Sequence[torch.Tensor | None],
 ) -> None:
     """Attend from every query row to all T positions of its request, or to those the layout names.
 
@@ -146,6 +235,8 @@ def attention_map_product(
         weights: [n] float32.
         accumulator: [T] float32, changed in place.
     """
+    if query.shape[0] == 0:
+        return
     u = weights / query.shape[1]
     for i, j, _, probs in _probability_tiles(query.transpose(0, 1), key, scale):
         accumulator.addmv_(probs.flatten(0, 1).t(), u[i:j].repeat(len(probs)))

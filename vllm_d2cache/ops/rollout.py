@@ -8,11 +8,100 @@ position that was not refreshed has the identity row and keeps its share.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 
+from vllm_d2cache.ops.dispatch import dispatched
+from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout, attention_map_product, read_kv
+
 # Receives u [n] and adds sum_i u_i * Abar[i, :] to v [T] in place; one for each layer, last layer first.
 PushBack = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """How ranks that hold different heads agree."""
+
+    size: int
+    all_reduce: Callable[[torch.Tensor], torch.Tensor]  # sum over the ranks
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What one layer of a forward pass leaves behind."""
+
+    maps: AttentionMaps
+    queries: torch.Tensor | None  # [N, heads, head size], where some request's map must be computed again
+    kv_cache: torch.Tensor
+    scale: float
+    layout: PagedLayout | None = None  # of the layer's own rows, where they are not the step's
+
+
+@dispatched("vllm_d2cache.ops.triton.rollout")
+def batched_rollout(
+    positions: torch.Tensor,
+    layers: list[LayerRecord],
+    layout: PagedLayout,
+    wanted: list[bool],
+    num_positions: int,
+    tensor_parallel: TensorParallel | None,
+) -> torch.Tensor:
+    """Importance of every position of the requests that want it.
+
+    Args:
+        positions: [N] int64, refreshed position behind each row.
+        layers: first to last.
+        wanted: for each request; one without a kept map must have its rows in the layers' ``queries``.
+        num_positions: width of the result.
+        tensor_parallel: None on a single rank.
+
+    Returns:
+        [R, num_positions] float32; 0 in rows of other requests and past a request's own positions.
+    """
+    out = torch.zeros(len(wanted), num_positions, device=positions.device)
+    offset = 0
+    for r, count in enumerate(layout.counts):
+        rows = slice(offset, offset + count)
+        offset += count
+        if wanted[r]:
+            steps = (_layer_product(layer, layout, r, rows, tensor_parallel) for layer in reversed(layers))
+            length = layout.lengths[r]
+            out[r, :length] = rollout(steps, positions[rows], length)
+    return out
+
+
+def _layer_product(
+    layer: LayerRecord, layout: PagedLayout, r: int, rows: slice, tensor_parallel: TensorParallel | None
+) -> PushBack:
+    own_heads = _own_heads(layer, layout, r, rows)
+    if tensor_parallel is None:
+        return own_heads
+    size, all_reduce = tensor_parallel.size, tensor_parallel.all_reduce
+
+    def push_back(u: torch.Tensor, v: torch.Tensor) -> None:
+        # The mean over all heads is the mean of the ranks' means; u is the same on every rank, so reducing the
+        # product [T] does for reducing the map [q, T].
+        product = torch.zeros_like(v)
+        own_heads(u, product)
+        v += all_reduce(product) / size
+
+    return push_back
+
+
+def _own_heads(layer: LayerRecord, layout: PagedLayout, r: int, rows: slice) -> PushBack:
+    """The layer under the heads of this rank."""
+    stored = layer.maps[r]
+    if stored is not None:
+        return push_back_map(stored)
+    assert layer.queries is not None
+    query = layer.queries[rows]
+    key, _ = read_kv(layer.kv_cache, layout, r)
+
+    def push_back(u: torch.Tensor, v: torch.Tensor) -> None:
+        attention_map_product(query, key, layer.scale, u, v)
+
+    return push_back
 
 
 def rollout(layers: Iterable[PushBack], rows: torch.Tensor, num_positions: int) -> torch.Tensor:

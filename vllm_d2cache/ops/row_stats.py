@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.logit_edits import RowEdits
 
 # Rows whose logits exist at one time: bounds the transient to ROWS_PER_TILE x vocabulary, whatever the batch.
 ROWS_PER_TILE = 64
+# On a GPU each tile reads the LM head (1 GB for 8B models) again: more rows, so that this is not what takes the time.
+CUDA_ROWS_PER_TILE = 256
 
 TileReader = Callable[[int, int, torch.Tensor], None]
 """Called with (i, j, logits) for rows i to j: [j - i, vocab] fp32, scaled and filtered; it may change them in place."""
@@ -84,13 +87,18 @@ def row_stats(
         readers: called with the logits of each tile before their statistics are taken.
     """
     tiles = []
-    for i in range(0, hidden.shape[0], ROWS_PER_TILE):
-        j = min(i + ROWS_PER_TILE, hidden.shape[0])
+    step = CUDA_ROWS_PER_TILE if hidden.device.type == "cuda" else ROWS_PER_TILE
+    for i in range(0, hidden.shape[0], step):
+        j = min(i + step, hidden.shape[0])
         part = params.tile(i, j)
-        logits = scaled_logits(lm_head(hidden[i:j]), part, mask_token_id)
+        logits = lm_head(hidden[i:j])
+        # Readers and edits see the logits as they are chosen from; without them one pass does it all.
+        scaled = bool(readers) or part.edits is not None
+        if scaled:
+            logits = scaled_logits(logits, part, mask_token_id)
         for read in readers:
             read(i, j, logits)
-        tiles.append(_tile_stats(logits, part, mask_token_id, want_margin, want_entropy))
+        tiles.append(tile_stats(logits, part, mask_token_id, want_margin, want_entropy, scaled))
     if not tiles:
         none = torch.empty(0, device=hidden.device)
         return RowStats(none.long(), none, none if want_margin else None, none if want_entropy else None)
@@ -116,10 +124,18 @@ def scaled_logits(logits: torch.Tensor, params: RowParams, mask_token_id: int) -
     return logits
 
 
-def _tile_stats(
-    logits: torch.Tensor, params: RowParams, mask_token_id: int, want_margin: bool, want_entropy: bool
+@dispatched("vllm_d2cache.ops.triton.row_stats")
+def tile_stats(
+    logits: torch.Tensor,
+    params: RowParams,
+    mask_token_id: int,
+    want_margin: bool,
+    want_entropy: bool,
+    scaled: bool = False,
 ) -> RowStats:
-    """Statistics of [m, vocab] fp32 logits from :func:`scaled_logits`, which are overwritten."""
+    """Statistics of [m, vocab] logits, which may be overwritten; ``scaled``: they come from :func:`scaled_logits`."""
+    if not scaled:
+        logits = scaled_logits(logits, params, mask_token_id)
     probs = torch.softmax(logits, dim=-1)
     margin = entropy = None
     if want_margin:

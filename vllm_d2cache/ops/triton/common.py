@@ -1,0 +1,45 @@
+"""What several kernels share."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# Triton's interpreter runs kernels on CPU tensors with NumPy (TRITON_INTERPRET=1 before Triton is imported).
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def dot_type(dtype: torch.dtype) -> tl.dtype:
+    """The type in which operands of ``dtype`` enter a matrix product; sums are fp32 always.
+
+    The interpreter holds bfloat16 as bit patterns and multiplies those: it gets the same values in fp32.
+    """
+    return tl.float32 if INTERPRETED else _TYPES[dtype]
+
+
+@triton.jit
+def find_request(row_starts, tile, num_requests, ROWS: tl.constexpr):
+    """(request, first row) of a tile of ROWS rows, no tile crossing into the next request.
+
+    Request r owns the tile numbers from row_starts[r] // ROWS + r on: at least as many as it needs. The last of them
+    may lie past its end; the caller checks. Binary search, so the grid needs no map from tiles to requests.
+    """
+    low = 0
+    high = num_requests
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(row_starts + middle) // ROWS + middle <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    request = low - 1
+    start = tl.load(row_starts + request)
+    return request, start + (tile - (start // ROWS + request)) * ROWS
+
+
+def num_tiles(num_rows: int, num_requests: int, rows: int) -> int:
+    """Tile numbers that :func:`find_request` hands out."""
+    return num_rows // rows + num_requests
