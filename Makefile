@@ -37,7 +37,7 @@ test: lint unit kernels  ## all tests: lint, unit tests, kernels, tests inside v
 unit: env  ## tests that need neither vLLM nor a GPU (under a minute)
 	$(pytest) tests/unit tests/ops -m "not vllm and not gpu"
 
-kernels: env  ## Triton kernels against their PyTorch twins, in Triton's interpreter on CPU (two minutes)
+kernels: env  ## Triton kernels against their PyTorch twins, in Triton's interpreter on CPU (a minute)
 	TRITON_INTERPRET=1 $(pytest) tests/triton
 
 test-gpu: env  ## kernels and ops on a GPU, real shapes included
