@@ -38,7 +38,7 @@ test: lint unit kernels  ## all tests: lint, unit and property tests, kernels, t
 unit: env  ## tests that need neither vLLM nor a GPU, but for the long ones (under a minute)
 	$(pytest) -n auto tests/unit tests/ops -m "not hypothesis and not slow and not vllm and not gpu"
 
-kernels: env  ## Triton kernels against their PyTorch twins, in Triton's interpreter on CPU (two minutes)
+kernels: env  ## Triton kernels against their PyTorch twins, in Triton's interpreter on CPU (a minute)
 	TRITON_INTERPRET=1 $(pytest) tests/triton
 
 test-gpu: env  ## kernels and ops on a GPU, real shapes included

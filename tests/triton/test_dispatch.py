@@ -99,7 +99,6 @@ def test_decoding_by_kernels_gives_the_same_tokens(calls: Counter[str], triton_c
 
 @pytest.mark.gpu
 def test_no_op_waits_for_the_device(triton_chosen: None, device: torch.device) -> None:
-    """Except where a text is laid out on the host, which is not part of a layer."""
     shape = Shape(32, 32, 128, 16, torch.bfloat16)
     batch = make_batch([33, 40, 5], [33, 400, 20], shape, device)
     logits = torch.randn(40, 1000, device=device)
