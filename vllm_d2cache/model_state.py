@@ -40,7 +40,7 @@ from vllm_d2cache.runner_sampler import D2CacheSampler
 from vllm_d2cache.stored_outputs import OutputStore, PartialForward
 from vllm_d2cache.trace import TraceRecorder
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 
 class D2CacheModelState(ModelState):
