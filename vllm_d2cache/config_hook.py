@@ -98,6 +98,9 @@ def _refusals(config: VllmConfig) -> list[str]:
         "--enable-sleep-mode (K and V of running requests would be dropped while their canvases stay)": (
             config.model_config.enable_sleep_mode
         ),
+        f"quantised weights, {config.model_config.quantization} (only compressed-tensors with 8-bit integers is tested)": (
+            not _known_quantisation(config.model_config)
+        ),
         f"--kv-cache-dtype {config.cache_config.cache_dtype} (only the model's own dtype yet)": (
             config.cache_config.cache_dtype not in ("auto", str(config.model_config.dtype).removeprefix("torch."))
         ),
@@ -110,6 +113,17 @@ def _refusals(config: VllmConfig) -> list[str]:
         "VLLM_USE_V2_MODEL_RUNNER=0 (the plugin lives in Model Runner V2)": envs.VLLM_USE_V2_MODEL_RUNNER is False,
     }
     return [reason for reason, present in checks.items() if present]
+
+
+def _known_quantisation(model_config: ModelConfig) -> bool:
+    """Whether the weights are unquantised or quantised in the one way that tests/e2e/test_quantised.py tries."""
+    if model_config.quantization is None:
+        return True
+    if model_config.quantization != "compressed-tensors":
+        return False
+    groups = getattr(model_config.hf_config, "quantization_config", {}).get("config_groups", {}).values()
+    weights = [group.get("weights") or {} for group in groups]
+    return bool(weights) and all(w.get("type") == "int" and w.get("num_bits") == 8 for w in weights)
 
 
 def _generation_defaults(model_config: ModelConfig) -> dict[str, Any]:
