@@ -98,7 +98,7 @@ def _refusals(config: VllmConfig) -> list[str]:
         "--enable-sleep-mode (K and V of running requests would be dropped while their canvases stay)": (
             config.model_config.enable_sleep_mode
         ),
-        f"quantised weights, {config.model_config.quantization} (only compressed-tensors with 8-bit integers is tested)": (
+        f"weights quantised by {config.model_config.quantization} (tested is compressed-tensors with 8-bit integers)": (
             not _known_quantisation(config.model_config)
         ),
         f"--kv-cache-dtype {config.cache_config.cache_dtype} (only the model's own dtype yet)": (

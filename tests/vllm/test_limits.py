@@ -64,7 +64,9 @@ def test_sleep_mode_is_refused_at_start_up() -> None:
         speculative_config=None,
         lora_config=None,
         cache_config=SimpleNamespace(cache_dtype="auto"),
-        model_config=SimpleNamespace(enable_sleep_mode=True, dtype="torch.bfloat16", logprobs_mode="raw_logprobs"),
+        model_config=SimpleNamespace(
+            enable_sleep_mode=True, dtype="torch.bfloat16", logprobs_mode="raw_logprobs", quantization=None
+        ),
     )
     (reason,) = _refusals(config)
     assert reason.startswith("--enable-sleep-mode (")
