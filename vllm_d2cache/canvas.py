@@ -25,6 +25,7 @@ class Request:
     options: RequestOptions
     sampling: SamplingSpec
     row_budget: int = 0  # rows the scheduler reserves for each step after the first
+    reserved_len: int = 0  # positions it takes the request for: prompt, canvas, and room for shadows
 
 
 class CanvasStates:

@@ -19,7 +19,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_d2cache.compat.internals import append_canvas, place_output_token
 from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
-from vllm_d2cache.policies import POLICY_CLASSES
+from vllm_d2cache.policies import row_budget
 
 
 class D2CacheScheduler(AsyncScheduler):
@@ -40,8 +40,10 @@ class D2CacheScheduler(AsyncScheduler):
         params = request.sampling_params
         assert params is not None
         options = self.options.resolve(parse_request_options(params.extra_args))
-        append_canvas(request, self.mask_token_id, request.max_tokens)
-        self._budgets[request.request_id] = POLICY_CLASSES[options.policy].max_rows(
+        # Shadows are rows without a place in the text: they are reserved behind it.
+        shadows = options.shadow_length(request.max_tokens)
+        append_canvas(request, self.mask_token_id, request.max_tokens + shadows)
+        self._budgets[request.request_id] = row_budget(
             options, request.num_prompt_tokens, request.max_tokens, self.options.refresh_budget
         )
         super().add_request(request)

@@ -98,7 +98,13 @@ def test_stream_is_the_same_text_in_pieces(client: openai.OpenAI) -> None:
 
 
 def test_policies_and_options_per_request(client: openai.OpenAI) -> None:
-    for options in ({"policy": "full"}, {"threshold": 0.9}, {"window": 8, "current_k": 4}, {"factor": 1.0}):
+    for options in (
+        {"policy": "full"},
+        {"threshold": 0.9},
+        {"window": 8, "current_k": 4},
+        {"factor": 1.0},
+        {"decoder": "eb"},
+    ):
         assert ask(client, xargs=options).choices[0].message.content == "hgfedcba", options
 
 
@@ -127,6 +133,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"xargs": {"policy": "fast"}}, "'d2cache', 'full'"),
     ({"xargs": {"threshold": 0.9, "factor": 1.0}}, "d2cache_factor"),
     ({"xargs": {"trace_dir": "x"}}, "server-wide only"),
+    ({"xargs": {"decoder": "eb", "threshold": 0.9}}, "d2cache_threshold"),
+    ({"xargs": {"decoder": "pc"}}, "token_frequencies"),
+    ({"xargs": {"steps": 7, "window": 8}}, "d2cache_steps"),
     ({"extra": {"vllm_xargs": {"policy": "full"}}}, "valid options are d2cache_policy"),
     ({"logprobs": True}, "logprobs"),
     ({"response_format": {"type": "json_object"}}, "structured_outputs"),

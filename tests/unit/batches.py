@@ -32,6 +32,7 @@ class Step:
     committed: list[tuple[int, int]]  # slot, token
     emitted: list[int]
     masked: list[int]  # slots still masked afterwards
+    revoked: list[int]  # committed earlier and masked again
 
 
 @dataclass
@@ -60,9 +61,9 @@ class FakeJob:
         """The same request, not yet run."""
         return FakeJob(self.prompt, self.canvas_length, self.options, self.sampling, self.noise)
 
-    def numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def numbers(self, shadow: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """This step's logits [T, vocab] and importance [T]: a function of the request and its step alone."""
-        generator = torch.Generator().manual_seed(1000 * self.noise + len(self.steps))
+        generator = torch.Generator().manual_seed(1000 * self.noise + len(self.steps) + 500 * shadow)
         logits = 3 * torch.randn(self.total, VOCAB, generator=generator)
         logits[:, MASK] += 3  # would often win
         return logits, torch.rand(self.total, generator=generator) ** 3 + 1e-3
@@ -120,7 +121,7 @@ class Batch:
         denoiser = self.denoiser
         slots = [self.slot(i) for i in running]
         rows = denoiser.begin(torch.tensor(slots), slots)
-        assert rows.positions.shape[0] == sum(rows.counts) == rows.input_ids.shape[0]
+        assert rows.positions.shape[0] == sum(rows.counts) + sum(rows.shadows) == rows.input_ids.shape[0]
         logits, offset = [], 0
         importance = torch.full((len(running), rows.view.num_positions), torch.nan)
         for r, (i, count) in enumerate(zip(running, rows.counts, strict=True)):
@@ -129,6 +130,9 @@ class Batch:
             importance[r] = 0
             if rows.reads_importance[r]:
                 importance[r, : self.jobs[i].total] = column
+            offset += count
+        for i, count in zip(running, rows.shadows, strict=True):
+            logits.append(self.jobs[i].numbers(shadow=True)[0][rows.positions[offset : offset + count]])
             offset += count
         stats = denoiser.row_stats(rows, torch.cat(logits)[rows.logits_rows], torch.clone)
         result = denoiser.finish(rows, stats, importance)
@@ -147,7 +151,8 @@ class Batch:
             predicted = rows.predicted[r].nonzero().flatten().tolist()
             masked = result.masked[r].nonzero().flatten().tolist()
             window = range(start, min(start + length, job.canvas_length))
-            job.steps.append(Step(positions, rows.full[r], predicted, window, committed, emitted, masked))
+            revoked = [] if result.revoked is None else result.revoked[r].nonzero().flatten().tolist()
+            job.steps.append(Step(positions, rows.full[r], predicted, window, committed, emitted, masked, revoked))
             job.output += emitted
 
 

@@ -21,9 +21,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "canvas": ("records", "config"),
     "samplers": ("records", "config", "ops"),
     "policies": ("records", "config", "ops", "canvas"),
-    "denoiser": ("records", "config", "ops", "canvas", "policies", "samplers", "counters"),
+    "denoiser": ("records", "config", "ops", "canvas", "policies", "samplers", "counters", "decoding"),
     "trace": ("records", "canvas"),
     "counters": ("records",),
+    "decoding": ("records", "config", "ops", "canvas", "samplers"),
     "attention.capture": ("ops",),
     "attention": ("ops", "attention.capture"),
     "request_check": ("config",),
@@ -40,7 +41,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "__init__": (),
 }  # fmt: skip
 PURE = (
-    "records", "config", "ops", "canvas", "samplers", "policies", "denoiser", "trace", "counters", "attention.capture",
+    "records", "config", "ops", "canvas", "samplers", "policies", "denoiser", "trace", "counters", "decoding",
+    "attention.capture",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

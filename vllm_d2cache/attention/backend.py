@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_d2cache.attention.capture import ImportanceCapture
 from vllm_d2cache.ops.paged_attention import PagedLayout, paged_attention, write_kv
+from vllm_d2cache.ops.shadow_attention import ShadowRows, shadow_attention
 
 
 @dataclass
@@ -26,6 +27,7 @@ class D2CacheMetadata(AttentionMetadata):
 
     layout: PagedLayout
     capture: ImportanceCapture
+    shadows: ShadowRows | None = None
 
 
 class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
@@ -76,10 +78,13 @@ class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
         if attn_metadata is None:
             # Memory profiling runs the model before there is a cache.
             return output.zero_()
-        layout = attn_metadata.layout
-        write_kv(kv_cache, key, value, layout.slots)
-        maps = attn_metadata.capture.start_layer(query, kv_cache, self.scale)
-        paged_attention(query, kv_cache, layout, self.scale, output, maps)
+        layout, shadows = attn_metadata.layout, attn_metadata.shadows
+        n = layout.slots.shape[0]  # shadows stand behind the rows of the text; their K and V go into no page
+        write_kv(kv_cache, key[:n], value[:n], layout.slots)
+        maps = attn_metadata.capture.start_layer(query[:n], kv_cache, self.scale)
+        paged_attention(query[:n], kv_cache, layout, self.scale, output[:n], maps)
+        if shadows is not None:
+            shadow_attention(query[n:], key[n:], value[n:], kv_cache, layout, shadows, self.scale, output[n:])
         return output
 
 

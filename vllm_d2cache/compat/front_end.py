@@ -108,23 +108,24 @@ def install_request_check(architectures: frozenset[str]) -> None:
         request = original(self, *args, **kwargs)
         params = request.sampling_params
         if params is not None and not architectures.isdisjoint(self.model_config.architectures):
-            _check_options(self.vllm_config.additional_config, params)
             room = self.model_config.max_model_len - len(request.prompt_token_ids)
             if params.max_tokens > room:
                 raise _does_not_fit("max_tokens", params.max_tokens, room)
+            _check_options(self.vllm_config.additional_config, params, room)
         return request
 
     setattr(process_inputs, _MARK, True)
     InputProcessor.process_inputs = process_inputs
 
 
-def _check_options(additional_config: Any, params: Any) -> None:
+def _check_options(additional_config: Any, params: Any, room: int) -> None:
     """Refuse options that do not go together, the server's included, or not with the canvas."""
     from vllm.exceptions import VLLMValidationError
 
     server = parse_server_options(additional_config.get(SECTION) if isinstance(additional_config, dict) else None)
     try:
-        server.resolve(parse_request_options(params.extra_args)).check_canvas(params.max_tokens)
+        options = server.resolve(parse_request_options(params.extra_args))
+        options.check_canvas(params.max_tokens, room)
     except OptionError as error:
         raise VLLMValidationError(str(error)) from error
 

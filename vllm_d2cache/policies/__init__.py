@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from vllm_d2cache.config import RequestOptions
 from vllm_d2cache.policies.base import CachePolicy
 from vllm_d2cache.policies.d2cache import D2CachePolicy
 from vllm_d2cache.policies.full import FullPolicy
 
 POLICY_CLASSES: dict[str, type[CachePolicy]] = {cls.name: cls for cls in (D2CachePolicy, FullPolicy)}
 
-__all__ = ["POLICY_CLASSES", "CachePolicy"]
+
+def row_budget(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
+    """A bound on the rows of any step of a request after its first: its policy's, and shadows of its decoder."""
+    rows = POLICY_CLASSES[options.policy].max_rows(options, prompt_len, canvas_len, refresh_budget)
+    return rows + options.shadow_length(canvas_len)
+
+
+__all__ = ["POLICY_CLASSES", "CachePolicy", "row_budget"]
