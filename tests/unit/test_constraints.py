@@ -92,4 +92,4 @@ def test_nobody_asks_nothing_is_built() -> None:
     batch.add(0)
     slots = [batch.slot(0)]
     rows = batch.denoiser.begin(torch.tensor(slots), slots)
-    assert batch.denoiser.constraints.of_rows(rows) is None
+    assert batch.denoiser.constraints.of_slots(rows, *rows.predicted_index) is None
