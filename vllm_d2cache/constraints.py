@@ -53,7 +53,7 @@ class Constraints:
         self._specs.pop(slot, None)
 
     def of_slots(self, rows: StepRows, who: torch.Tensor, slot: torch.Tensor) -> RowEdits | None:
-        """The edits of slots ``slot`` [n] of the requests ``who`` [n]; None where no request of the step asks for any."""
+        """The edits of slots ``slot`` [n] of requests ``who`` [n]; None where none of the step asks for any."""
         specs = [self._specs[slot] for slot in rows.slots if slot in self._specs]
         if not specs:
             return None

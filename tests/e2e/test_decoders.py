@@ -108,6 +108,22 @@ def test_wino_trace(engine: Engine) -> None:
     assert tokens == raw["final_tokens"][0]
 
 
+def test_shadows_beside_policies_that_change_layers(engine: Engine) -> None:
+    """Mates whose layers skip rows or hide keys neither see the shadows nor move them."""
+    options = [
+        {"decoder": "wino", "policy": "full", **DECODERS["wino"]},
+        {"policy": "dllm_cache", "kp": 7, "kr": 3, "rou": 0.3, "window": 8},
+        {"policy": "sparse_dllm", "window": 8, "keep_ratio": 0.3},
+        {"current_k": 4},
+        {"decoder": "wino", "policy": "full", "wide_in_thres": 0.02, "narrow_out_thres": 0.3, "window": 8},
+    ]
+    made = [{"prompt": [5 + 3 * i, 7] * (4 + 9 * i), "max_tokens": 24, "options": o} for i, o in enumerate(options)]
+    alone = [engine.run([request])[0] for request in made]
+    assert_same(engine.run(made), alone)
+    for _, trace in (alone[0], alone[4]):
+        assert any("shadows" in line for line in trace[1:-1])
+
+
 def test_wino_needs_room_for_its_shadows(engine: Engine) -> None:
     from vllm.exceptions import VLLMValidationError
 
