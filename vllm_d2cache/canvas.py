@@ -26,6 +26,7 @@ class Request:
     sampling: SamplingSpec
     row_budget: int = 0  # rows the scheduler reserves for each step after the first
     given: tuple[int, ...] = ()  # a token id for each canvas slot, -1 = hole; () = holes alone
+    reserved_len: int = 0  # positions it takes the request for: prompt, canvas, and room for shadows
 
 
 class CanvasStates:

@@ -38,10 +38,11 @@ DECODER_OPTIONS: dict[str, tuple[str, ...]] = {
     "credit": ("credit_alpha", "credit_beta", "credit_gamma", "threshold", "score"),
     "hierarchical": ("low_threshold", "threshold", "score"),
     "localleap": ("leap_threshold", "leap_radius", "threshold", "score"),
+    "wino": ("wide_in_thres", "narrow_out_thres"),
 }
 DECODERS = tuple(DECODER_OPTIONS)
 # Commit as many tokens as their rule allows, with or without a threshold.
-_PARALLEL_DECODERS = ("eb", "klass", "credit", "hierarchical", "localleap")
+_PARALLEL_DECODERS = ("eb", "klass", "credit", "hierarchical", "localleap", "wino")
 # Without a threshold (for klass: without a factor either) these would commit one token a step, or everything.
 _THRESHOLD_DECODERS = ("klass", "credit", "hierarchical", "localleap")
 _DEFAULT_THRESHOLD = 0.9
@@ -80,6 +81,8 @@ REQUEST_FIELDS: dict[str, _Number | _Choice] = {
     "low_threshold": _Number(float, 0, 1),
     "leap_threshold": _Number(float, 0, 1),
     "leap_radius": _Number(int, 0, note="positions"),
+    "wide_in_thres": _Number(float, 0, 1),
+    "narrow_out_thres": _Number(float, 0, 1),
 }
 SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget", "max_canvas", "token_frequencies", "attention_backend")
 _BUDGET = _Number(int, 1, note="rows per request and step")
@@ -119,6 +122,8 @@ class RequestOptions:
         low_threshold: hierarchical: score above which the best slot of a run of masks is committed.
         leap_threshold: localleap: score that suffices near a slot that reaches ``threshold``.
         leap_radius: localleap: how near, in positions.
+        wide_in_thres: wino: a candidate is drafted if its score reaches this.
+        narrow_out_thres: wino: a drafted token is taken back if its probability, verified, is below this.
         policy_options: what the policy has in options of its own beyond these fields (docs/policies.md), by name.
     """
 
@@ -147,6 +152,8 @@ class RequestOptions:
     low_threshold: float = 0.4
     leap_threshold: float = 0.75
     leap_radius: int = 4
+    wide_in_thres: float = 0.7
+    narrow_out_thres: float = 0.9
     policy_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -167,12 +174,31 @@ class RequestOptions:
         """Window length in positions for a canvas of ``canvas_length``."""
         return min(self.window, canvas_length) if self.window else canvas_length
 
-    def check_canvas(self, canvas_length: int) -> None:
-        """Refuse what does not go with a canvas of ``canvas_length``.
+    def shadow_length(self, canvas_length: int) -> int:
+        """Rows that verify tokens in a step, beyond those of the text (samplers/wino.py)."""
+        return self.window_length(canvas_length) if self.decoder == "wino" else 0
+
+    def check_canvas(self, canvas_length: int, room: int, given: bool = False) -> None:
+        """Refuse what does not go with a canvas of ``canvas_length`` where ``room`` positions are left for it.
+
+        Args:
+            given: the request gives the canvas in part (infill.py).
 
         Raises:
-            OptionError: ``steps`` cannot be divided among the windows.
+            OptionError: ``steps`` cannot be divided among the windows, there is no room for shadows, or the decoder
+                cannot tell given tokens from its own.
         """
+        if given and self.decoder == "wino":
+            raise OptionError(
+                f"{PREFIX}decoder: 'wino' may take back any token of its window and does not go with {CANVAS}, whose "
+                "tokens must stay; choose another decoder"
+            )
+        shadows = self.shadow_length(canvas_length)
+        if canvas_length + shadows > room:
+            raise OptionError(
+                f"{PREFIX}decoder: {self.decoder!r} needs {shadows} positions, its window, besides the canvas of "
+                f"{canvas_length}; behind this prompt there is room for {room}"
+            )
         windows = -(-canvas_length // self.window_length(canvas_length))
         if self.steps % windows:
             raise OptionError(
@@ -247,6 +273,11 @@ class ServerOptions:
             raise OptionError(
                 "steps and tokens_per_step are alternatives: give one (in a request d2cache_steps or "
                 "d2cache_tokens_per_step)"
+            )
+        if chosen.get("decoder") == "wino" and chosen.get("policy", RequestOptions.policy) != "full":
+            raise OptionError(
+                f"{PREFIX}decoder: 'wino' verifies tokens against a pass over the whole text and goes with "
+                f"{PREFIX}policy 'full' alone; name both"
             )
         if RequestOptions(**chosen).is_parallel:
             chosen = {**_PARALLEL_DEFAULTS, **chosen}

@@ -52,8 +52,8 @@ class Constraints:
         """Forget the request in ``slot``."""
         self._specs.pop(slot, None)
 
-    def of_rows(self, rows: StepRows) -> RowEdits | None:
-        """The edits of the predicted slots of a step, None where no request asks for any."""
+    def of_slots(self, rows: StepRows, who: torch.Tensor, slot: torch.Tensor) -> RowEdits | None:
+        """The edits of slots ``slot`` [n] of requests ``who`` [n]; None where none of the step asks for any."""
         specs = [self._specs[slot] for slot in rows.slots if slot in self._specs]
         if not specs:
             return None
@@ -71,7 +71,7 @@ class Constraints:
             prompt_len=rows.view.prompt_len if penalties else None,
             banned=self._banned.ids[slots].long() if any(s.banned for s in specs) else None,
         )
-        return RowEdits(edits, *rows.predicted_index)
+        return RowEdits(edits, who, slot)
 
     def _text(self, rows: StepRows) -> torch.Tensor:
         """[R, T] int64: the tokens that stand in prompt and canvas, -1 at masks and past a row's end."""

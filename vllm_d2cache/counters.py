@@ -16,7 +16,7 @@ class StepCounters:
     Attributes:
         forwards: forward passes of the engine, whatever the size of the batch.
         steps: steps of requests: a forward pass counts once for each request in it.
-        rows: positions recomputed.
+        rows: rows that went through the network: positions recomputed, and shadows (ops/shadow_attention.py).
         keys: positions whose cached K and V a step's rows attended to.
         predicted: rows whose logits were computed.
     """
@@ -42,7 +42,7 @@ class StepCounters:
         """
         self.forwards += 1
         self.steps += len(rows.slots)
-        self.rows += sum(rows.counts)
+        self.rows += rows.positions.shape[0]
         self.keys += sum(lengths)
         self.predicted += rows.logits_rows.shape[0]
         now = committed.sum()

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 from vllm_d2cache.canvas import CanvasStates, Request, canvas_to_positions, make_view, positions_to_canvas
-from vllm_d2cache.config import SCORES, ServerOptions
+from vllm_d2cache.config import ServerOptions
 from vllm_d2cache.constraints import Constraints
 from vllm_d2cache.counters import StepCounters
-from vllm_d2cache.ops.density import certainty_density
+from vllm_d2cache.decoding import Decoding
 from vllm_d2cache.ops.host import upload
-from vllm_d2cache.ops.random import uniform
-from vllm_d2cache.ops.row_stats import RowParams, RowStats, row_stats
+from vllm_d2cache.ops.row_stats import RowStats
 from vllm_d2cache.policies import POLICY_CLASSES, CachePolicy
 from vllm_d2cache.records import (
     CanvasView,
@@ -30,16 +29,8 @@ from vllm_d2cache.records import (
     StepRows,
     StoredRows,
 )
-from vllm_d2cache.samplers import (
-    DECODER_CLASSES,
-    Decoder,
-    DecoderResources,
-    DecoderStep,
-    PredictedRows,
-    ranking_score,
-)
+from vllm_d2cache.samplers import DECODER_CLASSES, DecoderResources
 from vllm_d2cache.samplers.frequencies import load_frequencies
-from vllm_d2cache.samplers.schedule import least_commits
 
 
 class Denoiser:
@@ -63,8 +54,8 @@ class Denoiser:
         self._policies: dict[str, CachePolicy] = {}
         table = None if options.token_frequencies is None else load_frequencies(options.token_frequencies)
         frequencies = None if table is None else torch.from_numpy(table)
-        self._decoder_resources = DecoderResources(num_slots, max_len, device, frequencies)
-        self._decoders: dict[str, Decoder] = {}
+        resources = DecoderResources(num_slots, max_len, device, frequencies)
+        self.decoding = Decoding(self.canvas, self.constraints, resources)
 
     def add(self, slot: int, request: Request, prompt: np.ndarray, emitted: int = 0) -> None:
         """Start a request in ``slot``; see CanvasStates.add."""
@@ -75,11 +66,11 @@ class Denoiser:
         policy = self._policy(request.options.policy)
         policy.start(slot, request.options)
         self._store(policy.first_plan(view), view)
-        self._decoder(request.options.decoder).start(slot, request.options, request.canvas_len)
+        self.decoding.decoder(request.options.decoder).start(slot, request.options, request.canvas_len)
 
     def remove(self, slot: int) -> None:
         """Forget the request in ``slot``."""
-        self._decoder(self.canvas.requests[slot].options.decoder).stop(slot)
+        self.decoding.decoder(self.canvas.requests[slot].options.decoder).stop(slot)
         self.constraints.remove(slot)
         self.canvas.remove(slot)
 
@@ -95,9 +86,7 @@ class Denoiser:
         refresh = canvas.refresh[slots, : view.num_positions] & view.in_text
         observe = canvas.observe[slots, : view.masked.shape[1]]
         computed = positions_to_canvas(refresh, view, self.traits.logit_shift)
-        observes_all = [DECODER_CLASSES[r.options.decoder].observes_all for r in requests]
-        if any(observes_all):
-            observe = observe | torch.tensor(observes_all, device=canvas.device).unsqueeze(1)
+        observe = observe | self.decoding.observes_all(requests).unsqueeze(1)
         eligible = view.in_window & canvas.eligible[slots, : view.masked.shape[1]]
         predictable = computed & view.masked & view.live
         predicted = predictable & (eligible | observe)
@@ -109,6 +98,10 @@ class Denoiser:
         request, positions = refresh.nonzero_static(size=sum(counts)).unbind(1)
         row_of = refresh.view(-1).cumsum(0).view_as(refresh) - 1  # [R, T] row of each refreshed position
         who, slot = predicted.nonzero_static(size=sum(predictions)).unbind(1)
+        logits_rows = row_of[who, view.prompt_len[who] + slot - self.traits.logit_shift]
+        verified, shadows, shadow_positions, verified_rows = self.decoding.shadow_rows(view, requests, row_of)
+        tokens = canvas.tokens[slots[request], positions]
+        masks = tokens.new_full(shadow_positions.shape, self.traits.mask_token_id)
         return StepRows(
             view=view,
             slots=list(slots_host),
@@ -118,13 +111,15 @@ class Denoiser:
             keys=keys,
             choices=choices,
             stored=self._stored_rows(view, requests, request, positions),
-            positions=positions,
-            input_ids=canvas.tokens[slots[request], positions],
+            positions=torch.cat([positions, shadow_positions]),
+            input_ids=torch.cat([tokens, masks]),
             request=request,
             candidates=predictable & eligible,
             predicted=predicted,
             predicted_index=(who, slot),
-            logits_rows=row_of[who, view.prompt_len[who] + slot - self.traits.logit_shift],
+            logits_rows=torch.cat([logits_rows, verified_rows]),
+            verified_index=verified,
+            shadows=shadows,
         )
 
     def _visible_keys(
@@ -185,44 +180,10 @@ class Denoiser:
         """Statistics of the predicted slots: those that some request of the step reads.
 
         Args:
-            hidden: [n, d] final hidden states, in the order of ``rows.logits_rows``.
+            hidden: [n + v, d] final hidden states, in the order of ``rows.logits_rows``.
             lm_head: maps [m, d] to [m, vocab] logits.
         """
-        params = self._row_params(rows)
-        requests = self._requests(rows)
-        decoders = self._by_decoder(rows)
-        scores = {r.options.score for r in requests}
-        margin = SCORES[1] in scores
-        entropy = SCORES[2] in scores or any(decoder.reads_entropy for decoder, _ in decoders)
-        entropy = entropy or self._reads_entropy(requests)
-        who, slot = rows.predicted_index
-        mask = self.traits.mask_token_id
-        in_window = rows.view.in_window[who, slot]
-        readers = []
-        for decoder, members in decoders:
-            mine = torch.ones_like(who, dtype=torch.bool) if members is None else torch.isin(who, members)
-            part = PredictedRows(rows.view.slots[who], slot, in_window, mine, hidden, lm_head, params, mask)
-            reader = decoder.tile_reader(part)
-            if reader is not None:
-                readers.append(reader)
-        return row_stats(hidden, lm_head, params, mask, margin, entropy, readers)
-
-    def _row_params(self, rows: StepRows) -> RowParams:
-        """Sampling parameters of the predicted rows."""
-        who, slot = rows.predicted_index
-        slots = rows.view.slots[who]
-        temperature, top_p, top_k = self.canvas.sampling[slots].unbind(1)
-        position = rows.view.prompt_len[who] + slot
-        draw = uniform(self.canvas.seed[slots], self.canvas.step[slots], position)
-        requests = self._requests(rows)
-        samples = any(r.sampling.temperature > 0 for r in requests)
-        filters = any(
-            r.options.confidence_top_p < 1
-            or (r.sampling.temperature > 0 and (r.sampling.top_p < 1 or r.sampling.top_k > 0))
-            for r in requests
-        )
-        edits = self.constraints.of_rows(rows)
-        return RowParams(temperature, top_p, top_k.long(), draw, samples, filters, edits)
+        return self.decoding.row_stats(rows, hidden, lm_head, self._reads_entropy(self._requests(rows)))
 
     def finish(self, rows: StepRows, stats: RowStats, importance: torch.Tensor | None) -> StepResult:
         """Commit, plan the next step, and say what is new.
@@ -235,8 +196,8 @@ class Denoiser:
         who, slot = rows.predicted_index
         token = torch.zeros(view.masked.shape, dtype=torch.int32, device=canvas.device)
         token[who, slot] = stats.token.int()
-        score, committed = self._choose(rows, stats)
-        after = self._commit(view, committed, token)
+        score, committed, revoked = self.decoding.choose(rows, stats)
+        after = self._commit(view, committed, token, revoked)
         entropy = None
         if self._reads_entropy(self._requests(rows)):
             assert stats.entropy is not None
@@ -245,13 +206,12 @@ class Denoiser:
         outcome = StepOutcome(
             committed, rows.predicted, score, view.window_start, canvas.step[view.slots] == 0, importance, entropy
         )
-        lengths = [r.prompt_len + r.canvas_len for r in self._requests(rows)]
-        self.counters.add(rows, lengths, committed)
+        self.counters.add(rows, self._keys_attended(rows), committed)
         canvas.step[view.slots] += 1
         stays = after.window_start == view.window_start
         canvas.window_step[view.slots] = torch.where(stays, canvas.window_step[view.slots] + 1, 0)
         self._plan(after, outcome, [r.options.policy for r in self._requests(rows)])
-        return self._emit(after, committed)
+        return self._emit(after, committed, revoked, self._requests(rows))
 
     def _requests(self, rows: StepRows) -> list[Request]:
         return [self.canvas.requests[s] for s in rows.slots]
@@ -260,52 +220,31 @@ class Denoiser:
     def _reads_entropy(requests: list[Request]) -> bool:
         return any(POLICY_CLASSES[r.options.policy].reads_entropy for r in requests)
 
-    def _choose(self, rows: StepRows, stats: RowStats) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores [R, G] of the predicted slots without the prior, and the slots [R, G] that are committed."""
-        view, decoders = rows.view, self._by_decoder(rows)
-        who, slot = rows.predicted_index
-        flat = ranking_score(stats, view.options.score[who])
-        for decoder, members in decoders:
-            changed = decoder.rescore(stats, flat, view.slots[who])
-            flat = changed if members is None else torch.where(torch.isin(who, members), changed, flat)
-        score = torch.zeros(view.masked.shape, device=self.canvas.device)
-        score[who, slot] = flat
-        entropy = None
-        if stats.entropy is not None:
-            entropy = torch.zeros_like(score)
-            entropy[who, slot] = stats.entropy
-        step = DecoderStep(
-            view,
-            rows.candidates,
-            self._with_prior(score, rows),
-            least_commits(view, self.canvas.window_step[view.slots], self.traits.step_schedule),
-            entropy,
-        )
-        committed = torch.zeros_like(view.masked)
-        for decoder, members in decoders:
-            if members is None:
-                committed = decoder.choose(step)
+    def _keys_attended(self, rows: StepRows) -> list[int]:
+        """How many keys the rows of each request attended to."""
+        counts = []
+        for request, keys, choice in zip(self._requests(rows), rows.keys, rows.choices, strict=True):
+            if choice is not None and not choice.choose:
+                counts.append(choice.visible.shape[0] + choice.count)
             else:
-                committed[members] = decoder.choose(step.select(members))
-        return score, committed
+                counts.append(request.prompt_len + request.canvas_len if keys is None else keys.shape[0])
+        return counts
 
-    def _with_prior(self, score: torch.Tensor, rows: StepRows) -> torch.Tensor:
-        """Score times certainty density where a request asks for the prior (section 2, step 6)."""
-        if not any(r.options.sigma > 0 for r in self._requests(rows)):
-            return score
-        view = rows.view
-        known = ~view.masked & view.in_canvas
-        return score * certainty_density(known, view.canvas_len, view.options.sigma)
-
-    def _commit(self, view: CanvasView, committed: torch.Tensor, token: torch.Tensor) -> CanvasView:
-        """Write the committed tokens; returns the canvases after it."""
+    def _commit(
+        self, view: CanvasView, committed: torch.Tensor, token: torch.Tensor, revoked: torch.Tensor | None
+    ) -> CanvasView:
+        """Write the committed tokens, mask the revoked ones; returns the canvases after it."""
         canvas, width = self.canvas, committed.shape[1]
         text = canvas.tokens[view.slots, : view.num_positions]
-        chosen = torch.where(canvas_to_positions(committed, view), canvas_to_positions(token, view), text)
-        canvas.tokens[view.slots, : view.num_positions] = chosen
+        text = torch.where(canvas_to_positions(committed, view), canvas_to_positions(token, view), text)
         stops = (token.unsqueeze(2) == canvas.stop_ids[view.slots].unsqueeze(1)).any(2)
         masked = canvas.masked[view.slots, :width] & ~committed
         terminal = canvas.terminal[view.slots, :width] | (stops & committed)
+        if revoked is not None:
+            text = torch.where(canvas_to_positions(revoked, view), self.traits.mask_token_id, text)
+            masked |= revoked
+            terminal &= ~revoked
+        canvas.tokens[view.slots, : view.num_positions] = text
         canvas.masked[view.slots, :width] = masked
         canvas.terminal[view.slots, :width] = terminal
         return make_view(
@@ -323,20 +262,6 @@ class Denoiser:
         if name not in self._policies:
             self._policies[name] = POLICY_CLASSES[name](*self._policy_args)
         return self._policies[name]
-
-    def _decoder(self, name: str) -> Decoder:
-        """The decoder of that name; made when the first request asks for it."""
-        if name not in self._decoders:
-            self._decoders[name] = DECODER_CLASSES[name](self._decoder_resources)
-        return self._decoders[name]
-
-    def _by_decoder(self, rows: StepRows) -> list[tuple[Decoder, torch.Tensor | None]]:
-        """Each decoder of the step and its rows [m] int64 of the batch; None where one decoder has them all."""
-        names = [r.options.decoder for r in self._requests(rows)]
-        if len(set(names)) == 1:
-            return [(self._decoder(names[0]), None)]
-        members = {name: [i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
-        return [(self._decoder(name), torch.tensor(m, device=self.canvas.device)) for name, m in members.items()]
 
     def _plan(self, view: CanvasView, outcome: StepOutcome, names: list[str]) -> None:
         """Ask each policy for the next plans of its requests; ``names`` has each row's policy."""
@@ -361,13 +286,19 @@ class Denoiser:
             self.canvas.stored[view.slots, : kind.shape[1]] = kind
             self.canvas.stored_count[view.slots] = plan.stored.count
 
-    def _emit(self, view: CanvasView, committed: torch.Tensor) -> StepResult:
-        """Hand out the newly contiguous tokens from the left."""
+    def _emit(
+        self, view: CanvasView, committed: torch.Tensor, revoked: torch.Tensor | None, requests: list[Request]
+    ) -> StepResult:
+        """Hand out the newly contiguous tokens from the left, but none that may be taken back."""
         canvas = self.canvas
         done = (~view.masked & view.in_canvas).to(torch.int8).cumprod(1).sum(1)
+        if any(DECODER_CLASSES[r.options.decoder].verifies for r in requests):
+            # Verified are slots of the current window; those of windows before it are final.
+            open_window = (view.masked & view.live).any(1) & self.decoding.verifies(requests)
+            done = torch.where(open_window, torch.minimum(done, view.window_start), done)
         emitted = canvas.emitted[view.slots]
         fresh = (done - emitted).clamp(min=0)
         index = view.prompt_len.unsqueeze(1) + emitted.unsqueeze(1) + view.slot_index
         tokens = canvas.tokens[view.slots, : view.num_positions].gather(1, index.clamp(max=view.num_positions - 1))
         canvas.emitted[view.slots] = emitted + fresh
-        return StepResult(tokens.long(), fresh.int(), committed, view.masked)
+        return StepResult(tokens.long(), fresh.int(), committed, view.masked, revoked)

@@ -16,11 +16,11 @@ from vllm_d2cache.config import REPORT, OptionError
 # Names of the totals, one of each for every policy.
 TOTALS = (
     "steps",  # of all requests together
-    "rows_refreshed",  # rows computed
-    "rows_saved",  # rows that full recompute would have computed besides
+    "rows_refreshed",  # rows computed, those that verify included
+    "rows_saved",  # rows that full recompute would have computed besides; none in a step with more rows than that
     "rows_reserved",  # reserved for steps after a request's first
     "rows_used",  # computed of these
-    "commits",  # tokens committed
+    "commits",  # tokens committed, less those taken back
     "canvases",  # requests that ran their first step
     "canvas_slots",  # canvas length, added in each step
     "first_canvas_slots",  # canvas length, added in first steps alone
@@ -36,18 +36,21 @@ class RequestFigures:
     canvas_len: int  # G
     steps: int = 0
     rows: int = 0
+    saved: int = 0
     commits: int = 0
 
     def observe(self, rows: int, commits: int, reserved: int, totals: Counter[tuple[str, str]]) -> None:
         """Add a step, here and to ``totals``."""
         first = self.steps == 0
+        saved = max(0, self.total_len - rows)
         self.steps += 1
         self.rows += rows
+        self.saved += saved
         self.commits += commits
         step = {
             "steps": 1,
             "rows_refreshed": rows,
-            "rows_saved": self.total_len - rows,
+            "rows_saved": saved,
             "rows_reserved": 0 if first else reserved,
             "rows_used": 0 if first else rows,
             "commits": commits,
@@ -67,8 +70,8 @@ class RequestFigures:
             "tokens": num_tokens,
             "tokens_per_step": round(num_tokens / self.steps, 4) if self.steps else 0.0,
             "rows_refreshed": self.rows,
-            "rows_saved": everything - self.rows,
-            "saved_share": round(1 - self.rows / everything, 4) if everything else 0.0,
+            "rows_saved": self.saved,
+            "saved_share": round(self.saved / everything, 4) if everything else 0.0,
         }
 
 

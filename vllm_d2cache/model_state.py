@@ -34,7 +34,8 @@ from vllm_d2cache.logprobs import LogprobRecorder
 from vllm_d2cache.models.weight_check import check_finite
 from vllm_d2cache.ops.backends import AttentionShape, select_backend
 from vllm_d2cache.ops.paged_attention import PagedLayout
-from vllm_d2cache.policies import POLICY_CLASSES
+from vllm_d2cache.ops.shadow_attention import ShadowRows
+from vllm_d2cache.policies import row_budget
 from vllm_d2cache.records import EditSpec, SamplingSpec, StepRows
 from vllm_d2cache.runner_sampler import D2CacheSampler
 from vllm_d2cache.stored_outputs import OutputStore, PartialForward
@@ -84,7 +85,8 @@ class D2CacheModelState(ModelState):
         prompt, text = new_req_data.prompt_token_ids, new_req_data.prefill_token_ids
         assert prompt is not None and text is not None
         options = self.options.resolve(parse_request_options(params.extra_args))
-        canvas_len = len(text) - len(prompt)
+        canvas_len = params.max_tokens  # behind it, the text may hold room for shadows
+        assert canvas_len is not None
         seed = self.vllm_config.model_config.seed
         request = Request(
             new_req_data.req_id,
@@ -92,8 +94,9 @@ class D2CacheModelState(ModelState):
             canvas_len,
             options,
             _sampling_spec(params, new_req_data.req_id, seed),
-            POLICY_CLASSES[options.policy].max_rows(options, len(prompt), canvas_len, self.options.refresh_budget),
+            row_budget(options, len(prompt), canvas_len, self.options.refresh_budget),
             parse_canvas(params.extra_args),
+            len(text),
         )
         mask = self.denoiser.traits.mask_token_id
         canvas = np.asarray(text[len(prompt) :])
@@ -159,8 +162,9 @@ class D2CacheModelState(ModelState):
         rows, table = self.rows, block_tables[0]
         group = kv_cache_config.kv_cache_groups[0]
         block_size = group.kv_cache_spec.block_size
-        page = rows.positions.div(block_size, rounding_mode="floor")
-        slots = table[rows.request, page].long() * block_size + rows.positions - page * block_size
+        positions = rows.positions[: rows.request.shape[0]]  # shadows have no page
+        page = positions.div(block_size, rounding_mode="floor")
+        slots = table[rows.request, page].long() * block_size + positions - page * block_size
         requests = [self.denoiser.canvas.requests[s] for s in rows.slots]
         layout = PagedLayout(
             rows.counts,
@@ -170,13 +174,12 @@ class D2CacheModelState(ModelState):
             slots,
             rows.keys,
         )
-        self.capture = ImportanceCapture(
-            layout, rows.reads_importance, rows.positions, self._pool, self._tensor_parallel
-        )
+        self.capture = ImportanceCapture(layout, rows.reads_importance, positions, self._pool, self._tensor_parallel)
         layer_keys = None
         if any(rows.choices):
             layer_keys = LayerKeys(layout, rows.choices, rows.slots, self._kept_keys, self._tensor_parallel)
-        metadata = D2CacheMetadata(layout, self.capture, layer_keys)
+        shadows = ShadowRows(rows.shadows, rows.positions[len(positions) :]) if any(rows.shadows) else None
+        metadata = D2CacheMetadata(layout, self.capture, layer_keys, shadows)
         if rows.stored is not None:
             self.model.partial_forward = PartialForward(
                 rows.stored, rows.slots, layout, metadata.use_layout, self._outputs, self._tensor_parallel
@@ -190,7 +193,7 @@ class D2CacheModelState(ModelState):
         for slot in self.rows.slots:
             if slot in self._unsettled:
                 request = self.denoiser.canvas.requests[slot]
-                computed = request.prompt_len + request.canvas_len - request.row_budget
+                computed = request.reserved_len - request.row_budget
                 settle_request_state(req_states, slot, request.prompt_len + self._unsettled.pop(slot), computed)
         count = self.rows.positions.shape[0]
         return {"input_ids": input_batch.input_ids[:count], "positions": input_batch.positions[:count]}

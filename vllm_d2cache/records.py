@@ -198,7 +198,10 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows that go through the network in this step: ragged, request by request, ascending positions."""
+    """The rows that go through the network in this step: ragged, request by request, ascending positions.
+
+    Behind them stand shadow rows (ops/shadow_attention.py), request by request, if a decoder verifies.
+    """
 
     view: CanvasView
     slots: list[int]  # of the requests, on the host
@@ -210,11 +213,13 @@ class StepRows:
     stored: StoredRows | None  # where some request's policy stores outputs
     positions: torch.Tensor  # [N] int64, absolute
     input_ids: torch.Tensor  # [N] int32
-    request: torch.Tensor  # [N] int64, row of the batch each belongs to
+    request: torch.Tensor  # [N - shadows] int64, row of the batch each belongs to
     candidates: torch.Tensor  # [R, G] bool, slots that may be committed
     predicted: torch.Tensor  # [R, G] bool, slots whose statistics are taken
     predicted_index: tuple[torch.Tensor, torch.Tensor]  # [n] request and [n] slot of each predicted slot, row-major
-    logits_rows: torch.Tensor  # [n] int64 into N, one for each predicted slot
+    logits_rows: torch.Tensor  # [n + v] int64 into N, one for each predicted slot, then for each verified one
+    verified_index: tuple[torch.Tensor, torch.Tensor]  # [v] request and [v] slot of each committed slot asked about
+    shadows: list[int]  # of each request: rows that stand at the end of all rows and are in no cache
 
 
 @dataclass(frozen=True)
@@ -225,3 +230,4 @@ class StepResult:
     num_tokens: torch.Tensor  # [R] int32, how many of them
     committed: torch.Tensor  # [R, G] bool
     masked: torch.Tensor  # [R, G] bool, after the commits
+    revoked: torch.Tensor | None = None  # [R, G] bool, committed earlier and masked again; None where nobody verifies

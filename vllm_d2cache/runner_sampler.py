@@ -65,8 +65,11 @@ class D2CacheSampler:
         state.finish_step()
         logprobs = LogprobsTensors(*emitted) if emitted is not None else None
         # Rows and commits of each request: compat/internals.py, take_step_report.
-        counts = torch.tensor(rows.counts, device=logits.device)
-        report = torch.stack([counts, result.committed.sum(1)], dim=1)
+        counts = [n + shadows for n, shadows in zip(rows.counts, rows.shadows, strict=True)]
+        commits = result.committed.sum(1)
+        if result.revoked is not None:
+            commits = commits - result.revoked.sum(1)
+        report = torch.stack([torch.tensor(counts, device=logits.device), commits], dim=1)
         return SamplerOutput(result.tokens, logprobs, report, result.num_tokens, rejected)
 
 

@@ -24,7 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_d2cache.compat.internals import append_canvas, attach_totals, place_output_token, take_step_report
 from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
 from vllm_d2cache.figures import RequestFigures, wants_report
-from vllm_d2cache.policies import POLICY_CLASSES
+from vllm_d2cache.policies import row_budget
 from vllm_d2cache.startup_log import plan_lines
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
@@ -52,11 +52,14 @@ class D2CacheScheduler(AsyncScheduler):
         params = request.sampling_params
         assert params is not None
         options = self.options.resolve(parse_request_options(params.extra_args))
-        append_canvas(request, self.mask_token_id, request.max_tokens)
-        self._budgets[request.request_id] = POLICY_CLASSES[options.policy].max_rows(
+        # Shadows are rows without a place in the text: they are reserved behind it.
+        shadows = options.shadow_length(request.max_tokens)
+        append_canvas(request, self.mask_token_id, request.max_tokens + shadows)
+        self._budgets[request.request_id] = row_budget(
             options, request.num_prompt_tokens, request.max_tokens, self.options.refresh_budget
         )
-        self._figures[request.request_id] = RequestFigures(options.policy, request.num_tokens, request.max_tokens)
+        length = request.num_prompt_tokens + request.max_tokens
+        self._figures[request.request_id] = RequestFigures(options.policy, length, request.max_tokens)
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vllm_d2cache.attention.capture import most_map_bytes
 from vllm_d2cache.canvas import state_bytes
 from vllm_d2cache.config import RequestOptions, ServerOptions
-from vllm_d2cache.policies import POLICY_CLASSES
+from vllm_d2cache.policies import POLICY_CLASSES, row_budget
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -57,7 +57,7 @@ def _decoding(options: RequestOptions) -> str:
 
 def _budget(defaults: RequestOptions, options: ServerOptions) -> str:
     prompt, canvas = _EXAMPLE
-    rows = POLICY_CLASSES[defaults.policy].max_rows(defaults, prompt, canvas, options.refresh_budget)
+    rows = row_budget(defaults, prompt, canvas, options.refresh_budget)
     text = f"at most {rows} rows a step for {prompt} + {canvas} positions"
     if options.refresh_budget is None:
         return f"{text}; results are exact"

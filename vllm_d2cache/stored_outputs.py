@@ -2,7 +2,8 @@
 
 A layer's output of a row is what attention and MLP together add to the residual stream. The first layer computes every
 row of the step; a later one the rows that are not marked, and of the marked ones those whose values changed most. All
-other marked rows add what the layer has stored for them. No vLLM here: a layer is whatever has the interface below.
+other marked rows add what the layer has stored for them. Shadows (ops/shadow_attention.py) stand behind the rows of the
+text and are always computed. No vLLM here: a layer is whatever has the interface below.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ class PartialForward:
         outputs = torch.zeros_like(hidden)
         if len(index):
             before = fresh.float() + stream.float()
-            self.use_layout(replace(self.layout, counts=self.rows.computed, slots=self.layout.slots[index]))
+            in_text = index[index < self.layout.slots.shape[0]]
+            self.use_layout(replace(self.layout, counts=self.rows.computed, slots=self.layout.slots[in_text]))
             fresh, stream = layer(positions[index], fresh, stream)
             outputs[index] = (fresh.float() + stream.float() - before).to(hidden.dtype)
 
@@ -109,7 +111,8 @@ class PartialForward:
     def _computed(self, layer: Layer, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """[N] bool: the rows that this layer computes. Writes the values of the compared ones."""
         rows = self.rows
-        computed = ~rows.stored
+        computed = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        computed[: rows.stored.shape[0]] = ~rows.stored
         if len(rows.compared):
             index = rows.compared
             value = layer.values(hidden[index], residual[index])

@@ -74,17 +74,17 @@ class TraceRecorder:
             request = canvas.requests[slot]
             committed = result.committed[r].nonzero().flatten().tolist()
             tokens = canvas.tokens[slot, request.prompt_len :]
-            self._write(
-                slot,
-                {
-                    "step": self._steps[slot],
-                    "refreshed": None if rows.full[r] else positions.tolist(),
-                    "committed": [[s, int(tokens[s])] for s in committed],
-                    "masked_left": int(result.masked[r].sum()),
-                    "confidence": [round(c, 6) for c in by_slot[r, committed].tolist()],
-                    "elapsed": round(now - self._started[slot], 6),
-                },
-            )
+            line = {
+                "step": self._steps[slot],
+                "refreshed": None if rows.full[r] else positions.tolist(),
+                "committed": [[s, int(tokens[s])] for s in committed],
+                "masked_left": int(result.masked[r].sum()),
+                "confidence": [round(c, 6) for c in by_slot[r, committed].tolist()],
+                "elapsed": round(now - self._started[slot], 6),
+            }
+            if rows.shadows[r] and result.revoked is not None:
+                line |= {"shadows": rows.shadows[r], "revoked": result.revoked[r].nonzero().flatten().tolist()}
+            self._write(slot, line)
             self._steps[slot] += 1
             if result.num_tokens[r] > 0:
                 # From the canvas: after a preemption the first tokens are decoded again but not emitted again.

@@ -42,7 +42,15 @@ def values(output: Any) -> list[dict[int, float]]:
     return [{token: entry.logprob for token, entry in place.items()} for place in output.outputs[0].logprobs]
 
 
-@pytest.mark.parametrize("options", [{"window": 8}, {"threshold": 0.02, "window": 16}], ids=["one", "many"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 8},
+        {"threshold": 0.02, "window": 16},
+        {"decoder": "wino", "window": 8, "wide_in_thres": 0.02, "narrow_out_thres": 0.5},
+    ],
+    ids=["one", "many", "taken back"],
+)
 def test_logprobs_are_those_of_the_step_that_committed(engine: Engine, options: dict[str, Any]) -> None:
     """Against a dense model run on the canvas as it stood before each step of the trace."""
     request = {"options": {"policy": "full", **options}, "sampling": {"logprobs": 3}}
@@ -58,6 +66,8 @@ def test_logprobs_are_those_of_the_step_that_committed(engine: Engine, options: 
         for slot, token in line["committed"]:
             want[slot] = logprobs[len(PROMPT) + slot]
             canvas[slot] = token
+        for slot in line.get("revoked", []):
+            canvas[slot] = MASK
     got = output.outputs[0]
     assert list(got.token_ids) == canvas
     assert got.cumulative_logprob == pytest.approx(sum(float(want[s][t]) for s, t in enumerate(canvas)), abs=1e-3)
@@ -205,13 +215,16 @@ def test_beam_search_is_refused(engine: Engine) -> None:
 
 
 def test_a_report_of_what_a_request_cost(engine: Engine) -> None:
-    got = generate(
-        engine, [{"options": {"report": True, "window": 8}}, {}, {"options": {"report": 1, "policy": "full"}}]
+    wino = {"decoder": "wino", "policy": "full", "window": 8, "wide_in_thres": 0.02, "narrow_out_thres": 0.5}
+    options = [{"report": True, "window": 8}, {}, {"report": 1, "policy": "full"}, {"report": 1, **wino}]
+    got = generate(engine, [{"options": o} for o in options])
+    cached, silent, full, verified = (
+        output.kv_transfer_params["d2cache"] if o else output.kv_transfer_params
+        for o, output in zip(options, got, strict=True)
     )
-    cached, silent, full = (output.kv_transfer_params for output in got)
     assert silent is None
     rows = 16 * (len(PROMPT) + 16)
-    assert full["d2cache"] == {
+    assert full == {
         "policy": "full",
         "steps": 16,
         "tokens": 16,
@@ -222,5 +235,10 @@ def test_a_report_of_what_a_request_cost(engine: Engine) -> None:
     }
     lines = engine.trace(got[0].request_id)[1:-1]
     computed = sum(len(PROMPT) + 16 if line["refreshed"] is None else len(line["refreshed"]) for line in lines)
-    assert cached["d2cache"]["rows_refreshed"] == computed
-    assert cached["d2cache"]["rows_saved"] == rows - computed
+    assert cached["rows_refreshed"] == computed
+    assert cached["rows_saved"] == rows - computed
+    lines = engine.trace(got[3].request_id)[1:-1]
+    shadows = sum(line.get("shadows", 0) for line in lines)
+    assert shadows > 0
+    assert verified["rows_refreshed"] == len(lines) * (len(PROMPT) + 16) + shadows
+    assert (verified["rows_saved"], verified["saved_share"]) == (0, 0.0)

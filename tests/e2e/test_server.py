@@ -75,6 +75,7 @@ def test_policies_and_options_per_request(client: openai.OpenAI) -> None:
         {"factor": 1.0},
         {"policy": "prefix"},
         {"policy": "dkv", "cache_steps": 2},
+        {"decoder": "eb"},
     ):
         assert ask(client, xargs=options).choices[0].message.content == "hgfedcba", options
 
@@ -106,6 +107,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"xargs": {"trace_dir": "x"}}, "server-wide only"),
     ({"xargs": {"policy": "dual", "current_k": 4}}, "d2cache_current_k: an option of d2cache_policy 'd2cache'"),
     ({"xargs": {"cache_steps": 4}}, "the options of that policy are: d2cache_selection_sigma"),
+    ({"xargs": {"decoder": "eb", "threshold": 0.9}}, "d2cache_threshold"),
+    ({"xargs": {"decoder": "pc"}}, "token_frequencies"),
+    ({"xargs": {"steps": 7, "window": 8}}, "d2cache_steps"),
     ({"extra": {"vllm_xargs": {"policy": "full"}}}, "valid options are d2cache_policy"),
     ({"response_format": {"type": "json_object"}}, "structured_outputs"),
     # Greedy decoding has no use for min_p: vLLM itself sets it to 0 there.

@@ -14,7 +14,7 @@ from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions, parse_request_options, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.logprobs import EmittedLogprobs, LogprobRecorder
-from vllm_d2cache.policies import POLICY_CLASSES
+from vllm_d2cache.policies import row_budget
 from vllm_d2cache.records import FamilyTraits, SamplingSpec, StepResult, StepRows
 
 VOCAB, MASK = 13, 5
@@ -35,6 +35,7 @@ class Step:
     masked: list[int]  # slots still masked afterwards
     keys: list[int] | None = None  # positions the rows attended to; None = all
     choice: tuple[bool, int, int] | None = None  # whether layers chose their keys, or had; how many; pooling
+    revoked: list[int] = field(default_factory=list)  # committed earlier and masked again
 
 
 @dataclass
@@ -65,9 +66,10 @@ class FakeJob:
         """The same request, not yet run."""
         return FakeJob(self.prompt, self.canvas_length, self.options, self.sampling, self.noise, given=self.given)
 
-    def numbers(self, step: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def numbers(self, step: int | None = None, shadow: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """A step's logits [T, vocab] and importance [T]: a function of the request and its step alone."""
-        generator = torch.Generator().manual_seed(1000 * self.noise + (len(self.steps) if step is None else step))
+        number = len(self.steps) if step is None else step
+        generator = torch.Generator().manual_seed(1000 * self.noise + number + 500 * shadow)
         logits = 3 * torch.randn(self.total, VOCAB, generator=generator)
         logits[:, MASK] += 3  # would often win
         return logits, torch.rand(self.total, generator=generator) ** 3 + 1e-3
@@ -99,7 +101,7 @@ class Batch:
         job = self.jobs[i]
         options = self.server.resolve(parse_request_options({f"d2cache_{k}": v for k, v in job.options.items()}))
         length, budget = len(job.prompt), self.server.refresh_budget
-        rows = POLICY_CLASSES[options.policy].max_rows(options, length, job.canvas_length, budget)
+        rows = row_budget(options, length, job.canvas_length, budget)
         request = Request(f"r{i}", length, job.canvas_length, options, job.sampling, rows, job.given)
         self.denoiser.add(self.slot(i), request, np.array(job.prompt, dtype=np.int64), job.emitted_before)
         self.logprobs.add(self.slot(i), request)
@@ -128,7 +130,7 @@ class Batch:
         denoiser = self.denoiser
         slots = [self.slot(i) for i in running]
         rows = denoiser.begin(torch.tensor(slots), slots)
-        assert rows.positions.shape[0] == sum(rows.counts) == rows.input_ids.shape[0]
+        assert rows.positions.shape[0] == sum(rows.counts) + sum(rows.shadows) == rows.input_ids.shape[0]
         logits, offset = [], 0
         importance = torch.full((len(running), rows.view.num_positions), torch.nan)
         for r, (i, count) in enumerate(zip(running, rows.counts, strict=True)):
@@ -137,6 +139,9 @@ class Batch:
             importance[r] = 0
             if rows.reads_importance[r]:
                 importance[r, : self.jobs[i].total] = column
+            offset += count
+        for i, count in zip(running, rows.shadows, strict=True):
+            logits.append(self.jobs[i].numbers(shadow=True)[0][rows.positions[offset : offset + count]])
             offset += count
         hidden = torch.cat(logits)[rows.logits_rows]
         stats = denoiser.row_stats(rows, hidden, torch.clone)
@@ -163,7 +168,11 @@ class Batch:
             keys = None if visible is None else visible.tolist()
             chosen = rows.choices[r]
             choice = None if chosen is None else (chosen.choose, chosen.count, chosen.pool)
-            job.steps.append(Step(positions, rows.full[r], predicted, window, committed, emitted, masked, keys, choice))
+            revoked = [] if result.revoked is None else result.revoked[r].nonzero().flatten().tolist()
+            full = rows.full[r]
+            job.steps.append(
+                Step(positions, full, predicted, window, committed, emitted, masked, keys, choice, revoked)
+            )
             job.output += emitted
 
     def _record_logprobs(self, running: list[int], emitted: EmittedLogprobs) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from vllm_d2cache.cli import UsageError, main
-from vllm_d2cache.cli.grid import Cell, Prompt, Setting, agreement, read_prompts
+from vllm_d2cache.cli.grid import Cell, Prompt, Setting, agreement, general_questions, pairs_of, read_prompts
 from vllm_d2cache.cli.report import HEADS, markdown_table, text_table, write_json
-from vllm_d2cache.config import OptionError
+from vllm_d2cache.config import OptionError, ServerOptions
 from vllm_d2cache.samplers.frequencies import count_frequencies, load_frequencies
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-llada"
@@ -90,10 +90,20 @@ class TestSettings:
     """What may be compared, checked before an engine starts."""
 
     def test_names_and_options(self) -> None:
-        assert Setting.parse("decoder", "eb") == Setting("eb", {"decoder": "eb"})
+        assert vars(Setting.parse("decoder", "eb")) == {"label": "eb", "options": {"decoder": "eb"}}
         text = "d2cache:current_k=16,rollout_p=0.5,confidence_memory=latest"
         want = {"policy": "d2cache", "current_k": 16, "rollout_p": 0.5, "confidence_memory": "latest"}
-        assert Setting.parse("policy", text) == Setting(text, want)
+        assert vars(Setting.parse("policy", text)) == {"label": text, "options": want}
+
+    def test_pairs_that_cannot_be_are_left_out_and_said(self) -> None:
+        policies = [Setting.parse("policy", name) for name in ("full", "d2cache")]
+        decoders = [Setting.parse("decoder", name) for name in ("eb", "wino")]
+        pairs, left_out = pairs_of(policies, decoders, ServerOptions({}))
+        assert [(p.label, d.label) for p, d in pairs] == [("full", "eb"), ("d2cache", "eb"), ("full", "wino")]
+        assert len(left_out) == 1
+        assert left_out[0].startswith("d2cache, wino: d2cache_decoder: 'wino' verifies")
+        with pytest.raises(UsageError, match="'wino' verifies"):
+            pairs_of(policies[1:], decoders[1:], ServerOptions({}))
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -108,6 +118,7 @@ class TestSettings:
             (["--out", "x.csv"], r"--out must end in \.json"),
             (["--out", "absent/x.json"], "no such directory: absent"),
             (["--prompts", "absent.jsonl"], "no such file: absent"),
+            (["--token-frequencies", "absent.npy"], r"token_frequencies: absent\.npy: no such file"),
         ],
     )
     def test_bad_arguments(self, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -129,7 +140,7 @@ class TestPrompts:
         path = tmp_path / "prompts.jsonl"
         chat = [{"role": "user", "content": "x"}]
         path.write_text(f'{{"prompt": "a", "max_tokens": 8}}\n\n{json.dumps({"messages": chat, "max_tokens": 4})}\n')
-        assert read_prompts(path, chat=True) == [Prompt(8, text="a"), Prompt(4, messages=chat)]
+        assert read_prompts(path) == [Prompt(8, text="a"), Prompt(4, messages=chat)]
 
     @pytest.mark.parametrize(
         "line",
@@ -147,16 +158,16 @@ class TestPrompts:
         path = tmp_path / "prompts.jsonl"
         path.write_text('{"prompt": "a", "max_tokens": 8}\n' + line)
         with pytest.raises(UsageError, match="line 2"):
-            read_prompts(path, chat=True)
+            read_prompts(path)
 
     def test_empty_files_are_refused(self, tmp_path: Path) -> None:
         (tmp_path / "none.jsonl").write_text("\n")
         with pytest.raises(UsageError, match="no prompts"):
-            read_prompts(tmp_path / "none.jsonl", chat=True)
+            read_prompts(tmp_path / "none.jsonl")
 
     def test_general_questions_where_none_are_given(self) -> None:
-        assert all(p.messages and p.text is None for p in read_prompts(None, chat=True))
-        assert all(p.text and p.messages is None for p in read_prompts(None, chat=False))
+        assert all(p.messages and p.text is None for p in general_questions(chat=True))
+        assert all(p.text and p.messages is None for p in general_questions(chat=False))
 
 
 def cell(policy: str, outputs: list[list[int]], texts: list[str] | None = None) -> Cell:

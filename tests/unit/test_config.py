@@ -59,6 +59,8 @@ ACCEPTED: list[tuple[str, Any, Any]] = [
     ("low_threshold", 0.5, 0.5),
     ("leap_threshold", 0, 0.0),
     ("leap_radius", 8, 8),
+    ("wide_in_thres", 0.5, 0.5),
+    ("narrow_out_thres", 1, 1.0),
 ]
 
 WRONG_FOR_NUMBERS: list[Any] = [True, False, "1", None, [1], {}, NAN, INF, -INF, -1, -0.001, 10**400, -(10**400)]
@@ -78,6 +80,8 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("credit_beta", 1.1),
     ("low_threshold", 1.1),
     ("leap_threshold", 1.1),
+    ("wide_in_thres", 1.1),
+    ("narrow_out_thres", 1.1),
 ]
 CHOICES = ("policy", "score", "confidence_memory", "decoder")
 INTEGERS = ("window", "tokens_per_step", "current_k", "inflate_w", "kl_history_length", "leap_radius", "steps")
@@ -103,7 +107,12 @@ def resolve(request: dict[str, Any] | None = None, server: dict[str, Any] | None
 def reader_of(name: str) -> dict[str, str]:
     """The decoder to choose so that option ``name`` is read; nothing if the default one reads it."""
     readers = [decoder for decoder, names in DECODER_OPTIONS.items() if name in names]
-    return {"decoder": readers[0]} if readers and readers[0] != "confidence" else {}
+    return chosen(readers[0]) if readers and readers[0] != "confidence" else {}
+
+
+def chosen(decoder: str) -> dict[str, str]:
+    """Options that choose ``decoder``."""
+    return {"decoder": decoder, **({"policy": "full"} if decoder == "wino" else {})}
 
 
 def test_defaults_are_the_published_ones() -> None:
@@ -286,12 +295,12 @@ EXAMPLE: dict[str, Any] = {"score": "margin", "factor": 1.0}
 def test_an_option_of_another_decoder_is_refused_where_the_request_names_it(decoder: str, name: str) -> None:
     value = EXAMPLE.get(name, 1)
     with pytest.raises(OptionError) as error:
-        resolve({"decoder": decoder, name: value})
+        resolve({**chosen(decoder), name: value})
     assert str(error.value).startswith(f"d2cache_{name}: not an option of d2cache_decoder '{decoder}'")
     for valid in DECODER_OPTIONS[decoder]:
         assert f"d2cache_{valid}" in str(error.value)
     with pytest.raises(OptionError, match=f"d2cache_{name}: not an option"):
-        resolve({name: value}, {"decoder": decoder})
+        resolve({name: value}, chosen(decoder))
 
 
 def test_server_defaults_of_one_decoder_do_not_reach_another() -> None:
@@ -340,9 +349,9 @@ def test_a_request_that_gives_steps_drops_the_servers_tokens_per_step() -> None:
 
 def test_steps_must_divide_among_the_windows() -> None:
     options = resolve({"steps": 12, "window": 8})
-    options.check_canvas(32)
-    options.check_canvas(17)  # windows of 8, 8 and 1
+    options.check_canvas(32, 99)
+    options.check_canvas(17, 99)  # windows of 8, 8 and 1
     with pytest.raises(OptionError, match="d2cache_steps: must be a multiple of 5"):
-        options.check_canvas(40)
-    resolve({"steps": 7}).check_canvas(40)
-    resolve().check_canvas(40)
+        options.check_canvas(40, 99)
+    resolve({"steps": 7}).check_canvas(40, 99)
+    resolve().check_canvas(40, 99)

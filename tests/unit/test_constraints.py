@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.batches import MASK, Batch, FakeJob, run_alone
+from tests.unit.batches import MASK, VOCAB, Batch, FakeJob, run_alone
 from tests.unit.edits import NEVER, edited, specs
 from tests.unit.strategies import jobs
 from vllm_d2cache.records import EditSpec, SamplingSpec
@@ -87,9 +87,24 @@ def test_minimum_length_holds_where_the_stop_token_is_all_the_model_wants() -> N
     assert done.output[4] == 3
 
 
+def test_a_token_is_not_penalised_for_itself_where_it_is_verified() -> None:
+    """It would be taken back for standing where it stands; another slot that wants the same token is penalised."""
+    options = {"decoder": "wino", "policy": "full", "wide_in_thres": 1.0, "sigma": 0}
+    batch = Batch([FakeJob([1], 4, options, SamplingSpec(edits=EditSpec(penalties=(2.0, 1.0, 8.0))))])
+    batch.add(0)
+    batch.step([0])
+    ((written, token),) = batch.jobs[0].steps[0].committed
+    rows = batch.denoiser.begin(torch.tensor([batch.slot(0)]), [batch.slot(0)])
+    edits = batch.denoiser.constraints.of_slots(rows, torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    assert edits is not None
+    logits = torch.zeros(4, VOCAB)
+    edits.apply(logits)
+    assert [slot for slot in range(4) if logits[slot, token] < 0] == [slot for slot in range(4) if slot != written]
+
+
 def test_nobody_asks_nothing_is_built() -> None:
     batch = Batch([FakeJob([1, 2], 4, sampling=SamplingSpec(edits=EditSpec(stop_ids=(3,))))])
     batch.add(0)
     slots = [batch.slot(0)]
     rows = batch.denoiser.begin(torch.tensor(slots), slots)
-    assert batch.denoiser.constraints.of_rows(rows) is None
+    assert batch.denoiser.constraints.of_slots(rows, *rows.predicted_index) is None

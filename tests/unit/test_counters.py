@@ -24,3 +24,23 @@ def test_counters_are_the_sums_of_all_steps() -> None:
     counters.reset()
     assert counters == type(counters)()
     assert counters.committed == 0
+
+
+def test_keys_that_a_policy_hides_are_not_counted() -> None:
+    """sparse_dllm in one window of 4 behind 10: everything twice, then the window and half of the rest."""
+    batch = Batch([FakeJob([1] * 10, 4, {"policy": "sparse_dllm", "keep_ratio": 0.5, "window": 4})])
+    batch.run()
+    assert len(batch.jobs[0].steps) == 4
+    assert batch.denoiser.counters.keys == 14 + 14 + 2 * (4 + 5)
+
+
+def test_shadows_are_rows_but_no_keys() -> None:
+    batch = Batch(
+        [FakeJob([1, 2], 12, {"decoder": "wino", "policy": "full", "window": 6, "wide_in_thres": 0.1}, noise=4)]
+    )
+    batch.run()
+    steps, counters = batch.jobs[0].steps, batch.denoiser.counters
+    assert counters.keys == 14 * len(steps)
+    # All steps but the first of each window verify.
+    assert counters.rows == 14 * len(steps) + 6 * (len(steps) - 2)
+    assert counters.committed - sum(len(step.revoked) for step in steps) == 12

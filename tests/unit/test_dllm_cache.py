@@ -141,6 +141,19 @@ def test_stored_rows_add_what_their_layer_added_last() -> None:
     assert layers[1].pages[0, 0, 2, 4:].tolist() == [3.0] * 4
 
 
+def test_shadows_of_mates_are_always_computed() -> None:
+    """Two rows behind the text, in no page: every layer computes them, and lays out the text alone."""
+    layers, store = [ToyLayer(), ToyLayer()], OutputStore()
+    forward(layers, stored_rows([], [], 0, 6), torch.zeros(6, 4), store)
+    layout = PagedLayout([6], [6], torch.zeros(1, 1, dtype=torch.int32), [0], torch.arange(6))
+    layouts: list[PagedLayout] = []
+    run = PartialForward(stored_rows([1, 2, 3, 4, 5], [], 0, 1), [7], layout, layouts.append, store)
+    hidden, residual = run.run(layers, torch.tensor([0, 1, 2, 3, 4, 5, 8, 9]), torch.zeros(8, 4))
+    assert layers[1].seen[-1] == [0, 8, 9]
+    assert [(at.counts, at.slots.tolist()) for at in layouts] == [([1], [0]), ([6], list(range(6)))]
+    assert (hidden + residual)[:, 0].tolist() == [20.0 * p for p in (0, 1, 2, 3, 4, 5, 8, 9)]
+
+
 def test_ranks_with_different_heads_agree() -> None:
     """The sums of both halves decide; the first half alone would choose another row."""
     new = torch.tensor([[1.0, 0.0, 9.0, 1.0], [0.0, 1.0, 9.0, 9.0]])

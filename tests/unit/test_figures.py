@@ -38,6 +38,16 @@ def test_a_request_by_hand() -> None:
     }
 
 
+def test_a_step_with_more_rows_than_positions_saves_none() -> None:
+    """With shadows. A counter cannot shrink, so such a step does not take back what others saved."""
+    totals: Counter[tuple[str, str]] = Counter()
+    figures = RequestFigures("full", total_len=30, canvas_len=10)
+    for rows in (30, 38, 20):
+        figures.observe(rows, 1, 38, totals)
+    assert figures.report(3)["rows_saved"] == totals["full", "rows_saved"] == 10
+    assert totals["full", "rows_refreshed"] == 88
+
+
 def test_policies_are_counted_apart() -> None:
     totals: Counter[tuple[str, str]] = Counter()
     for policy in ("d2cache", "full", "full"):

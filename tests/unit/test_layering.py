@@ -30,10 +30,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "constraints": ("records", "ops", "canvas"),
     "samplers": ("records", "config", "ops"),
     "policies": ("option_types", "policy_registry", "records", "config", "ops", "canvas"),
-    "denoiser": ("records", "config", "ops", "canvas", "constraints", "policies", "samplers", "counters"),
+    "denoiser": ("records", "config", "ops", "canvas", "constraints", "policies", "samplers", "counters", "decoding"),
     "trace": ("records", "canvas"),
     "logprobs": ("records", "ops", "canvas"),
     "counters": ("records",),
+    "decoding": ("records", "config", "ops", "canvas", "constraints", "samplers"),
     "attention.capture": ("ops",),
     "attention.eviction": ("records", "ops", "attention.capture"),
     "stored_outputs": ("records", "ops", "attention.capture"),
@@ -59,8 +60,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
-    "policies", "denoiser", "trace", "logprobs", "constraints", "infill", "request_fields", "request_fit", "figures",
-    "counters", "attention.capture", "attention.eviction", "trace_reader", "viewer", "models.weight_check",
+    "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "infill", "request_fields", "request_fit",
+    "figures", "counters", "attention.capture", "attention.eviction", "trace_reader", "viewer", "models.weight_check",
     "stored_outputs",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")

@@ -51,6 +51,13 @@ def test_mates_change_nothing(members: list[tuple[FakeJob, int, int | None]]) ->
         check(job)
 
 
+def test_a_token_that_was_taken_back_leaves_none_behind() -> None:
+    options = {"decoder": "wino", "policy": "full", "window": 6, "wide_in_thres": 0.1}
+    done = run_alone(asking(FakeJob([1, 2], 12, options, noise=4), 2))
+    assert any(step.revoked for step in done.steps)
+    check(done)
+
+
 def test_asking_changes_no_token() -> None:
     job = FakeJob([1, 2, 3], 12, {"window": 5})
     assert run_alone(asking(job, 2)).output == run_alone(job).output

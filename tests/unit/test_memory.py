@@ -36,6 +36,7 @@ CASES += [
     {"decoder": "eb", "gamma": 1.0},
     {"decoder": "klass", "threshold": 0.9},
     {"decoder": "credit", "threshold": 0.9},
+    {"decoder": "wino", "policy": "full", "wide_in_thres": 0.0},
 ]
 
 

@@ -20,7 +20,7 @@ def test_dream_without_keys_is_the_published_one() -> None:
     shape = config.shape()
     assert (shape.hidden_size, shape.num_layers, shape.head_size, shape.kv_size) == (3584, 28, 128, 512)
     assert (shape.qkv_bias, shape.rope_in_fp32, shape.tied_head) == (True, False, False)
-    assert config.traits() == FamilyTraits(151666, logit_shift=1)
+    assert config.traits() == FamilyTraits(151666, logit_shift=1, step_schedule="timestep")
 
 
 @pytest.mark.parametrize("cls", [DreamConfig, LLaDAMoEConfig])

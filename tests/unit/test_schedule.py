@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.unit.batches import Batch, FakeJob, run_alone
+from tests.unit.batches import MASK, Batch, FakeJob, run_alone
 from tests.unit.views import view_of
+from vllm_d2cache.records import FamilyTraits
 from vllm_d2cache.samplers.schedule import least_commits
 
 
@@ -31,7 +32,7 @@ def dream(tokens: int, steps: int) -> list[int]:
 
 def committed(job: FakeJob, schedule: str = "even") -> list[int]:
     batch = Batch([job])
-    batch.denoiser.traits = batch.denoiser.traits.__class__(batch.denoiser.traits.mask_token_id, 0, schedule)
+    batch.denoiser.canvas.traits = FamilyTraits(MASK, 0, schedule)
     batch.run()
     return [len(step.committed) for step in job.steps]
 

@@ -133,6 +133,21 @@ def test_options_must_go_with_the_servers(monkeypatch: pytest.MonkeyPatch) -> No
     assert InputProcessor.process_inputs(processor) is request
 
 
+def test_wino_needs_room_and_a_canvas_of_holes(monkeypatch: pytest.MonkeyPatch) -> None:
+    wino = {"d2cache_decoder": "wino", "d2cache_policy": "full", "d2cache_window": 5}
+    canvas = {"d2cache_canvas": [3] + [-1] * 24}
+    request, processor = admitted(monkeypatch, params={"max_tokens": 25, "extra_args": wino})
+    assert InputProcessor.process_inputs(processor) is request
+    request.sampling_params.extra_args = {**wino, "d2cache_window": 6}
+    with pytest.raises(VLLMValidationError, match="d2cache_decoder: 'wino' needs 6 positions"):
+        InputProcessor.process_inputs(processor)
+    request.sampling_params.extra_args = {**wino, **canvas}
+    with pytest.raises(VLLMValidationError, match=r"d2cache_decoder: 'wino' .* does not go with d2cache_canvas"):
+        InputProcessor.process_inputs(processor)
+    request.sampling_params.extra_args = canvas
+    assert InputProcessor.process_inputs(processor) is request
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

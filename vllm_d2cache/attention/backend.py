@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm_d2cache.attention.capture import ImportanceCapture
 from vllm_d2cache.attention.eviction import LayerKeys
 from vllm_d2cache.ops.paged_attention import PagedLayout, paged_attention, write_kv
+from vllm_d2cache.ops.shadow_attention import ShadowRows, shadow_attention
 
 
 @dataclass
@@ -28,9 +29,10 @@ class D2CacheMetadata(AttentionMetadata):
     layout: PagedLayout
     capture: ImportanceCapture
     layer_keys: LayerKeys | None = None  # where the keys of some request differ from layer to layer
+    shadows: ShadowRows | None = None
 
     def use_layout(self, layout: PagedLayout) -> None:
-        """The next layer's rows are those of ``layout``."""
+        """The next layer's rows are those of ``layout``, and the shadows."""
         self.layout = self.capture.layout = layout
         if self.layer_keys is not None:
             self.layer_keys.layout = layout
@@ -84,12 +86,15 @@ class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
         if attn_metadata is None:
             # Memory profiling runs the model before there is a cache.
             return output.zero_()
-        layout = attn_metadata.layout
-        write_kv(kv_cache, key, value, layout.slots)
+        layout, shadows = attn_metadata.layout, attn_metadata.shadows
+        n = layout.slots.shape[0]  # shadows stand behind the rows of the text; their K and V go into no page
+        write_kv(kv_cache, key[:n], value[:n], layout.slots)
         if attn_metadata.layer_keys is not None:
-            layout = attn_metadata.layer_keys.start_layer(query, kv_cache)
-        maps = attn_metadata.capture.start_layer(query, kv_cache, self.scale)
-        paged_attention(query, kv_cache, layout, self.scale, output, maps)
+            layout = attn_metadata.layer_keys.start_layer(query[:n], kv_cache)
+        maps = attn_metadata.capture.start_layer(query[:n], kv_cache, self.scale)
+        paged_attention(query[:n], kv_cache, layout, self.scale, output[:n], maps)
+        if shadows is not None:
+            shadow_attention(query[n:], key[n:], value[n:], kv_cache, layout, shadows, self.scale, output[n:])
         return output
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_d2cache.cli import UsageError
-from vllm_d2cache.config import SECTION, parse_server_options
+from vllm_d2cache.cli.grid import Cell, Prompt, Setting, general_questions, measure, pairs_of, read_prompts
+from vllm_d2cache.config import SECTION, OptionError, parse_server_options
+from vllm_d2cache.samplers.frequencies import load_frequencies
 
 _PROMPTS_HELP = (
     'JSON lines: {"prompt": TEXT} or {"messages": [...]}, "max_tokens": N, and maybe "answer": TEXT, which a response '
@@ -33,31 +35,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token-frequencies", metavar="FILE.npy", help="corpus table for decoder pc")
     parser.add_argument("--dtype", default="auto", help="as vLLM's (default auto)")
     parser.add_argument("--max-model-len", type=int, metavar="N", help="as vLLM's")
+    parser.add_argument("--note", metavar="TEXT", help="a line to write under the table")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures, and a table beside it")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png, .svg or .pdf; needs matplotlib)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the grid, print the table."""
-    from vllm_d2cache.cli import grid, report
+    from vllm_d2cache.cli import report
 
     _check_outputs(args)
-    policies, decoders = _settings(args)
+    pairs, skipped = _pairs(args)
+    for line in skipped:
+        print(f"left out: {line}")
+    prompts = read_prompts(args.prompts) if args.prompts else None
     # The figures are the engine's own counters, so it has to run in this process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     llm = _engine(args)
-    prompts = grid.read_prompts(args.prompts, llm.get_tokenizer().chat_template is not None)
-    cells = _run_cells(llm, prompts, policies, decoders, args.batch == 1)
+    prompts = prompts or general_questions(llm.get_tokenizer().chat_template is not None)
+    cells = _run_cells(llm, prompts, pairs, args.batch == 1)
 
     from vllm_d2cache.cli.machine import machine
 
     facts = machine()
     notes = report.notes_of(cells, facts, args.model, len(prompts), args.batch)
+    notes += [args.note] if args.note else []
     print(report.text_table(cells))
     print(*notes, sep="\n")
     if args.out:
-        about = {"model": args.model, "prompts": str(args.prompts or "built in"), "batch": args.batch}
+        about = {
+            "model": args.model,
+            "prompts": str(args.prompts or "built in"),
+            "batch": args.batch,
+            "note": args.note,
+        }
         report.write_json(args.out, cells, facts, about)
         args.out.with_suffix(".md").write_text(report.markdown_table(cells, notes))
     if args.plot:
@@ -78,25 +90,26 @@ def _check_outputs(args: argparse.Namespace) -> None:
     for path in (args.out, args.plot):
         if path and not path.parent.is_dir():
             raise UsageError(f"no such directory: {path.parent}")
-    if args.prompts and not args.prompts.is_file():
-        raise UsageError(f"no such file: {args.prompts}")
+    if args.token_frequencies:
+        try:
+            load_frequencies(args.token_frequencies)
+        except OptionError as error:
+            raise UsageError(str(error)) from error
 
 
-def _settings(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
-    """Policies, full recompute first, and decoders."""
-    from vllm_d2cache.cli.grid import Setting, check
+def _pairs(args: argparse.Namespace) -> tuple[list[tuple[Setting, Setting]], list[str]]:
+    """What is run, full recompute first of every decoder, and what cannot be."""
     from vllm_d2cache.policies import POLICY_CLASSES
     from vllm_d2cache.samplers import DECODER_CLASSES
 
     decoders = args.decoders or [d for d in DECODER_CLASSES if d != "pc" or args.token_frequencies]
     policies = [p for p in args.policies or POLICY_CLASSES if p != "full"]
-    made = (
+    server = parse_server_options({"token_frequencies": args.token_frequencies})
+    return pairs_of(
         [Setting.parse("policy", text) for text in dict.fromkeys(["full", *policies])],
         [Setting.parse("decoder", text) for text in dict.fromkeys(decoders)],
+        server,
     )
-    server = parse_server_options({"token_frequencies": args.token_frequencies})
-    check([{**policy.options, **decoder.options} for policy in made[0] for decoder in made[1]], server)
-    return made
 
 
 def _engine(args: argparse.Namespace) -> Any:
@@ -112,23 +125,23 @@ def _engine(args: argparse.Namespace) -> Any:
     )
 
 
-def _run_cells(llm: Any, prompts: list[Any], policies: list[Any], decoders: list[Any], one_by_one: bool) -> list[Any]:
+def _run_cells(llm: Any, prompts: list[Prompt], pairs: list[tuple[Setting, Setting]], one_by_one: bool) -> list[Cell]:
     """The cells, compared with full recompute under the same decoder."""
     from tqdm import tqdm
+    from vllm.exceptions import VLLMValidationError
 
-    from vllm_d2cache.cli.grid import Cell, measure
     from vllm_d2cache.compat.internals import in_process_model_state
 
     counters = in_process_model_state(llm).denoiser.counters
     cells: list[Cell] = []
-    with tqdm(total=len(policies) * len(decoders) * len(prompts), unit="request", disable=None) as bar:
-        for decoder in decoders:
-            for policy in policies:
-                bar.set_description(f"{policy.label}, {decoder.label}")
-                cells.append(measure(llm, counters, prompts, policy, decoder, one_by_one, bar.update))
-                cells[-1].compare(cells[-1] if policy is policies[0] else _full(cells, decoder.label), prompts)
+    full: dict[str, Cell] = {}
+    with tqdm(total=len(pairs) * len(prompts), unit="request", disable=None) as bar:
+        for policy, decoder in pairs:
+            bar.set_description(f"{policy.label}, {decoder.label}")
+            try:
+                cell = measure(llm, counters, prompts, policy, decoder, one_by_one, bar.update)
+            except VLLMValidationError as error:  # a prompt that does not fit
+                raise UsageError(f"{policy.label}, {decoder.label}: {error}") from error
+            cell.compare(full.setdefault(decoder.label, cell), prompts)
+            cells.append(cell)
     return cells
-
-
-def _full(cells: list[Any], decoder: str) -> Any:
-    return next(cell for cell in cells if (cell.policy, cell.decoder) == ("full", decoder))

@@ -27,7 +27,7 @@ QUESTIONS = (
 _QUESTION_CANVAS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setting:
     """A policy or a decoder, with options of its own: ``NAME`` or ``NAME:KEY=VALUE,...``."""
 
@@ -56,13 +56,28 @@ def _number(text: str) -> Any:
     return text
 
 
-def check(settings: list[dict[str, Any]], server: ServerOptions) -> None:
-    """Refuse, before an engine is started, what the engine would refuse."""
-    for options in settings:
-        try:
-            server.resolve(parse_request_options({PREFIX + key: value for key, value in options.items()}))
-        except OptionError as error:
-            raise UsageError(str(error)) from error
+def pairs_of(
+    policies: list[Setting], decoders: list[Setting], server: ServerOptions
+) -> tuple[list[tuple[Setting, Setting]], list[str]]:
+    """Pairs the engine will take, decoder by decoder, and why it will not take the others.
+
+    Raises:
+        UsageError: a policy or decoder is in no pair.
+    """
+    pairs, refused = [], {}
+    for decoder in decoders:
+        for policy in policies:
+            options = {**policy.options, **decoder.options}
+            try:
+                server.resolve(parse_request_options({PREFIX + key: value for key, value in options.items()}))
+            except OptionError as error:
+                refused[policy, decoder] = str(error)
+            else:
+                pairs.append((policy, decoder))
+    for setting in [*policies, *decoders]:
+        if not any(setting in pair for pair in pairs):
+            raise UsageError(next(reason for pair, reason in refused.items() if setting in pair))
+    return pairs, [f"{policy.label}, {decoder.label}: {reason}" for (policy, decoder), reason in refused.items()]
 
 
 @dataclass(frozen=True)
@@ -75,19 +90,19 @@ class Prompt:
     answer: str | None = None
 
 
-def read_prompts(path: Path | None, chat: bool) -> list[Prompt]:
-    """Prompts of a JSON-lines file, or a few general questions.
+def general_questions(chat: bool) -> list[Prompt]:
+    """A few general questions; ``chat`` says that the model has a chat template to ask them in."""
+    if chat:
+        return [Prompt(_QUESTION_CANVAS, messages=[{"role": "user", "content": q}]) for q in QUESTIONS]
+    return [Prompt(_QUESTION_CANVAS, text=q) for q in QUESTIONS]
 
-    Args:
-        chat: whether the model has a chat template; the general questions are then asked in it.
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts of a JSON-lines file.
 
     Raises:
         UsageError: the file is not what ``vllm-d2cache compare --help`` says.
     """
-    if path is None:
-        if chat:
-            return [Prompt(_QUESTION_CANVAS, messages=[{"role": "user", "content": q}]) for q in QUESTIONS]
-        return [Prompt(_QUESTION_CANVAS, text=q) for q in QUESTIONS]
     if not path.is_file():
         raise UsageError(f"no such file: {path}")
     prompts = []

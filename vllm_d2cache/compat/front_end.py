@@ -168,10 +168,10 @@ def install_request_check(architectures: frozenset[str]) -> None:
         params = request.sampling_params
         if params is not None and not architectures.isdisjoint(self.model_config.architectures):
             _check_admission(request, self.vllm_config.scheduler_config.policy)
-            _check_options(self.vllm_config.additional_config, params)
             room = self.model_config.max_model_len - len(request.prompt_token_ids)
             if params.max_tokens > room:
                 raise _does_not_fit("max_tokens", params.max_tokens, room)
+            _check_options(self.vllm_config.additional_config, params, room)
             _check_fit(params, self.model_config)
         return request
 
@@ -179,14 +179,16 @@ def install_request_check(architectures: frozenset[str]) -> None:
     InputProcessor.process_inputs = process_inputs
 
 
-def _check_options(additional_config: Any, params: Any) -> None:
+def _check_options(additional_config: Any, params: Any, room: int) -> None:
     """Refuse options that do not go together, the server's included, or not with the canvas."""
     from vllm.exceptions import VLLMValidationError
 
     server = parse_server_options(additional_config.get(SECTION) if isinstance(additional_config, dict) else None)
     try:
         server.check_canvas_length(params.max_tokens)
-        server.resolve(parse_request_options(params.extra_args)).check_canvas(params.max_tokens)
+        options = server.resolve(parse_request_options(params.extra_args))
+        given = (params.extra_args or {}).get(CANVAS) is not None
+        options.check_canvas(params.max_tokens, room, given)
     except OptionError as error:
         raise VLLMValidationError(str(error)) from error
 

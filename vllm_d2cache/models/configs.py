@@ -257,7 +257,7 @@ class DreamConfig(HubConfig):
 
     def traits(self) -> FamilyTraits:
         """Made from an autoregressive model: a position predicts the token to its right."""
-        return FamilyTraits(self.mask_token_id, logit_shift=1)
+        return FamilyTraits(self.mask_token_id, logit_shift=1, step_schedule="timestep")
 
     def shape(self) -> TransformerShape:
         """Biases on q, k and v alone; q and k are rotated in the model's dtype."""

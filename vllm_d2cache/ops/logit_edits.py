@@ -63,6 +63,9 @@ class RowEdits:
         request = self.request[uses]
         text = edits.text[request]
         position = torch.arange(text.shape[1], device=text.device).unsqueeze(0)
+        # A token that is asked about where it stands has not been there before.
+        own = edits.prompt_len[request] + self.slot[uses]
+        text = text.masked_fill(position == own.unsqueeze(1), -1)
         stands = text >= 0
         written = stands & (position >= edits.prompt_len[request].unsqueeze(1))
         # Counts are whole numbers: adding them up is exact in any order.

@@ -67,6 +67,7 @@ class RowStats:
     confidence: torch.Tensor  # [n] float32: probability of ``token``
     margin: torch.Tensor | None  # [n] float32: top probability minus the second
     entropy: torch.Tensor | None  # [n] float32, nats, >= 0
+    verified: torch.Tensor | None = None  # [v] float32: probability of the token of each verified slot
 
 
 def row_stats(
@@ -110,6 +111,22 @@ def row_stats(
         torch.cat([t.margin for t in tiles]) if want_margin else None,
         torch.cat([t.entropy for t in tiles]) if want_entropy else None,
     )
+
+
+def token_probability(
+    hidden: torch.Tensor,
+    lm_head: Callable[[torch.Tensor], torch.Tensor],
+    params: RowParams,
+    mask_token_id: int,
+    token: torch.Tensor,
+) -> torch.Tensor:
+    """[v] float32: probability of ``token`` [v] int64 in the row of ``hidden`` [v, d], a tile of rows at a time."""
+    tiles = []
+    for i in range(0, hidden.shape[0], ROWS_PER_TILE):
+        j = min(i + ROWS_PER_TILE, hidden.shape[0])
+        logits = scaled_logits(lm_head(hidden[i:j]), params.tile(i, j), mask_token_id)
+        tiles.append(torch.softmax(logits, dim=-1).gather(1, token[i:j].unsqueeze(1)).squeeze(1))
+    return torch.cat(tiles) if tiles else torch.empty(0, device=hidden.device)
 
 
 def scaled_logits(logits: torch.Tensor, params: RowParams, mask_token_id: int) -> torch.Tensor:

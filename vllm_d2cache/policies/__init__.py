@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from vllm_d2cache.config import RequestOptions
 from vllm_d2cache.policies.base import CachePolicy
 from vllm_d2cache.policy_registry import POLICY_CLASSES
 
-__all__ = ["POLICY_CLASSES", "CachePolicy"]
+
+def row_budget(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
+    """A bound on the rows of any step of a request after its first: its policy's, and shadows of its decoder."""
+    rows = POLICY_CLASSES[options.policy].max_rows(options, prompt_len, canvas_len, refresh_budget)
+    return rows + options.shadow_length(canvas_len)
+
+
+__all__ = ["POLICY_CLASSES", "CachePolicy", "row_budget"]

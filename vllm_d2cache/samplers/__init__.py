@@ -10,6 +10,7 @@ from vllm_d2cache.samplers.pc import PcDecoder
 from vllm_d2cache.samplers.quota import ConfidenceDecoder, choose_commits
 from vllm_d2cache.samplers.scores import ranking_score
 from vllm_d2cache.samplers.spread import HierarchicalDecoder, LocalLeapDecoder
+from vllm_d2cache.samplers.wino import WinoDecoder
 
 DECODER_CLASSES: dict[str, type[Decoder]] = {
     cls.name: cls
@@ -21,6 +22,7 @@ DECODER_CLASSES: dict[str, type[Decoder]] = {
         CreditDecoder,
         HierarchicalDecoder,
         LocalLeapDecoder,
+        WinoDecoder,
     )
 }
 

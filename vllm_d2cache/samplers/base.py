@@ -53,6 +53,8 @@ class DecoderStep:
     score: torch.Tensor  # [R, G] float32, certainty prior included; any value where there is no candidate
     least: torch.Tensor  # [R] int64, commit at least this many, if there are as many candidates
     entropy: torch.Tensor | None  # [R, G] float32, nats; None where no decoder of the step reads it
+    verified: torch.Tensor | None = None  # [R, G] bool, committed slots that shadows were asked about
+    shadow_probability: torch.Tensor | None = None  # [R, G] float32, of the token there; only where verified
 
     def select(self, rows: torch.Tensor) -> DecoderStep:
         """The step of some rows only."""
@@ -63,6 +65,8 @@ class DecoderStep:
             score=self.score[rows],
             least=self.least[rows],
             entropy=None if self.entropy is None else self.entropy[rows],
+            verified=None if self.verified is None else self.verified[rows],
+            shadow_probability=None if self.shadow_probability is None else self.shadow_probability[rows],
         )
 
 
@@ -78,6 +82,8 @@ class Decoder(ABC):
     """Whether it needs the entropy of every predicted row."""
     observes_all: ClassVar[bool] = False
     """Whether it needs the statistics of all masked slots that are computed, not of the window's alone."""
+    verifies: ClassVar[bool] = False
+    """Whether committed slots of the window are asked about and may be taken back."""
     option_names: ClassVar[tuple[str, ...]] = ()
     """Numbers of RequestOptions that it reads by slot, as ``self.number(name, slots)``."""
 
@@ -107,6 +113,10 @@ class Decoder(ABC):
     @abstractmethod
     def choose(self, step: DecoderStep) -> torch.Tensor:
         """[R, G] bool: slots to commit, a subset of the candidates and not empty where there are any."""
+
+    def revoke(self, step: DecoderStep, committed: torch.Tensor) -> torch.Tensor:
+        """[R, G] bool: verified slots to mask again, fewer than ``committed`` [R, G]. Asked where ``verifies``."""
+        raise NotImplementedError(f"decoder {self.name} does not verify")
 
 
 def rank_candidates(score: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,45 @@
+"""vllm-d2cache compare, as a user runs it: an engine of its own, a table, a JSON file and a plot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.engine]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_compare(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    lines = (ROOT / "examples" / "tiny_prompts.jsonl").read_text().splitlines()[:2]
+    prompts.write_text("\n".join([*lines, json.dumps({"prompt": "abc", "max_tokens": 12})]))
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    command = [sys.executable, "-m", "vllm_d2cache.cli", "compare", "--model", str(ROOT / "models" / "tiny-llada")]
+    command += ["--policies", "d2cache:current_k=4", "--decoders", "confidence:tokens_per_step=2", "wino"]
+    command += ["--prompts", str(prompts), "--max-model-len", "256", "--dtype", "float32"]
+    command += ["--out", str(out), "--plot", str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "left out: d2cache:current_k=4, wino" in done.stdout
+
+    report = json.loads(out.read_text())
+    cells = {(cell["policy"], cell["decoder"]): cell for cell in report["cells"]}
+    full, small = (cells[policy, "confidence:tokens_per_step=2"] for policy in ("full", "d2cache:current_k=4"))
+    assert set(cells) - {("full", "wino")} == {(c["policy"], c["decoder"]) for c in (full, small)}
+    for cell in cells.values():
+        assert cell["canvas_tokens"] == 16 + 16 + 12
+        assert 0 < cell["output_tokens"] <= cell["canvas_tokens"]
+        assert cell["forwards"] == cell["steps"] > 0
+        assert cell["seconds"] > 0
+    assert full["agreement"] == full["identical"] == 1.0
+    assert full["rows"] == full["keys"], "full recompute: a row for every key"
+    assert small["rows"] < small["keys"] / 2
+    assert full["committed_tokens"] <= 2 * full["steps"]
+    assert picture.stat().st_size > 0
+    table = out.with_suffix(".md").read_text()
+    assert table.count("\n| ") == 4
