@@ -24,10 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
     parser = argparse.ArgumentParser(prog="vllm-d2cache", description="Tools of vllm-d2cache.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    argv = sys.argv[1:] if argv is None else list(argv)
     for name, summary in SUBCOMMANDS.items():
-        module = import_module(f"{__name__}.{name}")
-        command = commands.add_parser(name, help=summary, description=module.__doc__)
-        module.add_arguments(command)
+        command = commands.add_parser(name, help=summary)
+        if argv[:1] == [name]:  # of the others their names are enough; some import torch
+            module = import_module(f"{__name__}.{name}")
+            command.description = module.__doc__
+            module.add_arguments(command)
     args = parser.parse_args(argv)
     try:
         return import_module(f"{__name__}.{args.command}").run(args)
