@@ -92,7 +92,7 @@ class Denoiser:
         predicted = predictable & (eligible | observe)
 
         # The one place of a step that waits for the device: how many rows, and how many of them lead to logits.
-        # (Policies that hide keys or store outputs wait once more.)
+        # (Policies that hide keys or store outputs, logit edits and some decoders wait once more.)
         counts, predictions = torch.stack([refresh.sum(1), predicted.sum(1)]).tolist()
         keys, choices = self._visible_keys(view, requests, refresh)
         request, positions = refresh.nonzero_static(size=sum(counts)).unbind(1)
