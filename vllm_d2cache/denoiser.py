@@ -22,6 +22,7 @@ from vllm_d2cache.ops.row_stats import RowParams, RowStats, row_stats
 from vllm_d2cache.policies import POLICY_CLASSES, CachePolicy
 from vllm_d2cache.records import (
     CanvasView,
+    Drift,
     FamilyTraits,
     KeyChoice,
     StepOutcome,
@@ -29,6 +30,7 @@ from vllm_d2cache.records import (
     StepResult,
     StepRows,
     StoredRows,
+    WatchedRows,
 )
 from vllm_d2cache.samplers import (
     DECODER_CLASSES,
@@ -103,7 +105,7 @@ class Denoiser:
         predicted = predictable & (eligible | observe)
 
         # The one place of a step that waits for the device: how many rows, and how many of them lead to logits.
-        # (Policies that hide keys or store outputs wait once more.)
+        # (Policies that hide keys, store outputs or read drift wait once more.)
         counts, predictions = torch.stack([refresh.sum(1), predicted.sum(1)]).tolist()
         keys, choices = self._visible_keys(view, requests, refresh)
         request, positions = refresh.nonzero_static(size=sum(counts)).unbind(1)
@@ -118,6 +120,7 @@ class Denoiser:
             keys=keys,
             choices=choices,
             stored=self._stored_rows(view, requests, request, positions),
+            watched=self._watched_rows(view, requests, refresh, predictable & eligible),
             positions=positions,
             input_ids=canvas.tokens[slots[request], positions],
             request=request,
@@ -179,6 +182,22 @@ class Denoiser:
             capacity={r: requests[r].canvas_len + 1 for r in storing},
         )
 
+    def _watched_rows(
+        self, view: CanvasView, requests: list[Request], refresh: torch.Tensor, candidates: torch.Tensor
+    ) -> list[WatchedRows | None]:
+        """StepRows.watched; costs nothing where no request's policy reads drift."""
+        watched: list[WatchedRows | None] = [None] * len(requests)
+        reading = [r for r, request in enumerate(requests) if POLICY_CLASSES[request.options.policy].reads_drift]
+        if not reading:
+            return watched
+        looking = canvas_to_positions(candidates, view) & refresh
+        known = ~canvas_to_positions(view.masked, view)
+        for r in reading:
+            length = requests[r].prompt_len + requests[r].canvas_len
+            rows = looking[r][refresh[r]].nonzero().flatten()
+            watched[r] = WatchedRows(rows, looking[r].nonzero().flatten(), known[r, :length])
+        return watched
+
     def row_stats(
         self, rows: StepRows, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor]
     ) -> RowStats:
@@ -224,12 +243,15 @@ class Denoiser:
         edits = self.constraints.of_rows(rows)
         return RowParams(temperature, top_p, top_k.long(), draw, samples, filters, edits)
 
-    def finish(self, rows: StepRows, stats: RowStats, importance: torch.Tensor | None) -> StepResult:
+    def finish(
+        self, rows: StepRows, stats: RowStats, importance: torch.Tensor | None, drift: Drift | None = None
+    ) -> StepResult:
         """Commit, plan the next step, and say what is new.
 
         Args:
             stats: of the predicted slots, in the order of ``rows.logits_rows``.
             importance: [R, T] float32; rows of requests whose policy reads none are not looked at.
+            drift: likewise.
         """
         view, canvas = rows.view, self.canvas
         who, slot = rows.predicted_index
@@ -243,7 +265,14 @@ class Denoiser:
             entropy = torch.zeros(view.masked.shape, device=canvas.device)
             entropy[who, slot] = stats.entropy
         outcome = StepOutcome(
-            committed, rows.predicted, score, view.window_start, canvas.step[view.slots] == 0, importance, entropy
+            committed,
+            rows.predicted,
+            score,
+            view.window_start,
+            canvas.step[view.slots] == 0,
+            importance,
+            entropy,
+            drift,
         )
         lengths = [r.prompt_len + r.canvas_len for r in self._requests(rows)]
         self.counters.add(rows, lengths, committed)

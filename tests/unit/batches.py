@@ -15,7 +15,7 @@ from vllm_d2cache.config import ServerOptions, parse_request_options, parse_serv
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.logprobs import EmittedLogprobs, LogprobRecorder
 from vllm_d2cache.policies import POLICY_CLASSES
-from vllm_d2cache.records import FamilyTraits, SamplingSpec, StepResult, StepRows
+from vllm_d2cache.records import Drift, FamilyTraits, SamplingSpec, StepResult, StepRows
 
 VOCAB, MASK = 13, 5
 # A table of corpus frequencies for this vocabulary.
@@ -71,6 +71,19 @@ class FakeJob:
         logits = 3 * torch.randn(self.total, VOCAB, generator=generator)
         logits[:, MASK] += 3  # would often win
         return logits, torch.rand(self.total, generator=generator) ** 3 + 1e-3
+
+
+def drift_of(rows: StepRows, columns: list[torch.Tensor]) -> Drift | None:
+    """A drift made of each request's importance [T]: NaN for those who read none."""
+    if not any(w is not None for w in rows.watched):
+        return None
+    similarity = torch.full((len(columns),), torch.nan)
+    attended = torch.zeros(len(columns), rows.view.num_positions, dtype=torch.bool)
+    for r, (watched, column) in enumerate(zip(rows.watched, columns, strict=True)):
+        if watched is not None:
+            similarity[r] = column.amax()
+            attended[r, column.masked_fill(~watched.known, -1.0).topk(1).indices] = True
+    return Drift(similarity, attended)
 
 
 class Batch:
@@ -129,10 +142,11 @@ class Batch:
         slots = [self.slot(i) for i in running]
         rows = denoiser.begin(torch.tensor(slots), slots)
         assert rows.positions.shape[0] == sum(rows.counts) == rows.input_ids.shape[0]
-        logits, offset = [], 0
+        logits, columns, offset = [], [], 0
         importance = torch.full((len(running), rows.view.num_positions), torch.nan)
         for r, (i, count) in enumerate(zip(running, rows.counts, strict=True)):
             numbers, column = self.jobs[i].numbers()
+            columns.append(column)
             logits.append(numbers[rows.positions[offset : offset + count]])
             importance[r] = 0
             if rows.reads_importance[r]:
@@ -140,7 +154,7 @@ class Batch:
             offset += count
         hidden = torch.cat(logits)[rows.logits_rows]
         stats = denoiser.row_stats(rows, hidden, torch.clone)
-        result = denoiser.finish(rows, stats, importance)
+        result = denoiser.finish(rows, stats, importance, drift_of(rows, columns))
         emitted = self.logprobs.record(rows, result, hidden, torch.clone)
         self._record(running, rows, result)
         if emitted is not None:
