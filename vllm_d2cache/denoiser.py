@@ -21,6 +21,7 @@ from vllm_d2cache.ops.row_stats import RowStats
 from vllm_d2cache.policies import POLICY_CLASSES, CachePolicy
 from vllm_d2cache.records import (
     CanvasView,
+    Drift,
     FamilyTraits,
     KeyChoice,
     StepOutcome,
@@ -28,6 +29,7 @@ from vllm_d2cache.records import (
     StepResult,
     StepRows,
     StoredRows,
+    WatchedRows,
 )
 from vllm_d2cache.samplers import DECODER_CLASSES, DecoderResources
 from vllm_d2cache.samplers.frequencies import load_frequencies
@@ -92,7 +94,7 @@ class Denoiser:
         predicted = predictable & (eligible | observe)
 
         # The one place of a step that waits for the device: how many rows, and how many of them lead to logits.
-        # (Policies that hide keys or store outputs, logit edits and some decoders wait once more.)
+        # (Policies that hide keys, store outputs or read drift, logit edits and some decoders wait once more.)
         counts, predictions = torch.stack([refresh.sum(1), predicted.sum(1)]).tolist()
         keys, choices = self._visible_keys(view, requests, refresh)
         request, positions = refresh.nonzero_static(size=sum(counts)).unbind(1)
@@ -111,6 +113,7 @@ class Denoiser:
             keys=keys,
             choices=choices,
             stored=self._stored_rows(view, requests, request, positions),
+            watched=self._watched_rows(view, requests, refresh, predictable & eligible),
             positions=torch.cat([positions, shadow_positions]),
             input_ids=torch.cat([tokens, masks]),
             request=request,
@@ -174,6 +177,22 @@ class Denoiser:
             capacity={r: requests[r].canvas_len + 1 for r in storing},
         )
 
+    def _watched_rows(
+        self, view: CanvasView, requests: list[Request], refresh: torch.Tensor, candidates: torch.Tensor
+    ) -> list[WatchedRows | None]:
+        """StepRows.watched; costs nothing where no request's policy reads drift."""
+        watched: list[WatchedRows | None] = [None] * len(requests)
+        reading = [r for r, request in enumerate(requests) if POLICY_CLASSES[request.options.policy].reads_drift]
+        if not reading:
+            return watched
+        looking = canvas_to_positions(candidates, view) & refresh
+        known = ~canvas_to_positions(view.masked, view)
+        for r in reading:
+            length = requests[r].prompt_len + requests[r].canvas_len
+            rows = looking[r][refresh[r]].nonzero().flatten()
+            watched[r] = WatchedRows(rows, looking[r].nonzero().flatten(), known[r, :length])
+        return watched
+
     def row_stats(
         self, rows: StepRows, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor]
     ) -> RowStats:
@@ -185,12 +204,15 @@ class Denoiser:
         """
         return self.decoding.row_stats(rows, hidden, lm_head, self._reads_entropy(self._requests(rows)))
 
-    def finish(self, rows: StepRows, stats: RowStats, importance: torch.Tensor | None) -> StepResult:
+    def finish(
+        self, rows: StepRows, stats: RowStats, importance: torch.Tensor | None, drift: Drift | None = None
+    ) -> StepResult:
         """Commit, plan the next step, and say what is new.
 
         Args:
             stats: of the predicted slots, in the order of ``rows.logits_rows``.
             importance: [R, T] float32; rows of requests whose policy reads none are not looked at.
+            drift: likewise.
         """
         view, canvas = rows.view, self.canvas
         who, slot = rows.predicted_index
@@ -204,7 +226,14 @@ class Denoiser:
             entropy = torch.zeros(view.masked.shape, device=canvas.device)
             entropy[who, slot] = stats.entropy
         outcome = StepOutcome(
-            committed, rows.predicted, score, view.window_start, canvas.step[view.slots] == 0, importance, entropy
+            committed,
+            rows.predicted,
+            score,
+            view.window_start,
+            canvas.step[view.slots] == 0,
+            importance,
+            entropy,
+            drift,
         )
         self.counters.add(rows, self._keys_attended(rows), committed)
         canvas.step[view.slots] += 1

@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_d2cache.attention.backend import D2CacheMetadata
 from vllm_d2cache.attention.capture import ImportanceCapture, MapPool, TensorParallel
+from vllm_d2cache.attention.drift import DriftMeter, FocusBySlot
 from vllm_d2cache.attention.eviction import KeptBySlot, LayerKeys
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
@@ -64,10 +65,12 @@ class D2CacheModelState(ModelState):
         self.tracer = TraceRecorder(self.options.trace_dir, name) if writes and self.options.trace_dir else None
         self.rows: StepRows | None = None  # of the step under way
         self.capture: ImportanceCapture | None = None
+        self.drift: DriftMeter | None = None
         self._pool = MapPool()
         size = vllm_config.parallel_config.tensor_parallel_size
         self._tensor_parallel = TensorParallel(size, tensor_model_parallel_all_reduce) if size > 1 else None
         self._kept_keys: KeptBySlot = {}
+        self._focus: FocusBySlot = {}
         self._outputs = OutputStore()
         self._slots: dict[str, int] = {}
         self._first_block: dict[int, int] = {}
@@ -120,6 +123,7 @@ class D2CacheModelState(ModelState):
                 self.tracer.finish(slot, "abort")
             self._unsettled.pop(slot, None)
             self._kept_keys.pop(slot, None)
+            self._focus.pop(slot, None)
             self.logprobs.remove(slot)
             self._outputs.drop(slot)
             self.denoiser.remove(slot)
@@ -179,7 +183,9 @@ class D2CacheModelState(ModelState):
         if any(rows.choices):
             layer_keys = LayerKeys(layout, rows.choices, rows.slots, self._kept_keys, self._tensor_parallel)
         shadows = ShadowRows(rows.shadows, rows.positions[len(positions) :]) if any(rows.shadows) else None
-        metadata = D2CacheMetadata(layout, self.capture, layer_keys, shadows)
+        if any(w is not None for w in rows.watched):
+            self.drift = DriftMeter(layout, rows.watched, rows.slots, self._focus, self._tensor_parallel)
+        metadata = D2CacheMetadata(layout, self.capture, layer_keys, shadows, self.drift)
         if rows.stored is not None:
             self.model.partial_forward = PartialForward(
                 rows.stored, rows.slots, layout, metadata.use_layout, self._outputs, self._tensor_parallel
@@ -200,7 +206,7 @@ class D2CacheModelState(ModelState):
 
     def finish_step(self) -> None:
         """Called by the sampler at its end."""
-        self.rows, self.capture = None, None
+        self.rows, self.capture, self.drift = None, None, None
         self.model.head_in_sampler = False
         self.model.partial_forward = None
 

@@ -30,6 +30,7 @@ BUILT_IN = {
     "streaming": "vllm_d2cache.policies.streaming:StreamingPolicy",
     "dllm_cache": "vllm_d2cache.policies.dllm_cache:DLLMCachePolicy",
     "sparse_dllm": "vllm_d2cache.policies.sparse_dllm:SparseDLLMPolicy",
+    "elastic": "vllm_d2cache.policies.elastic:ElasticPolicy",
 }
 
 
@@ -101,6 +102,10 @@ def _problem(name: str, cls: object) -> str | None:
         return f"calls itself {getattr(cls, 'name', None)!r}"
     if cls.reads_importance and cls.hides_keys:
         return "reads importance and hides keys: the rollout is defined over all positions"
+    if cls.reads_drift and cls.hides_keys:
+        return "reads drift and hides keys: attention is measured over all positions"
+    if cls.reads_drift and cls.stores_outputs:
+        return "reads drift and stores outputs: a row that a layer leaves out has no attention to measure"
     for option, spec in cls.options.items():
         if not isinstance(spec, Number | Choice):
             return f"has an option {option!r} that is neither a Number nor a Choice of vllm_d2cache.option_types"

@@ -116,6 +116,22 @@ class CanvasView:
         )
 
 
+class Drift(NamedTuple):
+    """How the attention of the rows that may be committed has changed since the last step (attention/drift.py)."""
+
+    # [R] float32, cosine similarity in the layer that changed most; 0 where nothing can be compared
+    similarity: torch.Tensor
+    attended: torch.Tensor  # [R, T] bool, of each layer the known position that received most
+
+
+class WatchedRows(NamedTuple):
+    """The rows of one request whose attention is measured: those of the slots that may be committed."""
+
+    rows: torch.Tensor  # [n] int64, as indices into the request's rows
+    positions: torch.Tensor  # [n] int64 ascending
+    known: torch.Tensor  # [T] bool, positions that hold no mask
+
+
 @dataclass(frozen=True)
 class StepOutcome:
     """What a step found out and did; filled by the denoiser, read by the cache policy."""
@@ -127,6 +143,7 @@ class StepOutcome:
     first: torch.Tensor  # [R] bool, the request's first step
     importance: torch.Tensor | None  # [R, T] float32, attention rollout; None where no policy reads it
     entropy: torch.Tensor | None = None  # [R, G] float32, nats, 0 where not predicted; None where no policy reads it
+    drift: Drift | None = None  # None where no policy reads it
 
     def select(self, rows: torch.Tensor) -> StepOutcome:
         """The outcome of some rows only."""
@@ -138,6 +155,7 @@ class StepOutcome:
             self.first[rows],
             None if self.importance is None else self.importance[rows],
             None if self.entropy is None else self.entropy[rows],
+            None if self.drift is None else Drift(*(part[rows] for part in self.drift)),
         )
 
 
@@ -211,6 +229,7 @@ class StepRows:
     keys: list[torch.Tensor | None]  # of each request: [n] int64 ascending positions its rows attend to; None = all
     choices: list[KeyChoice | None]  # of each request whose keys differ from layer to layer
     stored: StoredRows | None  # where some request's policy stores outputs
+    watched: list[WatchedRows | None]  # of each request whose policy reads drift
     positions: torch.Tensor  # [N] int64, absolute
     input_ids: torch.Tensor  # [N] int32
     request: torch.Tensor  # [N - shadows] int64, row of the batch each belongs to

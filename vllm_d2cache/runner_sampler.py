@@ -55,7 +55,8 @@ class D2CacheSampler:
         rows, denoiser = state.rows, state.denoiser
         stats = denoiser.row_stats(rows, logits, state.model.lm_logits)
         importance = state.capture.importance(rows.view.num_positions)
-        result = denoiser.finish(rows, stats, importance)
+        drift = None if state.drift is None else state.drift.result(rows.view.num_positions)
+        result = denoiser.finish(rows, stats, importance, drift)
         emitted = state.logprobs.record(rows, result, logits, state.model.lm_logits)
         if state.tracer:
             state.tracer.step(rows, result, denoiser.canvas, stats.confidence)

@@ -60,7 +60,7 @@ class DLLMCache:
         keys = model.keys[layer].repeat_interleave(group, 1)
         values = model.values[layer].repeat_interleave(group, 1)
         weights = (torch.einsum("qhd,thd->hqt", q, keys) * model.head_dim**-0.5).softmax(-1)
-        out = torch.einsum("hqt,thd->qhd", weights, values).flatten(1)
+        out = torch.einsum("hqt,thd->qhd", weights, values).reshape(len(rows), model.width)
         self.attention.setdefault(layer, torch.zeros_like(x))[rows] = model._linear(out, f"{layer}.o")
         return self.attention[layer]
 

@@ -10,12 +10,13 @@ import torch
 
 from tests.reference.dense import DenseModel
 from tests.reference.dllm import DLLMCache
+from tests.reference.elastic import DriftLoop
 from tests.reference.oracle import SERVER
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.ops.rollout import push_back_map, rollout
-from vllm_d2cache.records import FamilyTraits, SamplingSpec
+from vllm_d2cache.records import Drift, FamilyTraits, SamplingSpec
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Job:
     output: list[int] = field(default_factory=list)
     masked_left: int = -1
     layers: DLLMCache | None = None  # of the policy dllm_cache
+    drift: DriftLoop = field(default_factory=DriftLoop)
 
 
 def run_jobs(
@@ -73,6 +75,7 @@ def _is_done(job: Job) -> bool:
 def _step(denoiser: Denoiser, models: list[DenseModel], jobs: list[Job], running: list[int]) -> None:
     rows = denoiser.begin(torch.tensor(running), running)
     hidden, importance = [], torch.zeros(len(running), rows.view.num_positions)
+    similarity, attended = torch.zeros(len(running)), torch.zeros(importance.shape, dtype=torch.bool)
     offset = 0
     for r, (i, count) in enumerate(zip(running, rows.counts, strict=True)):
         positions = rows.positions[offset : offset + count]
@@ -88,9 +91,14 @@ def _step(denoiser: Denoiser, models: list[DenseModel], jobs: list[Job], running
             layers = [push_back_map(m) for m in reversed(maps)]
             total = len(jobs[i].prompt) + jobs[i].canvas_length
             importance[r, :total] = rollout(layers, positions, total)
+        watched = rows.watched[r]
+        if watched is not None:
+            known = watched.known.nonzero().flatten().tolist()
+            found = jobs[i].drift.step(maps, positions.tolist(), watched.positions.tolist(), known)
+            similarity[r], attended[r, found[1]] = found[0], True
         offset += count
     stats = denoiser.row_stats(rows, torch.cat(hidden)[rows.logits_rows], models[0].lm_head)
-    result = denoiser.finish(rows, stats, importance)
+    result = denoiser.finish(rows, stats, importance, Drift(similarity, attended))
     offset = 0
     for r, i in enumerate(running):
         job = jobs[i]

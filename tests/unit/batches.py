@@ -15,7 +15,7 @@ from vllm_d2cache.config import ServerOptions, parse_request_options, parse_serv
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.logprobs import EmittedLogprobs, LogprobRecorder
 from vllm_d2cache.policies import row_budget
-from vllm_d2cache.records import FamilyTraits, SamplingSpec, StepResult, StepRows
+from vllm_d2cache.records import Drift, FamilyTraits, SamplingSpec, StepResult, StepRows
 
 VOCAB, MASK = 13, 5
 # A table of corpus frequencies for this vocabulary.
@@ -75,6 +75,19 @@ class FakeJob:
         return logits, torch.rand(self.total, generator=generator) ** 3 + 1e-3
 
 
+def drift_of(rows: StepRows, columns: list[torch.Tensor]) -> Drift | None:
+    """A drift made of each request's importance [T]: NaN for those who read none."""
+    if not any(w is not None for w in rows.watched):
+        return None
+    similarity = torch.full((len(columns),), torch.nan)
+    attended = torch.zeros(len(columns), rows.view.num_positions, dtype=torch.bool)
+    for r, (watched, column) in enumerate(zip(rows.watched, columns, strict=True)):
+        if watched is not None:
+            similarity[r] = column.amax()
+            attended[r, column.masked_fill(~watched.known, -1.0).topk(1).indices] = True
+    return Drift(similarity, attended)
+
+
 class Batch:
     """Runs jobs together; slots and rows are in no particular order.
 
@@ -131,10 +144,11 @@ class Batch:
         slots = [self.slot(i) for i in running]
         rows = denoiser.begin(torch.tensor(slots), slots)
         assert rows.positions.shape[0] == sum(rows.counts) + sum(rows.shadows) == rows.input_ids.shape[0]
-        logits, offset = [], 0
+        logits, columns, offset = [], [], 0
         importance = torch.full((len(running), rows.view.num_positions), torch.nan)
         for r, (i, count) in enumerate(zip(running, rows.counts, strict=True)):
             numbers, column = self.jobs[i].numbers()
+            columns.append(column)
             logits.append(numbers[rows.positions[offset : offset + count]])
             importance[r] = 0
             if rows.reads_importance[r]:
@@ -145,7 +159,7 @@ class Batch:
             offset += count
         hidden = torch.cat(logits)[rows.logits_rows]
         stats = denoiser.row_stats(rows, hidden, torch.clone)
-        result = denoiser.finish(rows, stats, importance)
+        result = denoiser.finish(rows, stats, importance, drift_of(rows, columns))
         emitted = self.logprobs.record(rows, result, hidden, torch.clone)
         self._record(running, rows, result)
         if emitted is not None:

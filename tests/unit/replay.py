@@ -13,7 +13,7 @@ from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.ops.row_stats import RowStats
-from vllm_d2cache.records import FamilyTraits, KeyChoice, SamplingSpec, StoredRows
+from vllm_d2cache.records import Drift, FamilyTraits, KeyChoice, SamplingSpec, StoredRows, WatchedRows
 
 MASK = 370
 
@@ -27,6 +27,7 @@ class Replayed:
     keys: list[int] | None  # positions the rows attend to; None = all
     choice: KeyChoice | None
     stored: StoredRows | None
+    watched: WatchedRows | None
 
 
 def replay(
@@ -36,6 +37,7 @@ def replay(
     moves: Sequence[dict[int, int]],
     shift: int = 0,
     entropies: Sequence[float] | None = None,
+    drifts: Sequence[tuple[float, list[int]]] | None = None,
 ) -> list[Replayed]:
     """Run a request whose step i commits ``moves[i]``: slot -> token.
 
@@ -43,6 +45,7 @@ def replay(
         options: by plain name.
         shift: logit shift of the family.
         entropies: of every row in step i, in nats.
+        drifts: in step i, the similarity to the step before and the most attended positions.
     """
     # A threshold between the two confidences below commits exactly what is asked for.
     chosen = ServerOptions({}).resolve({"sigma": 0.0, "threshold": 0.5, **options})
@@ -56,7 +59,12 @@ def replay(
         wanted = torch.tensor([int(s) in move for s in slots])
         token = torch.tensor([move.get(int(s), 0) for s in slots])
         entropy = None if entropies is None else torch.full(slots.shape, entropies[i])
-        result = denoiser.finish(rows, RowStats(token, wanted.float(), None, entropy), None)
+        drift = None
+        if drifts is not None:
+            attended = torch.zeros(1, rows.view.num_positions, dtype=torch.bool)
+            attended[0, drifts[i][1]] = True
+            drift = Drift(torch.tensor([drifts[i][0]]), attended)
+        result = denoiser.finish(rows, RowStats(token, wanted.float(), None, entropy), None, drift)
         got = result.committed[0].nonzero().flatten().tolist()
         assert got == sorted(move), f"step {i} cannot commit {sorted(move)}: candidates are {slots.tolist()}"
         candidates = rows.candidates[0].nonzero().flatten().tolist()
@@ -68,6 +76,7 @@ def replay(
                 None if keys is None else keys.tolist(),
                 rows.choices[0],
                 rows.stored,
+                rows.watched[0],
             )
         )
     return steps

@@ -37,16 +37,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "decoding": ("records", "config", "ops", "canvas", "constraints", "samplers"),
     "attention.capture": ("ops",),
     "attention.eviction": ("records", "ops", "attention.capture"),
+    "attention.drift": ("records", "ops", "attention.capture"),
     "stored_outputs": ("records", "ops", "attention.capture"),
-    "attention": ("ops", "attention.capture", "attention.eviction"),
+    "attention": ("ops", "attention.capture", "attention.drift", "attention.eviction"),
     "request_check": ("config", "figures", "infill"),
     "startup_log": ("config", "canvas", "policies", "attention.capture"),
     "scheduler": ("config", "figures", "policies", "compat", "startup_log"),
     "runner_sampler": ("ops",),
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "trace", "logprobs", "infill",
-        "attention", "attention.capture", "attention.eviction", "runner_sampler", "compat", "models.weight_check",
-        "stored_outputs",
+        "attention", "attention.capture", "attention.drift", "attention.eviction", "runner_sampler", "compat",
+        "models.weight_check", "stored_outputs",
     ),
     "models.weight_check": (),
     "models": ("records", "attention", "stored_outputs"),
@@ -61,8 +62,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
     "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "infill", "request_fields", "request_fit",
-    "figures", "counters", "attention.capture", "attention.eviction", "trace_reader", "viewer", "models.weight_check",
-    "stored_outputs",
+    "figures", "counters", "attention.capture", "attention.drift", "attention.eviction", "trace_reader", "viewer",
+    "models.weight_check", "stored_outputs",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

@@ -30,6 +30,16 @@ class BadOption(FullPolicy):
     options = {"x": 3}  # noqa: RUF012
 
 
+class DriftOfHidden(FullPolicy):
+    name = "mine"
+    reads_drift = hides_keys = True
+
+
+class DriftOfStored(FullPolicy):
+    name = "mine"
+    reads_drift = stores_outputs = True
+
+
 class Unfinished:
     name = "mine"
 
@@ -57,6 +67,8 @@ def test_an_unknown_name_is_no_policy() -> None:
         ([f"{__name__}:ROOT"], "is not a subclass"),
         (["vllm_d2cache.policies.full:FullPolicy"], "calls itself 'full'"),
         ([f"{__name__}:BadOption"], "option 'x' that is neither a Number nor a Choice"),
+        ([f"{__name__}:DriftOfHidden"], "reads drift and hides keys"),
+        ([f"{__name__}:DriftOfStored"], "reads drift and stores outputs"),
         ([f"{__name__}:Mine", "elsewhere:Mine"], "claimed by .*elsewhere:Mine.*rename or uninstall one"),
     ],
 )

@@ -17,6 +17,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_d2cache.attention.capture import ImportanceCapture
+from vllm_d2cache.attention.drift import DriftMeter
 from vllm_d2cache.attention.eviction import LayerKeys
 from vllm_d2cache.ops.paged_attention import PagedLayout, paged_attention, write_kv
 from vllm_d2cache.ops.shadow_attention import ShadowRows, shadow_attention
@@ -30,12 +31,15 @@ class D2CacheMetadata(AttentionMetadata):
     capture: ImportanceCapture
     layer_keys: LayerKeys | None = None  # where the keys of some request differ from layer to layer
     shadows: ShadowRows | None = None
+    drift: DriftMeter | None = None  # where some request's policy reads it
 
     def use_layout(self, layout: PagedLayout) -> None:
         """The next layer's rows are those of ``layout``, and the shadows."""
         self.layout = self.capture.layout = layout
         if self.layer_keys is not None:
             self.layer_keys.layout = layout
+        if self.drift is not None:
+            self.drift.layout = layout
 
 
 class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
@@ -91,6 +95,8 @@ class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
         write_kv(kv_cache, key[:n], value[:n], layout.slots)
         if attn_metadata.layer_keys is not None:
             layout = attn_metadata.layer_keys.start_layer(query[:n], kv_cache)
+        if attn_metadata.drift is not None:
+            attn_metadata.drift.start_layer(query[:n], kv_cache, self.scale)
         maps = attn_metadata.capture.start_layer(query[:n], kv_cache, self.scale)
         paged_attention(query[:n], kv_cache, layout, self.scale, output[:n], maps)
         if shadows is not None:

@@ -41,6 +41,8 @@ class CachePolicy(ABC):
     """Whether the engine must collect attention maps and compute the rollout for this policy's requests."""
     reads_entropy: ClassVar[bool] = False
     """Whether the engine must compute the entropy of the predicted slots' distributions."""
+    reads_drift: ClassVar[bool] = False
+    """Whether the engine must measure how the attention of the rows that may be committed changes (records.Drift)."""
     hides_keys: ClassVar[bool] = False
     """Whether the plans say which positions are visible; without it, rows attend to all."""
     stores_outputs: ClassVar[bool] = False
