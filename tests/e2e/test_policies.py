@@ -12,6 +12,7 @@ from tests.reference.llada import DenseLlada
 from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
 from vllm_d2cache.attention import capture
+from vllm_d2cache.ops import rollout as rollout_op
 from vllm_d2cache.policies import POLICY_CLASSES
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
@@ -41,18 +42,18 @@ def test_one_batch_of_all_policies_as_in_the_reference(engine: Engine) -> None:
 def test_attention_maps_are_taken_for_those_who_read_them(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     elements: list[int] = []
     rollouts: list[int] = []
-    take, rollout = capture.MapPool.take, capture.rollout
+    take, rollout = capture.MapPool.take, rollout_op.rollout
 
-    def counted_take(self: Any, layer: int, shapes: list[tuple[int, int]], device: torch.device) -> Any:
-        elements.append(sum(n * t for n, t in shapes))
-        return take(self, layer, shapes, device)
+    def counted_take(self: Any, layer: int, count: int, device: torch.device) -> Any:
+        elements.append(count)
+        return take(self, layer, count, device)
 
     def counted_rollout(layers: Any, rows: torch.Tensor, length: int) -> torch.Tensor:
         rollouts.append(length)
         return rollout(layers, rows, length)
 
     monkeypatch.setattr(capture.MapPool, "take", counted_take)
-    monkeypatch.setattr(capture, "rollout", counted_rollout)
+    monkeypatch.setattr(rollout_op, "rollout", counted_rollout)
     frugal = [options for options in OPTIONS if not POLICY_CLASSES[options.get("policy", "d2cache")].reads_importance]
     engine.run([request(options, seed) for seed, options in enumerate(frugal)])
     assert (sum(elements), rollouts) == (0, [])
