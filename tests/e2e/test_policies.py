@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.conftest import OPTIONS, Engine
+from tests.e2e.conftest import OPTIONS, Engine, runner_of
 from tests.reference.llada import DenseLlada
 from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
-from vllm_d2cache.attention import capture
+from vllm_d2cache.attention import capture, drift
 from vllm_d2cache.ops import rollout as rollout_op
 from vllm_d2cache.policies import POLICY_CLASSES
 
@@ -60,3 +60,22 @@ def test_attention_maps_are_taken_for_those_who_read_them(engine: Engine, monkey
     ((_, trace), _) = engine.run([request({"current_k": 1}, 0), request({"policy": "dual"}, 5)])
     assert sum(elements) > 0
     assert rollouts == [44] * len(trace[1:-1]), "one a step of the request that reads it, of its length"
+
+
+def test_drift_is_measured_for_those_who_read_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    looking: list[int] = []
+    received = drift.received_attention
+
+    def counted(query: torch.Tensor, key: torch.Tensor, scale: float) -> Any:
+        looking.append(len(query))
+        return received(query, key, scale)
+
+    monkeypatch.setattr(drift, "received_attention", counted)
+    frugal = [options for options in OPTIONS if not POLICY_CLASSES[options.get("policy", "d2cache")].reads_drift]
+    engine.run([request(options, seed) for seed, options in enumerate(frugal)])
+    assert looking == []
+    elastic = {"policy": "elastic", "elastic_beta": 3}
+    ((_, trace), _) = engine.run([request(elastic, 0), request({"policy": "full"}, 5)])
+    layers = len(runner_of(engine).model.layers)
+    assert len(looking) == layers * len(trace[1:-1]), "once a step and layer, of the request that reads it"
+    assert max(looking) == 3, "in the first step too"

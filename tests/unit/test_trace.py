@@ -28,9 +28,9 @@ class TracedBatch(Batch):
         self.confidence = torch.empty(0)  # of the last step's predicted slots
         finish = self.denoiser.finish
 
-        def remember(rows: StepRows, stats: RowStats, importance: torch.Tensor | None) -> StepResult:
+        def remember(rows: StepRows, stats: RowStats, *found: Any) -> StepResult:
             self.confidence = stats.confidence
-            return finish(rows, stats, importance)
+            return finish(rows, stats, *found)
 
         self.denoiser.finish = remember  # type: ignore[method-assign]
 
