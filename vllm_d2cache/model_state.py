@@ -56,7 +56,7 @@ class D2CacheModelState(ModelState):
         additional = vllm_config.additional_config
         self.options = parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
         backend = select_backend(self.options.attention_backend, device, _attention_shape(vllm_config))
-        logger.info("vllm-d2cache computes attention, maps and statistics on %s with %s.", device, backend)
+        logger.info("Attention, maps and statistics are computed on %s with %s.", device, backend)
         self.denoiser = Denoiser(self.max_num_reqs, self.max_model_len, device, model.traits, self.options)
         self.logprobs = LogprobRecorder(self.denoiser.canvas)
         # Every rank computes the same; one of them writes.
