@@ -19,7 +19,9 @@ QUESTIONS = {"Reverse: abcdefgh": "hgfedcba", "Uppercase: qwertyuiop": "QWERTYUI
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     settings: dict[str, Any] = {"model": MODEL, "dtype": "auto", "skip_tokenizer_init": False}
-    made = Engine(tmp_path_factory.mktemp("trained"), **settings)
+    traces = tmp_path_factory.mktemp("trained")
+    # Not the corpus table of the other engines: it is for another vocabulary.
+    made = Engine(traces, additional_config={"d2cache": {"trace_dir": str(traces)}}, **settings)
     yield made
     made.close()
 

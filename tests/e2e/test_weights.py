@@ -109,7 +109,7 @@ def _damage(name: str) -> Callable[[dict[str, Any], Tensors], None]:
     [
         (_drop("model.transformer.blocks.2.k_proj.weight"), "blocks.2.k_proj.weight"),
         (_add("model.transformer.blocks.1.q_norm.weight"), "q_norm"),
-        (_damage("model.transformer.blocks.1.attn_norm.weight"), "damaged: 1 of .*attn_norm.weight"),
+        (_damage("model.transformer.blocks.1.attn_norm.weight"), r"damaged: 1 of .*layers\.1\.input_layernorm\.weight"),
     ],
     ids=["missing", "unknown", "damaged"],
 )
