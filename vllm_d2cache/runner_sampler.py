@@ -70,7 +70,7 @@ class D2CacheSampler:
         commits = result.committed.sum(1)
         if result.revoked is not None:
             commits = commits - result.revoked.sum(1)
-        report = torch.stack([torch.tensor(counts, device=logits.device), commits], dim=1)
+        report = torch.stack([upload(counts, torch.int64, logits.device), commits], dim=1)
         return SamplerOutput(result.tokens, logprobs, report, result.num_tokens, rejected)
 
 
