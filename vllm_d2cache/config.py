@@ -49,6 +49,9 @@ _DEFAULT_THRESHOLD = 0.9
 
 # Canvas length of a request that names no max_tokens (the published gen_length of most tasks).
 DEFAULT_CANVAS_LENGTH = 256
+# Beyond this many rows a step of an 8B model is long enough to hide its launches, and padding costs real time
+# (docs/performance.md, "CUDA graphs").
+DEFAULT_GRAPH_ROWS = 512
 
 
 class OptionError(ValueError):
@@ -84,7 +87,10 @@ REQUEST_FIELDS: dict[str, _Number | _Choice] = {
     "wide_in_thres": _Number(float, 0, 1),
     "narrow_out_thres": _Number(float, 0, 1),
 }
-SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget", "max_canvas", "token_frequencies", "attention_backend")
+SERVER_ONLY_FIELDS = (
+    "trace_dir", "refresh_budget", "max_canvas", "token_frequencies", "attention_backend", "graph_rows",
+)  # fmt: skip
+_GRAPH_ROWS = _Number(int, 0, note="rows; 0 = no CUDA graphs")
 _BUDGET = _Number(int, 1, note="rows per request and step")
 _MAX_CANVAS = _Number(int, DEFAULT_CANVAS_LENGTH, note="positions; the default canvas must fit")
 _BACKEND = _Choice(ATTENTION_BACKENDS)
@@ -230,6 +236,7 @@ class ServerOptions:
         max_canvas: longest canvas a request may ask for; None = whatever fits behind its prompt.
         token_frequencies: ``.npy`` file of corpus frequencies for the pc decoder; None = there is none.
         attention_backend: what computes on a GPU, one of :data:`ATTENTION_BACKENDS`; None = triton there, torch on CPU.
+        graph_rows: on a GPU, refresh steps of up to this many rows are CUDA graphs; 0 = none are.
     """
 
     request_defaults: Mapping[str, Any]
@@ -238,6 +245,7 @@ class ServerOptions:
     max_canvas: int | None = None
     token_frequencies: str | None = None
     attention_backend: str | None = None
+    graph_rows: int = DEFAULT_GRAPH_ROWS
 
     def check_canvas_length(self, length: int) -> None:
         """Refuse a canvas that is longer than the operator allows.
@@ -373,6 +381,7 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
         raise OptionError(f'additional_config["{SECTION}"]: must be an object, got {raw!r}')
     defaults: dict[str, Any] = {}
     trace_dir, budget, max_canvas, frequencies, backend = None, None, None, None, None
+    graph_rows: int | None = DEFAULT_GRAPH_ROWS
     for name, value in (raw or {}).items():
         label = f'additional_config["{SECTION}"]["{name}"]'
         if name in option_types():
@@ -397,11 +406,16 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
             backend = None if value is None else _BACKEND.parse(value)
             if value is not None and backend is None:
                 raise OptionError(f"{label}: must be {_BACKEND.describe()}, got {value!r}")
+        elif name == "graph_rows":
+            graph_rows = _GRAPH_ROWS.parse(value)
+            if graph_rows is None:
+                raise OptionError(f"{label}: must be {_GRAPH_ROWS.describe()}, got {value!r}")
         else:
             valid = ", ".join([*option_types(), *SERVER_ONLY_FIELDS])
             raise OptionError(f"{label}: unknown option; valid options are {valid}")
     option_types()  # says now, not at the first request, what is wrong with a policy from outside
-    options = ServerOptions(defaults, trace_dir, budget, max_canvas, frequencies, backend)
+    assert graph_rows is not None
+    options = ServerOptions(defaults, trace_dir, budget, max_canvas, frequencies, backend, graph_rows)
     options.resolve({})
     return options
 

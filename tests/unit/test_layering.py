@@ -40,6 +40,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "attention.drift": ("records", "ops", "attention.capture"),
     "stored_outputs": ("records", "ops", "attention.capture"),
     "attention": ("ops", "attention.capture", "attention.drift", "attention.eviction"),
+    "step_graphs": ("records", "ops", "attention.capture"),
+    "graph_check": ("ops", "attention.capture", "step_graphs"),
+    "cuda_graphs": ("step_graphs",),
     "request_check": ("config", "figures", "infill"),
     "startup_log": ("config", "canvas", "policies", "attention.capture"),
     "scheduler": ("config", "figures", "policies", "compat", "startup_log"),
@@ -47,7 +50,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "trace", "logprobs", "infill",
         "attention", "attention.capture", "attention.drift", "attention.eviction", "runner_sampler", "compat",
-        "models.weight_check", "stored_outputs",
+        "models.weight_check", "stored_outputs", "step_graphs", "graph_check", "cuda_graphs",
     ),
     "models.weight_check": (),
     "models": ("records", "attention", "stored_outputs"),
@@ -63,7 +66,7 @@ PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
     "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "infill", "request_fields", "request_fit",
     "figures", "counters", "attention.capture", "attention.drift", "attention.eviction", "trace_reader", "viewer",
-    "models.weight_check", "stored_outputs",
+    "models.weight_check", "stored_outputs", "step_graphs", "graph_check",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 
