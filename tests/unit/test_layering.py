@@ -25,8 +25,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "request_fields": ("config",),
     "figures": ("config",),
     "metrics": ("compat", "registration"),
-    "compat": ("config", "generation_defaults", "request_fields", "request_fit"),
-    "canvas": ("records", "config"),
+    "compat": ("config", "generation_defaults", "grammar", "request_fields", "request_fit"),
+    "grammar": (),
+    "canvas": ("records", "config", "grammar"),
     "constraints": ("records", "ops", "canvas"),
     "samplers": ("records", "config", "ops"),
     "policies": ("option_types", "policy_registry", "records", "config", "ops", "canvas"),
@@ -34,18 +35,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "trace": ("records", "canvas"),
     "logprobs": ("records", "ops", "canvas"),
     "counters": ("records",),
-    "decoding": ("records", "config", "ops", "canvas", "constraints", "samplers"),
+    "decoding": ("records", "config", "ops", "canvas", "constraints", "grammar", "samplers"),
     "attention.capture": ("ops",),
     "attention.eviction": ("records", "ops", "attention.capture"),
     "attention.drift": ("records", "ops", "attention.capture"),
     "stored_outputs": ("records", "ops", "attention.capture"),
     "attention": ("ops", "attention.capture", "attention.drift", "attention.eviction"),
-    "request_check": ("config", "figures", "infill"),
+    "request_check": ("config", "figures", "grammar", "infill"),
     "startup_log": ("config", "canvas", "policies", "attention.capture"),
     "scheduler": ("config", "figures", "policies", "compat", "startup_log"),
     "runner_sampler": ("ops",),
     "model_state": (
-        "records", "config", "ops", "canvas", "policies", "denoiser", "trace", "logprobs", "infill",
+        "records", "config", "ops", "canvas", "policies", "denoiser", "grammar", "trace", "logprobs", "infill",
         "attention", "attention.capture", "attention.drift", "attention.eviction", "runner_sampler", "compat",
         "models.weight_check", "stored_outputs",
     ),
@@ -61,9 +62,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
-    "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "infill", "request_fields", "request_fit",
-    "figures", "counters", "attention.capture", "attention.drift", "attention.eviction", "trace_reader", "viewer",
-    "models.weight_check", "stored_outputs",
+    "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "grammar", "infill", "request_fields",
+    "request_fit", "figures", "counters", "attention.capture", "attention.drift", "attention.eviction", "trace_reader",
+    "viewer", "models.weight_check", "stored_outputs",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 
