@@ -84,10 +84,18 @@ REQUEST_FIELDS: dict[str, _Number | _Choice] = {
     "wide_in_thres": _Number(float, 0, 1),
     "narrow_out_thres": _Number(float, 0, 1),
 }
-SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget", "max_canvas", "token_frequencies", "attention_backend")
+SERVER_ONLY_FIELDS = (
+    "trace_dir",
+    "refresh_budget",
+    "max_canvas",
+    "token_frequencies",
+    "attention_backend",
+    "request_memory",
+)
 _BUDGET = _Number(int, 1, note="rows per request and step")
 _MAX_CANVAS = _Number(int, DEFAULT_CANVAS_LENGTH, note="positions; the default canvas must fit")
 _BACKEND = _Choice(ATTENTION_BACKENDS)
+_REQUEST_MEMORY = _Number(float, 0, open_low=True, note="GiB")
 
 
 @dataclass(frozen=True)
@@ -230,6 +238,8 @@ class ServerOptions:
         max_canvas: longest canvas a request may ask for; None = whatever fits behind its prompt.
         token_frequencies: ``.npy`` file of corpus frequencies for the pc decoder; None = there is none.
         attention_backend: what computes on a GPU, one of :data:`ATTENTION_BACKENDS`; None = triton there, torch on CPU.
+        request_memory: GiB that maps and stored outputs of all running requests may take (memory_plan.py); None = 2, or
+            more where the longest request needs more.
     """
 
     request_defaults: Mapping[str, Any]
@@ -238,6 +248,7 @@ class ServerOptions:
     max_canvas: int | None = None
     token_frequencies: str | None = None
     attention_backend: str | None = None
+    request_memory: float | None = None
 
     def check_canvas_length(self, length: int) -> None:
         """Refuse a canvas that is longer than the operator allows.
@@ -372,7 +383,7 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
     if raw is not None and not isinstance(raw, Mapping):
         raise OptionError(f'additional_config["{SECTION}"]: must be an object, got {raw!r}')
     defaults: dict[str, Any] = {}
-    trace_dir, budget, max_canvas, frequencies, backend = None, None, None, None, None
+    trace_dir, budget, max_canvas, frequencies, backend, memory = (None,) * 6
     for name, value in (raw or {}).items():
         label = f'additional_config["{SECTION}"]["{name}"]'
         if name in option_types():
@@ -397,11 +408,15 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
             backend = None if value is None else _BACKEND.parse(value)
             if value is not None and backend is None:
                 raise OptionError(f"{label}: must be {_BACKEND.describe()}, got {value!r}")
+        elif name == "request_memory":
+            memory = None if value is None else _REQUEST_MEMORY.parse(value)
+            if value is not None and memory is None:
+                raise OptionError(f"{label}: must be {_REQUEST_MEMORY.describe()}, got {value!r}")
         else:
             valid = ", ".join([*option_types(), *SERVER_ONLY_FIELDS])
             raise OptionError(f"{label}: unknown option; valid options are {valid}")
     option_types()  # says now, not at the first request, what is wrong with a policy from outside
-    options = ServerOptions(defaults, trace_dir, budget, max_canvas, frequencies, backend)
+    options = ServerOptions(defaults, trace_dir, budget, max_canvas, frequencies, backend, memory)
     options.resolve({})
     return options
 

@@ -32,6 +32,7 @@ from vllm_d2cache.config import SECTION, parse_request_options, parse_server_opt
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.infill import parse_canvas
 from vllm_d2cache.logprobs import LogprobRecorder
+from vllm_d2cache.memory_plan import Rehearsal, plan_memory
 from vllm_d2cache.models.weight_check import check_finite
 from vllm_d2cache.ops.backends import AttentionShape, select_backend
 from vllm_d2cache.ops.paged_attention import PagedLayout
@@ -63,6 +64,7 @@ class D2CacheModelState(ModelState):
         writes = self.options.trace_dir is not None and vllm_config.parallel_config.rank == 0
         name = vllm_config.model_config.model
         self.tracer = TraceRecorder(self.options.trace_dir, name) if writes and self.options.trace_dir else None
+        self.rehearsal = Rehearsal(plan_memory(vllm_config, self.options), device)
         self.rows: StepRows | None = None  # of the step under way
         self.capture: ImportanceCapture | None = None
         self.drift: DriftMeter | None = None
@@ -75,6 +77,10 @@ class D2CacheModelState(ModelState):
         self._slots: dict[str, int] = {}
         self._first_block: dict[int, int] = {}
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: Any) -> None:
+        """Memory has been measured."""
+        self.rehearsal.end()
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Replace vLLM's sampler; there is no rejection sampler."""
@@ -198,6 +204,7 @@ class D2CacheModelState(ModelState):
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Give the model the rows of the refresh sets alone: what was reserved beyond them costs nothing."""
         if self.rows is None:
+            self.rehearsal.forward()
             return {}
         for slot in self.rows.slots:
             if slot in self._unsettled:

@@ -41,13 +41,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "stored_outputs": ("records", "ops", "attention.capture"),
     "attention": ("ops", "attention.capture", "attention.drift", "attention.eviction"),
     "request_check": ("config", "figures", "infill"),
-    "startup_log": ("config", "canvas", "policies", "attention.capture"),
-    "scheduler": ("config", "figures", "policies", "compat", "startup_log"),
+    "memory_plan": ("config", "canvas", "ops", "policies", "samplers", "attention.capture", "stored_outputs"),
+    "startup_log": ("config", "policies", "memory_plan"),
+    "scheduler": ("config", "figures", "policies", "compat", "startup_log", "memory_plan"),
     "runner_sampler": ("ops",),
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "trace", "logprobs", "infill",
         "attention", "attention.capture", "attention.drift", "attention.eviction", "runner_sampler", "compat",
-        "models.weight_check", "stored_outputs",
+        "models.weight_check", "stored_outputs", "memory_plan",
     ),
     "models.weight_check": (),
     "models": ("records", "attention", "stored_outputs"),
@@ -63,7 +64,7 @@ PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
     "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "infill", "request_fields", "request_fit",
     "figures", "counters", "attention.capture", "attention.drift", "attention.eviction", "trace_reader", "viewer",
-    "models.weight_check", "stored_outputs",
+    "models.weight_check", "stored_outputs", "memory_plan",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 
