@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from vllm_d2cache.canvas import CanvasStates, Request
 from vllm_d2cache.config import SCORES
 from vllm_d2cache.constraints import Constraints
+from vllm_d2cache.grammar import RunPrediction
 from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.ops.host import upload
+from vllm_d2cache.ops.logit_edits import LogitEdits, RowEdits
 from vllm_d2cache.ops.random import uniform
 from vllm_d2cache.ops.row_stats import RowParams, RowStats, row_stats, token_probability
 from vllm_d2cache.records import CanvasView, StepRows
@@ -120,7 +123,29 @@ class Decoding:
             if reader is not None:
                 readers.append(reader)
         stats = row_stats(hidden, lm_head, params, mask, margin, entropy, readers)
-        return replace(stats, verified=verified)
+        return replace(stats, verified=verified, lead_token=self._lead_tokens(rows, hidden, lm_head, params))
+
+    def _lead_tokens(
+        self, rows: StepRows, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor], params: RowParams
+    ) -> torch.Tensor | None:
+        """[m] int64: what each request with a grammar takes for its lead (grammar.py), if it has one to commit.
+
+        Their logits are computed a second time: statistics and log-probabilities are those of the model alone.
+        """
+        requests = self._requests(rows)
+        members = [i for i, r in enumerate(requests) if r.grammar is not None]
+        if not members or not len(hidden):
+            return None
+        chosen = upload(members, torch.int64, self.canvas.device)
+        lead = rows.view.lead[chosen]
+        # Where the lead is not predicted there is nothing to commit, and the row does not matter.
+        place = (rows.predicted.view(-1).cumsum(0) - 1).view_as(rows.predicted)
+        index = place[chosen, lead].clamp(min=0)
+        words = np.stack([g.allowed for r in requests if (g := r.grammar) is not None])
+        bitmask = torch.from_numpy(words).to(self.canvas.device, non_blocking=True)
+        edits = params.rows(index).edits or RowEdits(LogitEdits(), chosen, lead)
+        part = replace(params.rows(index), edits=replace(edits, bitmask=bitmask))
+        return row_stats(hidden[index], lm_head, part, self.canvas.traits.mask_token_id, False, False).token
 
     def _verify(
         self, rows: StepRows, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor]
@@ -185,6 +210,49 @@ class Decoding:
             if revoked is not None and decoder.verifies:
                 revoked[chosen] = decoder.revoke(part, committed[chosen])
         return score, committed, revoked
+
+    def follow_grammars(
+        self, rows: StepRows, stats: RowStats, score: torch.Tensor, token: torch.Tensor, committed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``token`` [R, G] int32 and ``committed`` [R, G] bool with those of requests that have a grammar in place.
+
+        It waits for the device: where a grammar is, is known on the host.
+
+        Args:
+            score: [R, G] float32, as from :meth:`choose`.
+        """
+        requests = self._requests(rows)
+        members = [i for i, r in enumerate(requests) if r.grammar is not None]
+        if not members:
+            return token, committed
+        device, view = self.canvas.device, rows.view
+        longest = [requests[i].options.longest_run(requests[i].canvas_len) for i in members]
+        chosen = upload(members, torch.int64, device)
+        slot = view.lead[chosen].unsqueeze(1) + torch.arange(max(longest), device=device)
+        inside = slot < committed.shape[1]
+        slot = slot.clamp(max=committed.shape[1] - 1)
+        threshold = view.options.threshold.unsqueeze(1)
+        sure = (threshold > 0) & (self._with_prior(score, rows) >= threshold)
+        least = least_commits(view, self.canvas.window_step[view.slots], self.canvas.traits.step_schedule)
+        parts = (token.long(), rows.candidates, sure)
+        own, candidate, certain = (part[chosen].gather(1, slot) for part in parts)
+        lead_token = own[:, 0] if stats.lead_token is None else stats.lead_token
+        known = torch.stack([own, (candidate & inside).long(), certain.long()]).tolist()
+        head = torch.stack([lead_token, least[chosen]]).tolist()
+        runs = []
+        for i, request in enumerate(requests[m] for m in members):
+            assert request.grammar is not None
+            run = RunPrediction(head[0][i], *(part[i] for part in known), head[1][i])
+            runs.append(request.grammar.follow(run, longest[i]))
+        # Slots without a token land in a column that is cut off.
+        length = upload([len(run) for run in runs], torch.int64, device).unsqueeze(1)
+        padded = [t for run in runs for t in (*run, *[0] * (max(longest) - len(run)))]
+        tokens = upload(padded, torch.int32, device).view_as(slot)
+        target = torch.where(torch.arange(max(longest), device=device) < length, slot, committed.shape[1])
+        wide = torch.nn.functional.pad(token[chosen], (0, 1)).scatter(1, target, tokens)
+        token = token.index_copy(0, chosen, wide[:, :-1])
+        wide = committed.new_zeros(wide.shape).scatter(1, target, True)
+        return token, committed.index_copy(0, chosen, wide[:, :-1])
 
     def _with_prior(self, score: torch.Tensor, rows: StepRows) -> torch.Tensor:
         """Score times certainty density where a request asks for the prior (section 2, step 6)."""

@@ -83,7 +83,7 @@ class Denoiser:
     def can_pad(self, slots_host: Sequence[int]) -> bool:
         """Whether a step of these requests can be padded: no first step, and nothing whose shapes the device decides.
 
-        Policies that hide keys, store outputs or read drift need exact rows, as do logit edits and most decoders.
+        Policies that hide keys, store outputs or read drift need exact rows; so do edits, grammars and most decoders.
         """
         requests = [self.canvas.requests[s] for s in slots_host]
         return (
@@ -91,6 +91,7 @@ class Denoiser:
             and not any(needs_exact_rows(POLICY_CLASSES[r.options.policy]) for r in requests)
             and all(DECODER_CLASSES[r.options.decoder].takes_padding for r in requests)
             and not self.constraints.any_of(slots_host)
+            and not any(r.options.ordered for r in requests)
         )
 
     def begin(self, slots: torch.Tensor, slots_host: Sequence[int], padded: bool = False) -> StepRows:
@@ -105,10 +106,12 @@ class Denoiser:
         requests = [canvas.requests[s] for s in slots_host]
         view = canvas.view(slots, list(slots_host))
         refresh = canvas.refresh[slots, : view.num_positions] & view.in_text
+        eligible = view.in_window & canvas.eligible[slots, : view.masked.shape[1]]
+        if any(r.options.ordered for r in requests):
+            refresh, eligible = self._with_lead(view, refresh, eligible)
         observe = canvas.observe[slots, : view.masked.shape[1]]
         computed = positions_to_canvas(refresh, view, self.traits.logit_shift)
         observe = observe | self.decoding.observes_all(requests).unsqueeze(1)
-        eligible = view.in_window & canvas.eligible[slots, : view.masked.shape[1]]
         predictable = computed & view.masked & view.live
         predicted = predictable & (eligible | observe)
         refreshed = refresh.sum(1)
@@ -161,6 +164,19 @@ class Denoiser:
             verified_index=verified,
             shadows=shadows,
         )
+
+    def _with_lead(
+        self, view: CanvasView, refresh: torch.Tensor, eligible: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``refresh`` [R, T] and ``eligible`` [R, G] of requests whose tokens are committed from left to right.
+
+        Their leftmost mask can always be committed, whatever the policy would recompute; slots that are further away
+        than a step goes cannot.
+        """
+        run, lead = view.options.longest_run.unsqueeze(1), view.lead.unsqueeze(1)
+        at_lead = (view.slot_index == lead) & (run > 0)
+        eligible = (eligible & ((view.slot_index < lead + run) | (run == 0))) | at_lead
+        return refresh | canvas_to_positions(at_lead, view, self.traits.logit_shift), eligible
 
     def _visible_keys(
         self, view: CanvasView, requests: list[Request], refresh: torch.Tensor
@@ -254,6 +270,7 @@ class Denoiser:
         view, canvas = rows.view, self.canvas
         token = rows.by_slot(stats.token.int())
         score, committed, revoked = self.decoding.choose(rows, stats)
+        token, committed = self.decoding.follow_grammars(rows, stats, score, token, committed)
         after = self._commit(view, committed, token, revoked)
         entropy = None
         if self._reads_entropy(self._requests(rows)):

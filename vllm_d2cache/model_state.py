@@ -40,6 +40,7 @@ from vllm_d2cache.ops.shadow_attention import ShadowRows
 from vllm_d2cache.policies import row_budget
 from vllm_d2cache.records import EditSpec, SamplingSpec, StepRows
 from vllm_d2cache.runner_sampler import D2CacheSampler
+from vllm_d2cache.snapshots import snapshot_interval
 from vllm_d2cache.stored_outputs import OutputStore, PartialForward
 from vllm_d2cache.trace import TraceRecorder
 
@@ -74,6 +75,7 @@ class D2CacheModelState(ModelState):
         self._kept_keys: KeptBySlot = {}
         self._focus: FocusBySlot = {}
         self._outputs = OutputStore()
+        self.watched: set[int] = set()  # slots of requests that want snapshots
         self._slots: dict[str, int] = {}
         self._first_block: dict[int, int] = {}
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
@@ -113,6 +115,8 @@ class D2CacheModelState(ModelState):
         emitted = int((canvas != mask).sum())
         self.denoiser.add(req_index, request, np.asarray(prompt), emitted)
         self.logprobs.add(req_index, request)
+        if snapshot_interval(params.extra_args):
+            self.watched.add(req_index)
         blocks = new_req_data.block_ids[0]
         consecutive = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
         self._first_block[req_index] = blocks[0] if consecutive else -1
@@ -131,6 +135,7 @@ class D2CacheModelState(ModelState):
             self._kept_keys.pop(slot, None)
             self._focus.pop(slot, None)
             self.logprobs.remove(slot)
+            self.watched.discard(slot)
             self._outputs.drop(slot)
             self.denoiser.remove(slot)
 

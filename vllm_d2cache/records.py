@@ -64,6 +64,7 @@ class OptionColumns(NamedTuple):
     inflate_w: torch.Tensor  # int64
     latest_memory: torch.Tensor  # bool
     steps: torch.Tensor  # int64, 0 = tokens_per_step decides
+    longest_run: torch.Tensor  # int64, most tokens that a step commits from left to right; 0 = in any order
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class CanvasView:
     def in_canvas(self) -> torch.Tensor:
         """[R, G] bool: the column is one of the row's own slots."""
         return self.slot_index < self.canvas_len.unsqueeze(1)
+
+    @property
+    def lead(self) -> torch.Tensor:
+        """[R] int64: the leftmost mask that may still become a token; 0 where there is none."""
+        return (self.masked & self.live).to(torch.int8).argmax(1)
 
     @property
     def in_text(self) -> torch.Tensor:

@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_d2cache.ops.host import upload
+from vllm_d2cache.snapshots import append_snapshots
 
 if TYPE_CHECKING:
     from vllm_d2cache.model_state import D2CacheModelState
@@ -74,6 +75,8 @@ class D2CacheSampler:
         if result.revoked is not None:
             commits = commits - result.revoked.sum(1)
         report = torch.stack([counts, commits], dim=1)
+        if state.watched:
+            report = append_snapshots(report, denoiser.canvas, rows.slots, state.watched)
         return SamplerOutput(result.tokens, logprobs, report, result.num_tokens, rejected)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions, parse_request_options, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.grammar import GrammarState, Matcher
 from vllm_d2cache.logprobs import EmittedLogprobs, LogprobRecorder
 from vllm_d2cache.policies import row_budget
 from vllm_d2cache.records import Drift, FamilyTraits, SamplingSpec, StepResult, StepRows
@@ -49,6 +50,7 @@ class FakeJob:
     noise: int = 0
     emitted_before: int = 0
     given: tuple[int, ...] = ()
+    grammar: Callable[[], Matcher] | None = None  # makes a matcher at its start
     steps: list[Step] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     logprobs: list[tuple[list[int], list[float], int]] = field(default_factory=list)  # ids, values, rank; as emitted
@@ -64,7 +66,7 @@ class FakeJob:
 
     def fresh(self) -> FakeJob:
         """The same request, not yet run."""
-        return FakeJob(self.prompt, self.canvas_length, self.options, self.sampling, self.noise, given=self.given)
+        return replace(self, emitted_before=0, steps=[], output=[], logprobs=[])
 
     def numbers(self, step: int | None = None, shadow: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """A step's logits [T, vocab] and importance [T]: a function of the request and its step alone."""
@@ -120,10 +122,14 @@ class Batch:
 
     def add(self, i: int) -> None:
         job = self.jobs[i]
-        options = self.server.resolve(parse_request_options({f"d2cache_{k}": v for k, v in job.options.items()}))
+        asked = parse_request_options({f"d2cache_{k}": v for k, v in job.options.items()})
+        options = self.server.resolve(asked, ordered=job.grammar is not None)
         length, budget = len(job.prompt), self.server.refresh_budget
         rows = row_budget(options, length, job.canvas_length, budget)
         request = Request(f"r{i}", length, job.canvas_length, options, job.sampling, rows, job.given)
+        if job.grammar is not None:
+            bitmask = torch.zeros(1, -(-VOCAB // 32), dtype=torch.int32)
+            request.grammar = GrammarState(job.grammar(), bitmask, [MASK], job.sampling.stop_token_ids)
         self.denoiser.add(self.slot(i), request, np.array(job.prompt, dtype=np.int64), job.emitted_before)
         self.logprobs.add(self.slot(i), request)
 
