@@ -129,7 +129,14 @@ class CanvasStates:
 def state_bytes(num_slots: int, max_len: int) -> int:
     """Bytes of the tensors of :class:`CanvasStates`, but for the columns that grow with the number of stop tokens."""
     states = CanvasStates(num_slots, max_len, torch.device("meta"), FamilyTraits(mask_token_id=0))
-    return sum(value.nbytes for value in vars(states).values() if isinstance(value, torch.Tensor))
+    return tensor_bytes(states)
+
+
+def tensor_bytes(owner: object) -> int:
+    """Bytes of the tensors that are attributes of ``owner``, or in a dictionary that is one."""
+    values = vars(owner).values()
+    held = [v for value in values for v in (value.values() if isinstance(value, dict) else [value])]
+    return sum(value.nbytes for value in held if isinstance(value, torch.Tensor))
 
 
 def make_view(

@@ -37,6 +37,7 @@ from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.graph_check import Pages, check_graphs
 from vllm_d2cache.infill import parse_canvas
 from vllm_d2cache.logprobs import LogprobRecorder
+from vllm_d2cache.memory_plan import Rehearsal, plan_memory
 from vllm_d2cache.models.weight_check import check_finite
 from vllm_d2cache.ops.backends import AttentionShape, select_backend
 from vllm_d2cache.ops.paged_attention import PagedLayout
@@ -70,6 +71,7 @@ class D2CacheModelState(ModelState):
         writes = self.options.trace_dir is not None and vllm_config.parallel_config.rank == 0
         name = vllm_config.model_config.model
         self.tracer = TraceRecorder(self.options.trace_dir, name) if writes and self.options.trace_dir else None
+        self.rehearsal = Rehearsal(plan_memory(vllm_config, self.options), device)
         self.rows: StepRows | None = None  # of the step under way
         self.capture: ImportanceCapture | GraphStep | None = None
         self.drift: DriftMeter | None = None
@@ -88,6 +90,10 @@ class D2CacheModelState(ModelState):
             device.type == "cuda" and self.options.graph_rows > 0 and not vllm_config.model_config.enforce_eager
         )
         self._graph_size: GraphSize | None = None  # of the step under way; None = eager
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: Any) -> None:
+        """Memory has been measured."""
+        self.rehearsal.end()
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Replace vLLM's sampler; there is no rejection sampler."""
@@ -223,6 +229,7 @@ class D2CacheModelState(ModelState):
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Give the model the rows of the refresh sets alone: what was reserved beyond them costs nothing."""
         if self.rows is None:
+            self.rehearsal.forward()
             return {}
         for slot in self.rows.slots:
             if slot in self._unsettled:

@@ -51,6 +51,7 @@ class D2CacheSampler:
         """
         state = self.state
         if state.rows is None:
+            state.rehearsal.sample()
             return _nothing(input_batch.num_reqs, logits.device)
         assert state.capture is not None
         rows, denoiser = state.rows, state.denoiser

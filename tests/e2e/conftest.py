@@ -203,6 +203,6 @@ def assert_golden_logits(engine: Engine, family: str, row: int) -> None:
     finally:
         model.forward = stock
     with torch.inference_mode():
-        logits = model.lm_logits(hidden[0])
+        logits = model.lm_logits(hidden[0]).cpu()
     want = torch.from_numpy(golden["logits_masked_batch"][row, padding:])
     torch.testing.assert_close(logits, want, rtol=0, atol=1e-4)

@@ -46,13 +46,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "graph_check": ("ops", "attention.capture", "step_graphs"),
     "cuda_graphs": ("step_graphs",),
     "request_check": ("config", "figures", "grammar", "infill", "snapshots"),
-    "startup_log": ("config", "canvas", "policies", "attention.capture"),
-    "scheduler": ("config", "figures", "policies", "compat", "snapshots", "startup_log"),
+    "memory_plan": ("config", "canvas", "ops", "policies", "samplers", "attention.capture", "stored_outputs"),
+    "startup_log": ("config", "policies", "memory_plan"),
+    "scheduler": ("config", "figures", "policies", "compat", "memory_plan", "snapshots", "startup_log"),
     "runner_sampler": ("ops", "snapshots"),
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "grammar", "trace", "logprobs", "infill",
         "attention", "attention.capture", "attention.drift", "attention.eviction", "runner_sampler", "compat",
-        "models.weight_check", "snapshots", "stored_outputs", "step_graphs", "graph_check",
+        "models.weight_check", "snapshots", "stored_outputs", "memory_plan", "step_graphs", "graph_check",
         "cuda_graphs",
     ),
     "models.weight_check": (),
@@ -69,7 +70,7 @@ PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
     "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "grammar", "infill", "request_fields",
     "request_fit", "figures", "counters", "attention.capture", "attention.drift", "attention.eviction", "trace_reader",
-    "viewer", "models.weight_check", "snapshots", "stored_outputs", "step_graphs", "graph_check",
+    "viewer", "models.weight_check", "snapshots", "stored_outputs", "memory_plan", "step_graphs", "graph_check",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 
