@@ -42,8 +42,9 @@ test-matrix:  ## the suite on every supported vLLM with a CPU build, an environm
 unit: env  ## tests that need neither vLLM nor a GPU, but for the long ones (under a minute)
 	$(pytest) -n auto tests/unit tests/ops -m "not hypothesis and not slow and not vllm and not gpu"
 
-kernels: env  ## Triton kernels against their PyTorch twins, in Triton's interpreter on CPU (a minute)
-	TRITON_INTERPRET=1 $(pytest) tests/triton
+kernels: env  ## Triton kernels against their PyTorch twins in Triton's interpreter, and compiled for an H100 (minutes)
+	TRITON_INTERPRET=1 $(pytest) tests/triton --deselect tests/triton/test_compiles_for_hopper.py
+	$(pytest) -n auto tests/triton/test_compiles_for_hopper.py
 
 test-gpu: env  ## kernels and ops on a GPU, real shapes included
 	@$(bin)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no GPU: nothing to test")'

@@ -63,6 +63,12 @@ def test_openai_async_client(server: Server) -> None:
     assert "Count from 12 to 34 by 2. -> 12,14,16,18,20,22,24,26,28,30,32,34." in lines
 
 
+def test_watching_the_canvas(server: Server) -> None:
+    lines = example("watch_canvas.py", f"{server.url}/v1").splitlines()
+    answer = "12,14,16,18,20,22,24,26,28,30,32,34."
+    assert lines[-2:] == [answer, f"certain so far: {answer}"]
+
+
 def test_comparison_of_policies(server: Server) -> None:
     lines = example("compare_policies.py", f"{server.url}/v1").splitlines()
     assert len(lines) == 4
