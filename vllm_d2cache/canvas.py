@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vllm_d2cache.config import CONFIDENCE_MEMORIES, SCORES, RequestOptions
+from vllm_d2cache.grammar import GrammarState
 from vllm_d2cache.records import CanvasView, FamilyTraits, KeptKeys, OptionColumns, SamplingSpec
 
 # Wider than any text, and still exact in float32.
@@ -27,6 +28,7 @@ class Request:
     row_budget: int = 0  # rows the scheduler reserves for each step after the first
     given: tuple[int, ...] = ()  # a token id for each canvas slot, -1 = hole; () = holes alone
     reserved_len: int = 0  # positions it takes the request for: prompt, canvas, and room for shadows
+    grammar: GrammarState | None = None  # what its text must follow; given where options.ordered
 
 
 class CanvasStates:
@@ -178,12 +180,13 @@ def _option_numbers(options: RequestOptions, canvas_len: int) -> list[float]:
         min(options.inflate_w, _WIDEST_GAP),
         CONFIDENCE_MEMORIES.index(options.confidence_memory),
         min(options.steps, _MOST_STEPS),
+        options.longest_run(canvas_len),
     ]
 
 
 def _columns(numbers: torch.Tensor) -> OptionColumns:
     column = dict(zip(OptionColumns._fields, numbers.unbind(1), strict=True))
-    for name in ("window", "tokens_per_step", "score", "current_k", "inflate_w", "steps"):
+    for name in ("window", "tokens_per_step", "score", "current_k", "inflate_w", "steps", "longest_run"):
         column[name] = column[name].long()
     column["latest_memory"] = column["latest_memory"] > 0
     return OptionColumns(**column)

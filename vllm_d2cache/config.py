@@ -49,6 +49,9 @@ _PARALLEL_DECODERS = ("eb", "klass", "credit", "hierarchical", "localleap", "win
 _THRESHOLD_DECODERS = ("klass", "credit", "hierarchical", "localleap")
 _DEFAULT_THRESHOLD = 0.9
 
+# Most tokens that a step commits of a request whose tokens are committed from left to right, unless it asks for more.
+LONGEST_RUN = 16
+
 # Canvas length of a request that names no max_tokens (the published gen_length of most tasks).
 DEFAULT_CANVAS_LENGTH = 256
 
@@ -127,6 +130,7 @@ class RequestOptions:
         wide_in_thres: wino: a candidate is drafted if its score reaches this.
         narrow_out_thres: wino: a drafted token is taken back if its probability, verified, is below this.
         policy_options: what the policy has in options of its own beyond these fields (docs/policies.md), by name.
+        ordered: tokens are committed from left to right, as a grammar needs it; no option of a request (grammar.py).
     """
 
     policy: str = "d2cache"
@@ -157,6 +161,7 @@ class RequestOptions:
     wide_in_thres: float = 0.7
     narrow_out_thres: float = 0.9
     policy_options: Mapping[str, Any] = field(default_factory=dict)
+    ordered: bool = False
 
     @property
     def commits_many(self) -> bool:
@@ -175,6 +180,16 @@ class RequestOptions:
     def window_length(self, canvas_length: int) -> int:
         """Window length in positions for a canvas of ``canvas_length``."""
         return min(self.window, canvas_length) if self.window else canvas_length
+
+    def longest_run(self, canvas_length: int) -> int:
+        """Most tokens that a step commits from left to right; 0 where they are committed in any order."""
+        return min(self.window_length(canvas_length), max(self.tokens_per_step, LONGEST_RUN)) if self.ordered else 0
+
+    def most_commits(self, canvas_length: int) -> int:
+        """Most tokens that a step commits."""
+        if self.ordered:
+            return self.longest_run(canvas_length)
+        return self.window_length(canvas_length) if self.commits_many else min(self.tokens_per_step, canvas_length)
 
     def shadow_length(self, canvas_length: int) -> int:
         """Rows that verify tokens in a step, beyond those of the text (samplers/wino.py)."""
@@ -252,8 +267,12 @@ class ServerOptions:
                 f"max_tokens: this server allows canvases of 1 to {self.max_canvas} positions, got {length}"
             )
 
-    def resolve(self, request: Mapping[str, Any]) -> RequestOptions:
-        """Options of one request from its own settings (already parsed) over the server's over the defaults."""
+    def resolve(self, request: Mapping[str, Any], ordered: bool = False) -> RequestOptions:
+        """Options of one request from its own settings (already parsed) over the server's over the defaults.
+
+        Args:
+            ordered: its tokens must be committed from left to right.
+        """
         chosen = dict(self.request_defaults)
         for name, other in _ALTERNATIVES:
             if request.get(name, 0) > 0 and other not in request:
@@ -283,7 +302,22 @@ class ServerOptions:
             )
         if RequestOptions(**chosen).is_parallel:
             chosen = {**_PARALLEL_DEFAULTS, **chosen}
-        return RequestOptions(**chosen)
+        options = RequestOptions(**chosen, ordered=ordered)
+        if ordered:
+            _check_ordered(options)
+        return options
+
+
+def _check_ordered(options: RequestOptions) -> None:
+    """Refuse decoders whose rule does not say how far a step may go from left to right."""
+    why = "with structured output, tool_choice 'required' or a named tool, tokens are committed from left to right"
+    if options.decoder != "confidence":
+        raise OptionError(f"{PREFIX}decoder: {why}; that takes {PREFIX}decoder 'confidence', got {options.decoder!r}")
+    if options.factor > 0:
+        raise OptionError(
+            f"{PREFIX}factor: {why}; that takes {PREFIX}factor 0 ({PREFIX}threshold commits several too), "
+            f"got {options.factor}"
+        )
 
 
 def _with_threshold(chosen: dict[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
@@ -427,4 +461,4 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> dict[str, Any
     return parsed
 
 
-assert {*REQUEST_FIELDS, "policy_options"} == {f.name for f in fields(RequestOptions)}
+assert {*REQUEST_FIELDS, "policy_options", "ordered"} == {f.name for f in fields(RequestOptions)}

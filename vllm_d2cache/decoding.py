@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from vllm_d2cache.canvas import CanvasStates, Request
 from vllm_d2cache.config import SCORES
 from vllm_d2cache.constraints import Constraints
+from vllm_d2cache.grammar import RunPrediction
 from vllm_d2cache.ops.density import certainty_density
+from vllm_d2cache.ops.host import upload
+from vllm_d2cache.ops.logit_edits import LogitEdits, RowEdits
 from vllm_d2cache.ops.random import uniform
 from vllm_d2cache.ops.row_stats import RowParams, RowStats, row_stats, token_probability
 from vllm_d2cache.records import CanvasView, StepRows
@@ -52,7 +56,7 @@ class Decoding:
     def observes_all(self, requests: list[Request]) -> torch.Tensor:
         """[R] bool: the request's decoder reads the statistics of all masked slots that are computed."""
         flags = [DECODER_CLASSES[r.options.decoder].observes_all for r in requests]
-        return torch.tensor(flags, device=self.canvas.device)
+        return upload(flags, torch.bool, self.canvas.device)
 
     def verifies(self, requests: list[Request]) -> torch.Tensor:
         """[R] bool: the request's decoder may take back what it committed in the current window."""
@@ -110,7 +114,7 @@ class Decoding:
         margin = SCORES[1] in scores
         entropy = want_entropy or SCORES[2] in scores or any(decoder.reads_entropy for decoder, _ in decoders)
         mask = self.canvas.traits.mask_token_id
-        in_window = rows.view.in_window[who, slot]
+        in_window = rows.view.in_window[who, slot.clamp(max=rows.predicted.shape[1] - 1)]
         readers = []
         for decoder, members in decoders:
             mine = torch.ones_like(who, dtype=torch.bool) if members is None else torch.isin(who, members)
@@ -119,7 +123,29 @@ class Decoding:
             if reader is not None:
                 readers.append(reader)
         stats = row_stats(hidden, lm_head, params, mask, margin, entropy, readers)
-        return replace(stats, verified=verified)
+        return replace(stats, verified=verified, lead_token=self._lead_tokens(rows, hidden, lm_head, params))
+
+    def _lead_tokens(
+        self, rows: StepRows, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor], params: RowParams
+    ) -> torch.Tensor | None:
+        """[m] int64: what each request with a grammar takes for its lead (grammar.py), if it has one to commit.
+
+        Their logits are computed a second time: statistics and log-probabilities are those of the model alone.
+        """
+        requests = self._requests(rows)
+        members = [i for i, r in enumerate(requests) if r.grammar is not None]
+        if not members or not len(hidden):
+            return None
+        chosen = upload(members, torch.int64, self.canvas.device)
+        lead = rows.view.lead[chosen]
+        # Where the lead is not predicted there is nothing to commit, and the row does not matter.
+        place = (rows.predicted.view(-1).cumsum(0) - 1).view_as(rows.predicted)
+        index = place[chosen, lead].clamp(min=0)
+        words = np.stack([g.allowed for r in requests if (g := r.grammar) is not None])
+        bitmask = torch.from_numpy(words).to(self.canvas.device, non_blocking=True)
+        edits = params.rows(index).edits or RowEdits(LogitEdits(), chosen, lead)
+        part = replace(params.rows(index), edits=replace(edits, bitmask=bitmask))
+        return row_stats(hidden[index], lm_head, part, self.canvas.traits.mask_token_id, False, False).token
 
     def _verify(
         self, rows: StepRows, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor]
@@ -155,17 +181,13 @@ class Decoding:
         The last is None where no decoder verifies anything.
         """
         view, decoders = rows.view, self._by_decoder(rows)
-        who, slot = rows.predicted_index
+        who, _ = rows.predicted_index
         flat = ranking_score(stats, view.options.score[who])
         for decoder, members in decoders:
             changed = decoder.rescore(stats, flat, view.slots[who])
             flat = changed if members is None else torch.where(torch.isin(who, members), changed, flat)
-        score = torch.zeros(view.masked.shape, device=self.canvas.device)
-        score[who, slot] = flat
-        entropy = None
-        if stats.entropy is not None:
-            entropy = torch.zeros_like(score)
-            entropy[who, slot] = stats.entropy
+        score = rows.by_slot(flat)
+        entropy = None if stats.entropy is None else rows.by_slot(stats.entropy)
         step = DecoderStep(
             view,
             rows.candidates,
@@ -189,6 +211,49 @@ class Decoding:
                 revoked[chosen] = decoder.revoke(part, committed[chosen])
         return score, committed, revoked
 
+    def follow_grammars(
+        self, rows: StepRows, stats: RowStats, score: torch.Tensor, token: torch.Tensor, committed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``token`` [R, G] int32 and ``committed`` [R, G] bool with those of requests that have a grammar in place.
+
+        It waits for the device: where a grammar is, is known on the host.
+
+        Args:
+            score: [R, G] float32, as from :meth:`choose`.
+        """
+        requests = self._requests(rows)
+        members = [i for i, r in enumerate(requests) if r.grammar is not None]
+        if not members:
+            return token, committed
+        device, view = self.canvas.device, rows.view
+        longest = [requests[i].options.longest_run(requests[i].canvas_len) for i in members]
+        chosen = upload(members, torch.int64, device)
+        slot = view.lead[chosen].unsqueeze(1) + torch.arange(max(longest), device=device)
+        inside = slot < committed.shape[1]
+        slot = slot.clamp(max=committed.shape[1] - 1)
+        threshold = view.options.threshold.unsqueeze(1)
+        sure = (threshold > 0) & (self._with_prior(score, rows) >= threshold)
+        least = least_commits(view, self.canvas.window_step[view.slots], self.canvas.traits.step_schedule)
+        parts = (token.long(), rows.candidates, sure)
+        own, candidate, certain = (part[chosen].gather(1, slot) for part in parts)
+        lead_token = own[:, 0] if stats.lead_token is None else stats.lead_token
+        known = torch.stack([own, (candidate & inside).long(), certain.long()]).tolist()
+        head = torch.stack([lead_token, least[chosen]]).tolist()
+        runs = []
+        for i, request in enumerate(requests[m] for m in members):
+            assert request.grammar is not None
+            run = RunPrediction(head[0][i], *(part[i] for part in known), head[1][i])
+            runs.append(request.grammar.follow(run, longest[i]))
+        # Slots without a token land in a column that is cut off.
+        length = upload([len(run) for run in runs], torch.int64, device).unsqueeze(1)
+        padded = [t for run in runs for t in (*run, *[0] * (max(longest) - len(run)))]
+        tokens = upload(padded, torch.int32, device).view_as(slot)
+        target = torch.where(torch.arange(max(longest), device=device) < length, slot, committed.shape[1])
+        wide = torch.nn.functional.pad(token[chosen], (0, 1)).scatter(1, target, tokens)
+        token = token.index_copy(0, chosen, wide[:, :-1])
+        wide = committed.new_zeros(wide.shape).scatter(1, target, True)
+        return token, committed.index_copy(0, chosen, wide[:, :-1])
+
     def _with_prior(self, score: torch.Tensor, rows: StepRows) -> torch.Tensor:
         """Score times certainty density where a request asks for the prior (section 2, step 6)."""
         if not any(r.options.sigma > 0 for r in self._requests(rows)):
@@ -206,4 +271,4 @@ class Decoding:
         if len(set(names)) == 1:
             return [(self.decoder(names[0]), None)]
         members = {name: [i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
-        return [(self.decoder(name), torch.tensor(m, device=self.canvas.device)) for name, m in members.items()]
+        return [(self.decoder(name), upload(m, torch.int64, self.canvas.device)) for name, m in members.items()]

@@ -174,6 +174,7 @@ class D2CacheModelState(ModelState):
         positions = rows.positions[: rows.request.shape[0]]  # shadows have no page
         page = positions.div(block_size, rounding_mode="floor")
         slots = table[rows.request, page].long() * block_size + positions - page * block_size
+        slots = torch.where(rows.live, slots, -1)
         requests = [self.denoiser.canvas.requests[s] for s in rows.slots]
         layout = PagedLayout(
             rows.counts,
@@ -183,7 +184,9 @@ class D2CacheModelState(ModelState):
             slots,
             rows.keys,
         )
-        self.capture = ImportanceCapture(layout, rows.reads_importance, positions, self._pool, self._tensor_parallel)
+        self.capture = ImportanceCapture(
+            layout, rows.reads_importance, positions, self._pool, self._tensor_parallel, rows.bounds
+        )
         layer_keys = None
         if any(rows.choices):
             layer_keys = LayerKeys(layout, rows.choices, rows.slots, self._kept_keys, self._tensor_parallel)

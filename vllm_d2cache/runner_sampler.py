@@ -67,11 +67,13 @@ class D2CacheSampler:
         state.finish_step()
         logprobs = LogprobsTensors(*emitted) if emitted is not None else None
         # Rows and commits of each request: compat/internals.py, take_step_report.
-        counts = [n + shadows for n, shadows in zip(rows.counts, rows.shadows, strict=True)]
+        counts = rows.refreshed
+        if any(rows.shadows):
+            counts = counts + upload(rows.shadows, torch.int64, logits.device)
         commits = result.committed.sum(1)
         if result.revoked is not None:
             commits = commits - result.revoked.sum(1)
-        report = torch.stack([upload(counts, torch.int64, logits.device), commits], dim=1)
+        report = torch.stack([counts, commits], dim=1)
         if state.watched:
             report = append_snapshots(report, denoiser.canvas, rows.slots, state.watched)
         return SamplerOutput(result.tokens, logprobs, report, result.num_tokens, rejected)

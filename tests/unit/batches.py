@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions, parse_request_options, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.grammar import GrammarState, Matcher
 from vllm_d2cache.logprobs import EmittedLogprobs, LogprobRecorder
 from vllm_d2cache.policies import row_budget
 from vllm_d2cache.records import Drift, FamilyTraits, SamplingSpec, StepResult, StepRows
@@ -49,6 +50,7 @@ class FakeJob:
     noise: int = 0
     emitted_before: int = 0
     given: tuple[int, ...] = ()
+    grammar: Callable[[], Matcher] | None = None  # makes a matcher at its start
     steps: list[Step] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     logprobs: list[tuple[list[int], list[float], int]] = field(default_factory=list)  # ids, values, rank; as emitted
@@ -64,7 +66,7 @@ class FakeJob:
 
     def fresh(self) -> FakeJob:
         """The same request, not yet run."""
-        return FakeJob(self.prompt, self.canvas_length, self.options, self.sampling, self.noise, given=self.given)
+        return replace(self, emitted_before=0, steps=[], output=[], logprobs=[])
 
     def numbers(self, step: int | None = None, shadow: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """A step's logits [T, vocab] and importance [T]: a function of the request and its step alone."""
@@ -93,12 +95,20 @@ class Batch:
 
     Args:
         max_steps: of any one job; more is an endless loop.
+        pads: steps that can be padded are.
     """
 
     def __init__(
-        self, jobs: Sequence[FakeJob], server: dict[str, Any] | None = None, max_steps: int = 300, shift: int = 0
+        self,
+        jobs: Sequence[FakeJob],
+        server: dict[str, Any] | None = None,
+        max_steps: int = 300,
+        shift: int = 0,
+        pads: bool = False,
     ) -> None:
         self.jobs = list(jobs)
+        self.pads = pads
+        self.padded_steps = 0
         self.server: ServerOptions = parse_server_options({"token_frequencies": FREQUENCIES, **(server or {})})
         self.max_steps = max_steps
         longest = max(job.total for job in jobs)
@@ -112,10 +122,14 @@ class Batch:
 
     def add(self, i: int) -> None:
         job = self.jobs[i]
-        options = self.server.resolve(parse_request_options({f"d2cache_{k}": v for k, v in job.options.items()}))
+        asked = parse_request_options({f"d2cache_{k}": v for k, v in job.options.items()})
+        options = self.server.resolve(asked, ordered=job.grammar is not None)
         length, budget = len(job.prompt), self.server.refresh_budget
         rows = row_budget(options, length, job.canvas_length, budget)
         request = Request(f"r{i}", length, job.canvas_length, options, job.sampling, rows, job.given)
+        if job.grammar is not None:
+            bitmask = torch.zeros(1, -(-VOCAB // 32), dtype=torch.int32)
+            request.grammar = GrammarState(job.grammar(), bitmask, [MASK], job.sampling.stop_token_ids)
         self.denoiser.add(self.slot(i), request, np.array(job.prompt, dtype=np.int64), job.emitted_before)
         self.logprobs.add(self.slot(i), request)
 
@@ -142,7 +156,9 @@ class Batch:
         """One step of the given jobs."""
         denoiser = self.denoiser
         slots = [self.slot(i) for i in running]
-        rows = denoiser.begin(torch.tensor(slots), slots)
+        padded = self.pads and denoiser.can_pad(slots)
+        self.padded_steps += padded
+        rows = denoiser.begin(torch.tensor(slots), slots, padded)
         assert rows.positions.shape[0] == sum(rows.counts) + sum(rows.shadows) == rows.input_ids.shape[0]
         logits, columns, offset = [], [], 0
         importance = torch.full((len(running), rows.view.num_positions), torch.nan)
@@ -169,7 +185,8 @@ class Batch:
         offset = 0
         for r, i in enumerate(running):
             job, view = self.jobs[i], rows.view
-            positions = rows.positions[offset : offset + rows.counts[r]].tolist()
+            mine = slice(offset, offset + rows.counts[r])
+            positions = rows.positions[mine][rows.live[mine]].tolist()
             offset += rows.counts[r]
             tokens = self.denoiser.canvas.tokens[self.slot(i), len(job.prompt) :]
             committed = [(s, int(tokens[s])) for s in result.committed[r].nonzero().flatten().tolist()]
@@ -183,7 +200,7 @@ class Batch:
             chosen = rows.choices[r]
             choice = None if chosen is None else (chosen.choose, chosen.count, chosen.pool)
             revoked = [] if result.revoked is None else result.revoked[r].nonzero().flatten().tolist()
-            full = rows.full[r]
+            full = len(positions) == job.total
             job.steps.append(
                 Step(positions, full, predicted, window, committed, emitted, masked, keys, choice, revoked)
             )

@@ -26,8 +26,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "request_fields": ("config",),
     "figures": ("config",),
     "metrics": ("compat", "registration"),
-    "compat": ("config", "generation_defaults", "request_fields", "request_fit", "snapshots"),
-    "canvas": ("records", "config"),
+    "compat": ("config", "generation_defaults", "grammar", "request_fields", "request_fit", "snapshots"),
+    "grammar": (),
+    "canvas": ("records", "config", "grammar"),
     "constraints": ("records", "ops", "canvas"),
     "samplers": ("records", "config", "ops"),
     "policies": ("option_types", "policy_registry", "records", "config", "ops", "canvas"),
@@ -35,18 +36,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "trace": ("records", "canvas"),
     "logprobs": ("records", "ops", "canvas"),
     "counters": ("records",),
-    "decoding": ("records", "config", "ops", "canvas", "constraints", "samplers"),
+    "decoding": ("records", "config", "ops", "canvas", "constraints", "grammar", "samplers"),
     "attention.capture": ("ops",),
     "attention.eviction": ("records", "ops", "attention.capture"),
     "attention.drift": ("records", "ops", "attention.capture"),
     "stored_outputs": ("records", "ops", "attention.capture"),
     "attention": ("ops", "attention.capture", "attention.drift", "attention.eviction"),
-    "request_check": ("config", "figures", "infill", "snapshots"),
+    "request_check": ("config", "figures", "grammar", "infill", "snapshots"),
     "startup_log": ("config", "canvas", "policies", "attention.capture"),
     "scheduler": ("config", "figures", "policies", "compat", "snapshots", "startup_log"),
     "runner_sampler": ("ops", "snapshots"),
     "model_state": (
-        "records", "config", "ops", "canvas", "policies", "denoiser", "trace", "logprobs", "infill",
+        "records", "config", "ops", "canvas", "policies", "denoiser", "grammar", "trace", "logprobs", "infill",
         "attention", "attention.capture", "attention.drift", "attention.eviction", "runner_sampler", "compat",
         "models.weight_check", "snapshots", "stored_outputs",
     ),
@@ -62,9 +63,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
-    "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "infill", "request_fields", "request_fit",
-    "figures", "counters", "attention.capture", "attention.drift", "attention.eviction", "trace_reader", "viewer",
-    "models.weight_check", "snapshots", "stored_outputs",
+    "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "grammar", "infill", "request_fields",
+    "request_fit", "figures", "counters", "attention.capture", "attention.drift", "attention.eviction", "trace_reader",
+    "viewer", "models.weight_check", "snapshots", "stored_outputs",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

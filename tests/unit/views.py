@@ -20,8 +20,9 @@ _DEFAULTS: dict[str, float] = {
     "inflate_w": 0,
     "latest_memory": 0,
     "steps": 0,
+    "longest_run": 0,
 }
-_INTEGERS = ("window", "tokens_per_step", "score", "current_k", "inflate_w", "steps")
+_INTEGERS = ("window", "tokens_per_step", "score", "current_k", "inflate_w", "steps", "longest_run")
 
 
 def columns(n: int, **options: float | list[float]) -> OptionColumns:

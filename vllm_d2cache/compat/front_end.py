@@ -160,14 +160,16 @@ def install_beam_search_check(architectures: frozenset[str]) -> None:
 def _check_fields(request: Any) -> None:
     """Refuse what vLLM would drop: the OpenAI server lets through any field it does not know."""
     fields = type(request).model_fields
-    defaults = {name: fields[name].default for name in WITHOUT_EFFECT if name in fields}
+    # vLLM 0.31 defaults to watermarking where the server does it: only a client that says so itself asks for it.
+    defaults = {n: None if fields[n].default is True else fields[n].default for n in WITHOUT_EFFECT if n in fields}
     # The responses route has fields of OpenAI's that vLLM documents as ignored.
     unknown: dict[str, Any] = {}
     if type(request).__name__ == "ResponsesRequest":
         _as_validation_error(snapshot_stream.check_listener, request.vllm_xargs)
     else:
         unknown = request.model_extra or {}
-    _as_validation_error(check_fields, vars(request), defaults, unknown)
+    said = {name: value for name, value in vars(request).items() if name in request.model_fields_set}
+    _as_validation_error(check_fields, said, defaults, unknown)
 
 
 def install_request_check(architectures: frozenset[str]) -> None:

@@ -1,7 +1,7 @@
-"""What a request asks to be done to its logits before a token is chosen: biases, bans, penalties.
+"""What a request asks to be done to its logits before a token is chosen: grammars, biases, bans, penalties.
 
-The order is vLLM's: allowed tokens, biases, minimum length, penalties, banned tokens. Everything is a function of the
-request's own text, so that mates and padding cannot change it.
+The order is vLLM's: grammar, allowed tokens, biases, minimum length, penalties, banned tokens. Everything is a function
+of the request's own text, so that mates and padding cannot change it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ class LogitEdits:
     Lists of token ids are padded with -1; an empty line means that its request does not use the table.
     """
 
-    allowed: torch.Tensor | None  # [R, A] int64, nothing else may be chosen
-    bias_ids: torch.Tensor | None  # [R, B] int64
-    bias: torch.Tensor | None  # [R, B] float32, added to those
-    stop_ids: torch.Tensor | None  # [R, K] int64, not chosen in slots before min_tokens
-    min_tokens: torch.Tensor | None  # [R] int64
-    penalties: torch.Tensor | None  # [R, 3] float32: repetition, frequency, presence
-    text: torch.Tensor | None  # [R, T] int64, tokens that stand in prompt and canvas; -1 elsewhere
-    prompt_len: torch.Tensor | None  # [R] int64
-    banned: torch.Tensor | None  # [R, F] int64, never chosen
+    allowed: torch.Tensor | None = None  # [R, A] int64, nothing else may be chosen
+    bias_ids: torch.Tensor | None = None  # [R, B] int64
+    bias: torch.Tensor | None = None  # [R, B] float32, added to those
+    stop_ids: torch.Tensor | None = None  # [R, K] int64, not chosen in slots before min_tokens
+    min_tokens: torch.Tensor | None = None  # [R] int64
+    penalties: torch.Tensor | None = None  # [R, 3] float32: repetition, frequency, presence
+    text: torch.Tensor | None = None  # [R, T] int64, tokens that stand in prompt and canvas; -1 elsewhere
+    prompt_len: torch.Tensor | None = None  # [R] int64
+    banned: torch.Tensor | None = None  # [R, F] int64, never chosen
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,19 @@ class RowEdits:
     edits: LogitEdits
     request: torch.Tensor  # [n] int64, row of the batch each belongs to
     slot: torch.Tensor  # [n] int64, canvas slot each predicts
+    # [n, W] int32: nothing but the tokens whose bits are set may be chosen; bit b of word w is token 32 w + b.
+    bitmask: torch.Tensor | None = None
 
     def rows(self, index: torch.Tensor | slice) -> RowEdits:
         """The edits of some rows."""
-        return RowEdits(self.edits, self.request[index], self.slot[index])
+        bitmask = None if self.bitmask is None else self.bitmask[index]
+        return RowEdits(self.edits, self.request[index], self.slot[index], bitmask)
 
     def apply(self, logits: torch.Tensor) -> None:
         """Change [n, vocab] fp32 logits in place."""
         edits, request = self.edits, self.request
+        if self.bitmask is not None:
+            _keep_bits(logits, self.bitmask)
         if edits.allowed is not None:
             _keep(logits, edits.allowed[request])
         if edits.bias_ids is not None and edits.bias is not None:
@@ -95,6 +100,13 @@ def _keep(logits: torch.Tensor, ids: torch.Tensor) -> None:
     ids = _filled(ids[some])
     part = logits[some]
     logits[some] = torch.full_like(part, -torch.inf).scatter(1, ids, part.gather(1, ids))
+
+
+def _keep_bits(logits: torch.Tensor, bitmask: torch.Tensor) -> None:
+    """Set all tokens of each row to -inf whose bits are not set in ``bitmask`` [n, W] int32."""
+    bit = torch.arange(32, dtype=torch.int32, device=bitmask.device)
+    kept = (bitmask.unsqueeze(2) >> bit) & 1
+    logits.masked_fill_(kept.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
 
 
 def _filled(ids: torch.Tensor) -> torch.Tensor:

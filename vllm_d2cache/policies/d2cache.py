@@ -48,8 +48,7 @@ class D2CachePolicy(CachePolicy):
         The share: a prefix of a descending list with mass at most p cannot be longer than p times the list.
         """
         total = prompt_len + canvas_len
-        commits = options.window_length(canvas_len) if options.commits_many else options.tokens_per_step
-        chosen = min(options.current_k, canvas_len) + min(commits, canvas_len)
+        chosen = min(options.current_k, canvas_len) + options.most_commits(canvas_len)
         rows = min(total, chosen + max(1, math.ceil(options.rollout_p * total)))
         if options.inflate_w > 1:
             rows = min(total, rows * options.inflate_w)
