@@ -18,6 +18,7 @@ from vllm_d2cache.counters import StepCounters
 from vllm_d2cache.decoding import Decoding
 from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.row_stats import RowStats
+from vllm_d2cache.partial_rows import exiting_rows, stored_rows
 from vllm_d2cache.policies import POLICY_CLASSES, CachePolicy
 from vllm_d2cache.records import (
     CanvasView,
@@ -28,7 +29,6 @@ from vllm_d2cache.records import (
     StepPlan,
     StepResult,
     StepRows,
-    StoredRows,
     WatchedRows,
 )
 from vllm_d2cache.samplers import DECODER_CLASSES, DecoderResources
@@ -94,7 +94,7 @@ class Denoiser:
         predicted = predictable & (eligible | observe)
 
         # The one place of a step that waits for the device: how many rows, and how many of them lead to logits.
-        # (Policies that hide keys, store outputs or read drift, logit edits and some decoders wait once more.)
+        # (Policies that hide keys, store outputs, drop rows or read drift, logit edits and some decoders wait again.)
         counts, predictions = torch.stack([refresh.sum(1), predicted.sum(1)]).tolist()
         keys, choices = self._visible_keys(view, requests, refresh)
         request, positions = refresh.nonzero_static(size=sum(counts)).unbind(1)
@@ -112,7 +112,8 @@ class Denoiser:
             reads_importance=[POLICY_CLASSES[r.options.policy].reads_importance for r in requests],
             keys=keys,
             choices=choices,
-            stored=self._stored_rows(view, requests, request, positions),
+            stored=stored_rows(canvas, view, requests, counts, request, positions),
+            exiting=exiting_rows(canvas, view, requests, counts, request, positions),
             watched=self._watched_rows(view, requests, refresh, predictable & eligible),
             positions=torch.cat([positions, shadow_positions]),
             input_ids=torch.cat([tokens, masks]),
@@ -147,35 +148,6 @@ class Denoiser:
             elif counts[i] < requests[r].prompt_len + requests[r].canvas_len:
                 keys[r] = positions
         return keys, choices
-
-    def _stored_rows(
-        self, view: CanvasView, requests: list[Request], request: torch.Tensor, positions: torch.Tensor
-    ) -> StoredRows | None:
-        """StepRows.stored; costs nothing where no request's policy stores outputs."""
-        storing = [r for r, q in enumerate(requests) if POLICY_CLASSES[q.options.policy].stores_outputs]
-        if not storing:
-            return None
-        stores = torch.zeros(len(requests), dtype=torch.bool, device=self.canvas.device)
-        stores[storing] = True
-        kind = self.canvas.stored[view.slots[request], positions] * stores[request]
-        count = self.canvas.stored_count[view.slots]
-        computed = torch.zeros_like(count).index_add_(0, request, (kind == 0).long())
-        compared = torch.zeros_like(count).index_add_(0, request, (kind == 2).long())
-        # From the position before the canvas on: a shifted family reads its first slot there.
-        place = positions - view.prompt_len[request] + 1
-        kept = {}
-        for r in storing:
-            mine = ((request == r) & (place >= 0)).nonzero().flatten()
-            kept[r] = (mine, place[mine])
-        return StoredRows(
-            stored=kind > 0,
-            compared=(kind == 2).nonzero().flatten(),
-            request=request,
-            count=count,
-            computed=(computed + torch.minimum(compared, count)).tolist(),
-            kept=kept,
-            capacity={r: requests[r].canvas_len + 1 for r in storing},
-        )
 
     def _watched_rows(
         self, view: CanvasView, requests: list[Request], refresh: torch.Tensor, candidates: torch.Tensor
@@ -290,6 +262,7 @@ class Denoiser:
         """The policy of that name; made when the first request asks for it, as its state takes memory."""
         if name not in self._policies:
             self._policies[name] = POLICY_CLASSES[name](*self._policy_args)
+            self._policies[name].num_layers = self.traits.num_layers
         return self._policies[name]
 
     def _plan(self, view: CanvasView, outcome: StepOutcome, names: list[str]) -> None:
@@ -314,6 +287,10 @@ class Denoiser:
             kind = plan.stored.rows.to(torch.int8) + plan.stored.compared.to(torch.int8)
             self.canvas.stored[view.slots, : kind.shape[1]] = kind
             self.canvas.stored_count[view.slots] = plan.stored.count
+        if plan.exits is not None:
+            self.canvas.exit_keep[view.slots] = plan.exits.keep
+            self.canvas.exit_bias[view.slots, : plan.exits.bias.shape[1]] = plan.exits.bias
+            self.canvas.exit_weight[view.slots] = plan.exits.weight
 
     def _emit(
         self, view: CanvasView, committed: torch.Tensor, revoked: torch.Tensor | None, requests: list[Request]

@@ -30,7 +30,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "constraints": ("records", "ops", "canvas"),
     "samplers": ("records", "config", "ops"),
     "policies": ("option_types", "policy_registry", "records", "config", "ops", "canvas"),
-    "denoiser": ("records", "config", "ops", "canvas", "constraints", "policies", "samplers", "counters", "decoding"),
+    "partial_rows": ("records", "canvas", "policies"),
+    "denoiser": (
+        "records", "config", "ops", "canvas", "constraints", "policies", "samplers", "counters", "decoding",
+        "partial_rows",
+    ),
     "trace": ("records", "canvas"),
     "logprobs": ("records", "ops", "canvas"),
     "counters": ("records",),
@@ -38,7 +42,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "attention.capture": ("ops",),
     "attention.eviction": ("records", "ops", "attention.capture"),
     "attention.drift": ("records", "ops", "attention.capture"),
-    "stored_outputs": ("records", "ops", "attention.capture"),
+    "row_store": (),
+    "row_exits": ("records", "ops", "row_store"),
+    "stored_outputs": ("records", "ops", "attention.capture", "row_exits", "row_store"),
     "attention": ("ops", "attention.capture", "attention.drift", "attention.eviction"),
     "request_check": ("config", "figures", "infill"),
     "startup_log": ("config", "canvas", "policies", "attention.capture"),
@@ -47,7 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "trace", "logprobs", "infill",
         "attention", "attention.capture", "attention.drift", "attention.eviction", "runner_sampler", "compat",
-        "models.weight_check", "stored_outputs",
+        "models.weight_check", "stored_outputs", "row_exits", "row_store",
     ),
     "models.weight_check": (),
     "models": ("records", "attention", "stored_outputs"),
@@ -63,7 +69,7 @@ PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
     "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "infill", "request_fields", "request_fit",
     "figures", "counters", "attention.capture", "attention.drift", "attention.eviction", "trace_reader", "viewer",
-    "models.weight_check", "stored_outputs",
+    "models.weight_check", "stored_outputs", "row_exits", "row_store", "partial_rows",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 
