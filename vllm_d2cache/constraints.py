@@ -52,6 +52,10 @@ class Constraints:
         """Forget the request in ``slot``."""
         self._specs.pop(slot, None)
 
+    def any_of(self, slots: Sequence[int]) -> bool:
+        """Whether some request of these slots asks for anything."""
+        return not self._specs.keys().isdisjoint(slots)
+
     def of_slots(self, rows: StepRows, who: torch.Tensor, slot: torch.Tensor) -> RowEdits | None:
         """The edits of slots ``slot`` [n] of requests ``who`` [n]; None where none of the step asks for any."""
         specs = [self._specs[slot] for slot in rows.slots if slot in self._specs]

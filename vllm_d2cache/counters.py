@@ -11,27 +11,36 @@ from vllm_d2cache.records import StepRows
 
 @dataclass
 class StepCounters:
-    """Sums over all steps since the last reset. Counting waits for nothing: commits are summed on the device.
+    """Sums over all steps since the last reset. Counting waits for nothing: what the device knows is summed there.
 
     Attributes:
         forwards: forward passes of the engine, whatever the size of the batch.
         steps: steps of requests: a forward pass counts once for each request in it.
-        rows: rows that went through the network: positions recomputed, and shadows (ops/shadow_attention.py).
         keys: positions whose cached K and V a step's rows attended to.
-        predicted: rows whose logits were computed.
     """
 
     forwards: int = 0
     steps: int = 0
-    rows: int = 0
     keys: int = 0
-    predicted: int = 0
-    _committed: torch.Tensor | None = None
+    _sums: torch.Tensor | None = None  # [3] int64: rows, predicted, committed
+
+    @property
+    def rows(self) -> int:
+        """Rows that went through the network: positions recomputed, and shadows (ops/shadow_attention.py)."""
+        return self._sum(0)
+
+    @property
+    def predicted(self) -> int:
+        """Rows whose logits were computed; no padding here either."""
+        return self._sum(1)
 
     @property
     def committed(self) -> int:
         """Masks turned into tokens."""
-        return 0 if self._committed is None else int(self._committed)
+        return self._sum(2)
+
+    def _sum(self, index: int) -> int:
+        return 0 if self._sums is None else int(self._sums[index])
 
     def add(self, rows: StepRows, lengths: list[int], committed: torch.Tensor) -> None:
         """Count one forward pass.
@@ -42,13 +51,13 @@ class StepCounters:
         """
         self.forwards += 1
         self.steps += len(rows.slots)
-        self.rows += rows.positions.shape[0]
         self.keys += sum(lengths)
-        self.predicted += rows.logits_rows.shape[0]
-        now = committed.sum()
-        self._committed = now if self._committed is None else self._committed + now
+        refreshed = rows.refreshed.sum() + sum(rows.shadows)
+        predicted = rows.predicted.sum() + len(rows.verified_index[0])
+        now = torch.stack([refreshed, predicted, committed.sum()])
+        self._sums = now if self._sums is None else self._sums + now
 
     def reset(self) -> None:
         """Start again from zero."""
-        self.forwards = self.steps = self.rows = self.keys = self.predicted = 0
-        self._committed = None
+        self.forwards = self.steps = self.keys = 0
+        self._sums = None

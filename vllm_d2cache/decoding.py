@@ -15,6 +15,7 @@ from vllm_d2cache.canvas import CanvasStates, Request
 from vllm_d2cache.config import SCORES
 from vllm_d2cache.constraints import Constraints
 from vllm_d2cache.ops.density import certainty_density
+from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.random import uniform
 from vllm_d2cache.ops.row_stats import RowParams, RowStats, row_stats, token_probability
 from vllm_d2cache.records import CanvasView, StepRows
@@ -52,7 +53,7 @@ class Decoding:
     def observes_all(self, requests: list[Request]) -> torch.Tensor:
         """[R] bool: the request's decoder reads the statistics of all masked slots that are computed."""
         flags = [DECODER_CLASSES[r.options.decoder].observes_all for r in requests]
-        return torch.tensor(flags, device=self.canvas.device)
+        return upload(flags, torch.bool, self.canvas.device)
 
     def verifies(self, requests: list[Request]) -> torch.Tensor:
         """[R] bool: the request's decoder may take back what it committed in the current window."""
@@ -110,7 +111,7 @@ class Decoding:
         margin = SCORES[1] in scores
         entropy = want_entropy or SCORES[2] in scores or any(decoder.reads_entropy for decoder, _ in decoders)
         mask = self.canvas.traits.mask_token_id
-        in_window = rows.view.in_window[who, slot]
+        in_window = rows.view.in_window[who, slot.clamp(max=rows.predicted.shape[1] - 1)]
         readers = []
         for decoder, members in decoders:
             mine = torch.ones_like(who, dtype=torch.bool) if members is None else torch.isin(who, members)
@@ -155,17 +156,13 @@ class Decoding:
         The last is None where no decoder verifies anything.
         """
         view, decoders = rows.view, self._by_decoder(rows)
-        who, slot = rows.predicted_index
+        who, _ = rows.predicted_index
         flat = ranking_score(stats, view.options.score[who])
         for decoder, members in decoders:
             changed = decoder.rescore(stats, flat, view.slots[who])
             flat = changed if members is None else torch.where(torch.isin(who, members), changed, flat)
-        score = torch.zeros(view.masked.shape, device=self.canvas.device)
-        score[who, slot] = flat
-        entropy = None
-        if stats.entropy is not None:
-            entropy = torch.zeros_like(score)
-            entropy[who, slot] = stats.entropy
+        score = rows.by_slot(flat)
+        entropy = None if stats.entropy is None else rows.by_slot(stats.entropy)
         step = DecoderStep(
             view,
             rows.candidates,
@@ -206,4 +203,4 @@ class Decoding:
         if len(set(names)) == 1:
             return [(self.decoder(names[0]), None)]
         members = {name: [i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
-        return [(self.decoder(name), torch.tensor(m, device=self.canvas.device)) for name, m in members.items()]
+        return [(self.decoder(name), upload(m, torch.int64, self.canvas.device)) for name, m in members.items()]

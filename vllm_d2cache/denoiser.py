@@ -7,6 +7,7 @@ the next plans, and the tokens to emit. In between the caller runs the network o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from vllm_d2cache.constraints import Constraints
 from vllm_d2cache.counters import StepCounters
 from vllm_d2cache.decoding import Decoding
 from vllm_d2cache.ops.host import upload
+from vllm_d2cache.ops.packing import pack_columns
 from vllm_d2cache.ops.row_stats import RowStats
 from vllm_d2cache.partial_rows import exiting_rows, stored_rows
 from vllm_d2cache.policies import POLICY_CLASSES, CachePolicy
@@ -58,9 +60,11 @@ class Denoiser:
         frequencies = None if table is None else torch.from_numpy(table)
         resources = DecoderResources(num_slots, max_len, device, frequencies)
         self.decoding = Decoding(self.canvas, self.constraints, resources)
+        self._begun: set[int] = set()  # slots whose first step is under way or over
 
     def add(self, slot: int, request: Request, prompt: np.ndarray, emitted: int = 0) -> None:
         """Start a request in ``slot``; see CanvasStates.add."""
+        self._begun.discard(slot)
         self.canvas.add(slot, request, prompt, emitted)
         self.constraints.add(slot, request)
         index = torch.tensor([slot], device=self.canvas.device)
@@ -76,13 +80,29 @@ class Denoiser:
         self.constraints.remove(slot)
         self.canvas.remove(slot)
 
-    def begin(self, slots: torch.Tensor, slots_host: Sequence[int]) -> StepRows:
+    def can_pad(self, slots_host: Sequence[int]) -> bool:
+        """Whether a step of these requests can be padded: no first step, and nothing whose shapes the device decides.
+
+        Policies that hide keys, store outputs, drop rows or read drift need exact rows, as do logit edits and most
+        decoders.
+        """
+        requests = [self.canvas.requests[s] for s in slots_host]
+        return (
+            self._begun.issuperset(slots_host)
+            and not any(needs_exact_rows(POLICY_CLASSES[r.options.policy]) for r in requests)
+            and all(DECODER_CLASSES[r.options.decoder].takes_padding for r in requests)
+            and not self.constraints.any_of(slots_host)
+        )
+
+    def begin(self, slots: torch.Tensor, slots_host: Sequence[int], padded: bool = False) -> StepRows:
         """The rows of this step.
 
         Args:
             slots: [R] int64 on the device; ``slots_host`` the same on the host.
+            padded: give each request as many rows as it can need at most, and do not wait for the device to learn how
+                many it does need; only where :meth:`can_pad`. What the step decides is the same.
         """
-        canvas = self.canvas
+        canvas, device = self.canvas, self.canvas.device
         requests = [canvas.requests[s] for s in slots_host]
         view = canvas.view(slots, list(slots_host))
         refresh = canvas.refresh[slots, : view.num_positions] & view.in_text
@@ -92,15 +112,29 @@ class Denoiser:
         eligible = view.in_window & canvas.eligible[slots, : view.masked.shape[1]]
         predictable = computed & view.masked & view.live
         predicted = predictable & (eligible | observe)
+        refreshed = refresh.sum(1)
 
-        # The one place of a step that waits for the device: how many rows, and how many of them lead to logits.
-        # (Policies that hide keys, store outputs, drop rows or read drift, logit edits and some decoders wait again.)
-        counts, predictions = torch.stack([refresh.sum(1), predicted.sum(1)]).tolist()
+        lengths = [r.prompt_len + r.canvas_len for r in requests]
+        bounds = [
+            r.row_budget if s in self._begun else t for s, r, t in zip(slots_host, requests, lengths, strict=True)
+        ]
+        self._begun.update(slots_host)
+        if padded:
+            # A predicted slot has a row of its own.
+            counts = bounds
+            predictions = [min(n, r.canvas_len) for n, r in zip(bounds, requests, strict=True)]
+        else:
+            # The one place of a step that waits for the device: how many rows, and how many of them lead to logits.
+            # (Policies that need exact rows, logit edits and some decoders wait once more.)
+            counts, predictions = torch.stack([refreshed, predicted.sum(1)]).tolist()
         keys, choices = self._visible_keys(view, requests, refresh)
-        request, positions = refresh.nonzero_static(size=sum(counts)).unbind(1)
-        row_of = refresh.view(-1).cumsum(0).view_as(refresh) - 1  # [R, T] row of each refreshed position
-        who, slot = predicted.nonzero_static(size=sum(predictions)).unbind(1)
-        logits_rows = row_of[who, view.prompt_len[who] + slot - self.traits.logit_shift]
+        starts, places, prediction_starts, prediction_places = upload(
+            [*_starts(counts), *counts, *_starts(predictions), *predictions], torch.int64, device
+        ).view(4, -1)
+        request, positions, row_of = pack_columns(refresh, starts, places, sum(counts))
+        who, slot, _ = pack_columns(predicted, prediction_starts, prediction_places, sum(predictions))
+        live, positions = positions >= 0, positions.clamp(min=0)
+        logits_rows = row_of[who, (view.prompt_len[who] + slot - self.traits.logit_shift).clamp(min=0)]
         verified, shadows, shadow_positions, verified_rows = self.decoding.shadow_rows(view, requests, row_of)
         tokens = canvas.tokens[slots[request], positions]
         masks = tokens.new_full(shadow_positions.shape, self.traits.mask_token_id)
@@ -108,7 +142,10 @@ class Denoiser:
             view=view,
             slots=list(slots_host),
             counts=counts,
-            full=[n == r.prompt_len + r.canvas_len for n, r in zip(counts, requests, strict=True)],
+            bounds=bounds,
+            padded=padded,
+            refreshed=refreshed,
+            full=[n == t and not padded for n, t in zip(counts, lengths, strict=True)],
             reads_importance=[POLICY_CLASSES[r.options.policy].reads_importance for r in requests],
             keys=keys,
             choices=choices,
@@ -118,10 +155,11 @@ class Denoiser:
             positions=torch.cat([positions, shadow_positions]),
             input_ids=torch.cat([tokens, masks]),
             request=request,
+            live=live,
             candidates=predictable & eligible,
             predicted=predicted,
-            predicted_index=(who, slot),
-            logits_rows=torch.cat([logits_rows, verified_rows]),
+            predicted_index=(who, torch.where(slot >= 0, slot, predicted.shape[1])),
+            logits_rows=torch.cat([logits_rows.clamp(min=0), verified_rows]),
             verified_index=verified,
             shadows=shadows,
         )
@@ -187,16 +225,13 @@ class Denoiser:
             drift: likewise.
         """
         view, canvas = rows.view, self.canvas
-        who, slot = rows.predicted_index
-        token = torch.zeros(view.masked.shape, dtype=torch.int32, device=canvas.device)
-        token[who, slot] = stats.token.int()
+        token = rows.by_slot(stats.token.int())
         score, committed, revoked = self.decoding.choose(rows, stats)
         after = self._commit(view, committed, token, revoked)
         entropy = None
         if self._reads_entropy(self._requests(rows)):
             assert stats.entropy is not None
-            entropy = torch.zeros(view.masked.shape, device=canvas.device)
-            entropy[who, slot] = stats.entropy
+            entropy = rows.by_slot(stats.entropy)
         outcome = StepOutcome(
             committed,
             rows.predicted,
@@ -308,3 +343,13 @@ class Denoiser:
         tokens = canvas.tokens[view.slots, : view.num_positions].gather(1, index.clamp(max=view.num_positions - 1))
         canvas.emitted[view.slots] = emitted + fresh
         return StepResult(tokens.long(), fresh.int(), committed, view.masked, revoked)
+
+
+def needs_exact_rows(policy: type[CachePolicy]) -> bool:
+    """Whether steps of that policy have shapes that only the device knows."""
+    return policy.hides_keys or policy.stores_outputs or policy.drops_rows or policy.reads_drift
+
+
+def _starts(counts: list[int]) -> list[int]:
+    """Where each of stretches of these lengths begins."""
+    return list(accumulate(counts[:-1], initial=0))

@@ -41,6 +41,7 @@ from vllm_d2cache.records import EditSpec, SamplingSpec, StepRows
 from vllm_d2cache.row_exits import RowGate
 from vllm_d2cache.row_store import RowStore
 from vllm_d2cache.runner_sampler import D2CacheSampler
+from vllm_d2cache.snapshots import snapshot_interval
 from vllm_d2cache.stored_outputs import PartialForward
 from vllm_d2cache.trace import TraceRecorder
 
@@ -76,6 +77,7 @@ class D2CacheModelState(ModelState):
         self.gate: RowGate | None = None  # where some request of the step drops rows
         self._outputs = RowStore()
         self._exit_states = RowStore()
+        self.watched: set[int] = set()  # slots of requests that want snapshots
         self._slots: dict[str, int] = {}
         self._first_block: dict[int, int] = {}
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
@@ -111,6 +113,8 @@ class D2CacheModelState(ModelState):
         emitted = int((canvas != mask).sum())
         self.denoiser.add(req_index, request, np.asarray(prompt), emitted)
         self.logprobs.add(req_index, request)
+        if snapshot_interval(params.extra_args):
+            self.watched.add(req_index)
         blocks = new_req_data.block_ids[0]
         consecutive = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
         self._first_block[req_index] = blocks[0] if consecutive else -1
@@ -129,6 +133,7 @@ class D2CacheModelState(ModelState):
             self._kept_keys.pop(slot, None)
             self._focus.pop(slot, None)
             self.logprobs.remove(slot)
+            self.watched.discard(slot)
             self._outputs.drop(slot)
             self._exit_states.drop(slot)
             self.denoiser.remove(slot)
@@ -174,6 +179,7 @@ class D2CacheModelState(ModelState):
         positions = rows.positions[: rows.request.shape[0]]  # shadows have no page
         page = positions.div(block_size, rounding_mode="floor")
         slots = table[rows.request, page].long() * block_size + positions - page * block_size
+        slots = torch.where(rows.live, slots, -1)
         requests = [self.denoiser.canvas.requests[s] for s in rows.slots]
         layout = PagedLayout(
             rows.counts,
@@ -183,7 +189,9 @@ class D2CacheModelState(ModelState):
             slots,
             rows.keys,
         )
-        self.capture = ImportanceCapture(layout, rows.reads_importance, positions, self._pool, self._tensor_parallel)
+        self.capture = ImportanceCapture(
+            layout, rows.reads_importance, positions, self._pool, self._tensor_parallel, rows.bounds
+        )
         layer_keys = None
         if any(rows.choices):
             layer_keys = LayerKeys(layout, rows.choices, rows.slots, self._kept_keys, self._tensor_parallel)

@@ -248,13 +248,18 @@ class StepPlan:
 class StepRows:
     """The rows that go through the network in this step: ragged, request by request, ascending positions.
 
-    Behind them stand shadow rows (ops/shadow_attention.py), request by request, if a decoder verifies.
+    Behind them stand shadow rows (ops/shadow_attention.py), request by request, if a decoder verifies. In a padded step
+    a request has as many rows as it may need at most, known without a word from the device; its last ones are padding,
+    and likewise its last predicted slots.
     """
 
     view: CanvasView
     slots: list[int]  # of the requests, on the host
-    counts: list[int]  # rows of each request
-    full: list[bool]  # every position of the request is refreshed
+    counts: list[int]  # rows of each request, padding included
+    bounds: list[int]  # rows that each request can need in this step: all positions in its first, then its budget
+    padded: bool  # counts are the bounds, and there may be padding
+    refreshed: torch.Tensor  # [R] int64, rows of each request without padding and shadows
+    full: list[bool]  # every position of the request is refreshed; False where padding hides it
     reads_importance: list[bool]  # the request's policy wants the attention rollout
     keys: list[torch.Tensor | None]  # of each request: [n] int64 ascending positions its rows attend to; None = all
     choices: list[KeyChoice | None]  # of each request whose keys differ from layer to layer
@@ -264,12 +269,21 @@ class StepRows:
     positions: torch.Tensor  # [N] int64, absolute
     input_ids: torch.Tensor  # [N] int32
     request: torch.Tensor  # [N - shadows] int64, row of the batch each belongs to
+    live: torch.Tensor  # [N - shadows] bool, not a padding row
     candidates: torch.Tensor  # [R, G] bool, slots that may be committed
     predicted: torch.Tensor  # [R, G] bool, slots whose statistics are taken
-    predicted_index: tuple[torch.Tensor, torch.Tensor]  # [n] request and [n] slot of each predicted slot, row-major
+    # [n] request and [n] slot of each predicted slot, row-major; slot G, which is none, where there is padding.
+    predicted_index: tuple[torch.Tensor, torch.Tensor]
     logits_rows: torch.Tensor  # [n + v] int64 into N, one for each predicted slot, then for each verified one
     verified_index: tuple[torch.Tensor, torch.Tensor]  # [v] request and [v] slot of each committed slot asked about
     shadows: list[int]  # of each request: rows that stand at the end of all rows and are in no cache
+
+    def by_slot(self, values: torch.Tensor) -> torch.Tensor:
+        """[n] numbers of the predicted slots as [R, G] over all slots, 0 elsewhere."""
+        table = values.new_zeros(self.predicted.shape[0], self.predicted.shape[1] + 1)
+        # Padding lands in a column that is cut off.
+        table[self.predicted_index] = values
+        return table[:, :-1]
 
     def without(self, present: torch.Tensor) -> tuple[StepRows, torch.Tensor]:
         """The same once it is known which rows have left: a slot that is read from such a row has no logits.

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, 
 from vllm_d2cache.config import REPORT, parse_request_options
 from vllm_d2cache.figures import wants_report
 from vllm_d2cache.infill import parse_canvas
+from vllm_d2cache.snapshots import snapshot_interval
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -62,6 +63,7 @@ def check_sampling_params(params: SamplingParams) -> None:
     # Whether the options go together depends on the server's as well: compat/front_end.py asks that.
     parse_request_options(params.extra_args)
     parse_canvas(params.extra_args)
+    snapshot_interval(params.extra_args)
     if wants_report(params.extra_args) and (params.n > 1 or params.output_kind == RequestOutputKind.DELTA):
         raise ValueError(f"{REPORT}: comes with a whole answer; not with stream, and not with n > 1")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_d2cache.config import REPORT, OptionError
+from vllm_d2cache.config import REPORT, SNAPSHOTS, OptionError
 
 # Field -> why it can have no effect. Any value but the field's default is refused.
 WITHOUT_EFFECT: dict[str, str] = {
@@ -46,5 +46,6 @@ def check_fields(values: Mapping[str, Any], defaults: Mapping[str, Any], unknown
         raise OptionError(f"{field}: no such field; plugin options go into vllm_xargs, structured output is refused")
     xargs = values.get("vllm_xargs") or {}
     prompt = values.get("prompt")
-    if xargs.get(REPORT) and isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
-        raise OptionError(f"{REPORT}: a report is of one prompt, this request has {len(prompt)}; send them one by one")
+    for option in (REPORT, SNAPSHOTS):
+        if xargs.get(option) and isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
+            raise OptionError(f"{option}: is for one prompt, this request has {len(prompt)}; send them one by one")

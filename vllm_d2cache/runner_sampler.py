@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_d2cache.ops.host import upload
+from vllm_d2cache.snapshots import append_snapshots
 
 if TYPE_CHECKING:
     from vllm_d2cache.model_state import D2CacheModelState
@@ -69,11 +70,15 @@ class D2CacheSampler:
         state.finish_step()
         logprobs = LogprobsTensors(*emitted) if emitted is not None else None
         # Rows and commits of each request: compat/internals.py, take_step_report.
-        counts = [n + shadows for n, shadows in zip(rows.counts, rows.shadows, strict=True)]
+        counts = rows.refreshed
+        if any(rows.shadows):
+            counts = counts + upload(rows.shadows, torch.int64, logits.device)
         commits = result.committed.sum(1)
         if result.revoked is not None:
             commits = commits - result.revoked.sum(1)
-        report = torch.stack([upload(counts, torch.int64, logits.device), commits], dim=1)
+        report = torch.stack([counts, commits], dim=1)
+        if state.watched:
+            report = append_snapshots(report, denoiser.canvas, rows.slots, state.watched)
         return SamplerOutput(result.tokens, logprobs, report, result.num_tokens, rejected)
 
 

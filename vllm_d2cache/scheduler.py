@@ -16,15 +16,22 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_d2cache.compat.internals import append_canvas, attach_totals, place_output_token, take_step_report
+from vllm_d2cache.compat.internals import (
+    append_canvas,
+    attach_totals,
+    place_output_token,
+    snapshot_output,
+    take_step_report,
+)
 from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
 from vllm_d2cache.figures import RequestFigures, wants_report
 from vllm_d2cache.policies import row_budget
+from vllm_d2cache.snapshots import read_snapshots, snapshot_interval
 from vllm_d2cache.startup_log import plan_lines
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
@@ -43,6 +50,7 @@ class D2CacheScheduler(AsyncScheduler):
         self._most_active = self.max_num_active_reqs
         self._budgets: dict[str, int] = {}
         self._figures: dict[str, RequestFigures] = {}
+        self._intervals: dict[str, int] = {}  # steps between snapshots, of requests that want any
         self._totals: Counter[tuple[str, str]] = Counter()  # by policy and name, since they were last sent
         for line in plan_lines(self.vllm_config, self.options, self.kv_cache_config.num_blocks):
             logger.info("vllm-d2cache %s", line)
@@ -60,6 +68,8 @@ class D2CacheScheduler(AsyncScheduler):
         )
         length = request.num_prompt_tokens + request.max_tokens
         self._figures[request.request_id] = RequestFigures(options.policy, length, request.max_tokens)
+        if interval := snapshot_interval(params.extra_args):
+            self._intervals[request.request_id] = interval
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -93,12 +103,30 @@ class D2CacheScheduler(AsyncScheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Count the step, then stock bookkeeping."""
-        for req_id, (rows, commits) in take_step_report(model_runner_output).items():
+        """Count the step, then stock bookkeeping, and snapshots besides its outputs."""
+        report = take_step_report(model_runner_output)
+        for req_id, (rows, commits, *_) in report.items():
             # A request that has ended since may have run one step more.
             if figures := self._figures.get(req_id):
                 figures.observe(rows, commits, scheduler_output.num_scheduled_tokens[req_id], self._totals)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        snapshots = self._snapshots(report) if self._intervals else []
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request, snapshot, due in snapshots:
+            if due or request.is_finished():
+                # Before the step's own outputs, one of which may end the request.
+                outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.insert(0, snapshot)
+        return outputs
+
+    def _snapshots(self, report: dict[str, list[int]]) -> list[tuple[Request, EngineCoreOutput, bool]]:
+        """The snapshots in a step's report, of requests that still run, and whether the step is one they asked for."""
+        ids, found = list(report), []
+        for row, canvas in read_snapshots([n for _, _, *appended in report.values() for n in appended]).items():
+            # A request that has ended since may have run one step more.
+            if request := self.requests.get(ids[row]):
+                steps = self._figures[ids[row]].steps
+                output = snapshot_output(ids[row], steps, canvas)
+                found.append((request, output, steps % self._intervals[ids[row]] == 0))
+        return found
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's statistics, and the totals since the last ones."""
@@ -134,6 +162,7 @@ class D2CacheScheduler(AsyncScheduler):
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         self._budgets.pop(request.request_id, None)
+        self._intervals.pop(request.request_id, None)
         figures = self._figures.pop(request.request_id, None)
         kv_transfer_params, ec_transfer_params = super()._free_request(request, delay_free_blocks=delay_free_blocks)
         params = request.sampling_params

@@ -62,8 +62,7 @@ class TraceRecorder:
             confidence: [n] float32 of the predicted slots, in the order of ``rows.predicted_index``.
         """
         offset = 0
-        by_slot = torch.zeros(result.committed.shape, device=confidence.device)
-        by_slot[rows.predicted_index] = confidence
+        by_slot = rows.by_slot(confidence)
         now = time.monotonic()
         for r, slot in enumerate(rows.slots):
             count = rows.counts[r]

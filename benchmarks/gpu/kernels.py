@@ -267,7 +267,7 @@ class Bench:
                 for n in (32, 64, 128):
 
                     def attend(m: int = m, n: int = n, b: Batch = batch) -> None:
-                        attention_kernels.attend(b.query, b.cache, b.layout, b.scale, b.output, b.lse, m, n)
+                        attention_kernels.attend(b.query, b.cache, b.layout, b.scale, b.output, b.lse, (m, n))
 
                     yield f"attention output, {rows} rows", m, n, self._fits(attend)
         batch = Batch(family, 1, refreshed_rows(length), length, self.clock.device)
@@ -277,6 +277,6 @@ class Bench:
 
                 def leave(m: int = m, n: int = n) -> None:
                     b = batch
-                    attention_kernels.attention_maps(b.query, b.cache, b.layout, b.scale, b.lse, maps, m, n)
+                    attention_kernels.attention_maps(b.query, b.cache, b.layout, b.scale, b.lse, maps, (m, n))
 
                 yield "attention map", m, n, self._fits(leave)

@@ -54,9 +54,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serve(log_file: Path, *flags: str, model: str = TINY) -> Iterator[Server]:
+def serve(log_file: Path, *flags: str, model: str = TINY, port: int | None = None) -> Iterator[Server]:
     """Start `vllm serve MODEL` with these flags, wait until it answers, and end it as Ctrl-C does."""
-    port = free_port()
+    port = port or free_port()
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     command = [str(Path(sys.executable).with_name("vllm")), "serve", model, "--port", str(port), *flags]
     with log_file.open("w") as out:

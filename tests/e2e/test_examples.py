@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from tests.e2e.server import Server, free_port, healthy
+from tools.test_matrix import RELEASES
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 
@@ -60,6 +61,12 @@ def test_openai_async_client(server: Server) -> None:
     assert len(lines) == 4
     assert "Sort the digits: 40219653 -> 01234569" in lines
     assert "Count from 12 to 34 by 2. -> 12,14,16,18,20,22,24,26,28,30,32,34." in lines
+
+
+def test_watching_the_canvas(server: Server) -> None:
+    lines = example("watch_canvas.py", f"{server.url}/v1").splitlines()
+    answer = "12,14,16,18,20,22,24,26,28,30,32,34."
+    assert lines[-2:] == [answer, f"certain so far: {answer}"]
 
 
 def test_comparison_of_policies(server: Server) -> None:
@@ -108,10 +115,8 @@ def test_compose_starts_vllm_with_flags_it_knows(compose: dict[str, Any]) -> Non
 
 
 def test_compose_uses_a_tested_vllm() -> None:
-    import vllm
-
     (line,) = re.findall(r"^FROM vllm/vllm-openai:v(.*)$", (EXAMPLES / "deploy" / "Dockerfile").read_text(), re.M)
-    assert vllm.__version__.split("+")[0] == line
+    assert line == RELEASES[-1]
 
 
 def test_the_router_streams_and_passes_by_a_replica_that_is_down(server: Server, tmp_path: Path) -> None:

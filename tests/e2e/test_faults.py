@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,7 +57,8 @@ def test_all_of_max_model_len(http: httpx.Client) -> None:
     prompt = [7] * (length - 8)
     usage = complete(http, prompt=prompt, ignore_eos=True)["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (length - 8, 8)
-    assert "max_tokens" in refused(http, json={"prompt": prompt, "max_tokens": 9})
+    # vLLM 0.31 refuses this itself, in its own words.
+    assert re.search("max_tokens|requested 9 output tokens", refused(http, json={"prompt": prompt, "max_tokens": 9}))
 
 
 def test_a_prompt_of_mask_tokens(http: httpx.Client) -> None:

@@ -1,4 +1,4 @@
-"""A small run of benchmarks/load.py against the shared server."""
+"""A small run of benchmarks/load against the shared server."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import asyncio
 
 import pytest
 
-from benchmarks.load import load
+from benchmarks.load.run import Plan, load
 from tests.e2e.server import Server
+from vllm_d2cache.config import DECODERS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 
 
 def test_mixed_load_with_aborts_and_bad_requests(server: Server) -> None:
-    report = asyncio.run(load(server.url, requests=60, concurrency=12, distinct=14, seed=1))
+    # 128 places are vLLM's default on CPU; the shared server has no table for decoder pc.
+    decoders = tuple(name for name in DECODERS if name != "pc")
+    plan = Plan(requests=60, concurrency=12, distinct=14, seed=1, places=128, decoders=decoders)
+    report = asyncio.run(load(server.url, server.process.pid, plan))
     assert report["problems"] == []
-    assert {"answered", "refused", "hung up"} == set(report["outcomes"])
+    assert set(report["outcomes"]) >= {"answered", "refused", "hung up"}
     assert sum(report["outcomes"].values()) == 60

@@ -72,7 +72,8 @@ def make_paged(
     for r, t in enumerate(lengths):
         order = torch.randperm(t)
         write_kv(cache, keys[r][order], values[r][order], slots_of(table, r, order, block_size))
-    layout = PagedLayout(counts, lengths, table, first, torch.empty(0, dtype=torch.int64))
+    slots = torch.zeros(sum(counts), dtype=torch.int64)  # rows that are not padding
+    layout = PagedLayout(counts, lengths, table, first, slots)
     return Paged(cache, layout, keys, values)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.triton.conftest import INTERPRETED
 from tests.triton.paged import Batch, Shape, make_batch, tolerance
 from vllm_d2cache.ops import paged_attention as twin
+from vllm_d2cache.ops.paged_attention import AttentionMaps, MapPlan
+from vllm_d2cache.ops.rollout import LayerRecord
 from vllm_d2cache.ops.triton import attention as kernels
-from vllm_d2cache.ops.triton import pages
+from vllm_d2cache.ops.triton import pages, rollout
 
 SCALED_DOWN = [
     Shape(4, 4, 64, 16),  # LLaDA: multi-head
@@ -160,3 +164,31 @@ def test_writing_no_row_changes_nothing(device: torch.device) -> None:
 def test_real_shapes(shape: Shape, device: torch.device) -> None:
     batch = make_batch([96, 1152, 130], [1024, 1152, 4096], shape, device, padding=[3, 0, 31])
     check(batch, [True, False, True], shape)
+
+
+def test_heads_that_lie_more_than_32_bits_behind_the_first() -> None:
+    """A card's KV cache with heads outside blocks: head times stride does not fit 32 bits, the stride alone does."""
+    if not INTERPRETED:
+        pytest.skip("the interpreter follows the same arithmetic without a card's whole memory")
+    shape, stride = Shape(3, 3, 64, 16, torch.float16), (1 << 30) + 4096
+    near = make_batch([5], [33], shape, torch.device("cpu"))
+    blocks = near.cache.shape[0]
+    # Address space, not memory: pages that nobody touches do not exist.
+    pages_of_system = mmap.mmap(-1, 2 * 3 * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    flat = torch.frombuffer(pages_of_system, dtype=torch.float16)
+    far = flat.as_strided((blocks, 3, 16, 128), (16 * 128, stride, 128, 1))
+    row, key, value = near.layout.slots, *torch.randn(2, 5, 3, 64).half()
+    far.copy_(near.cache)
+    for cache in (near.cache, far):
+        pages.write_kv(cache, key, value, row)
+    output, maps = torch.empty(2, *near.query.shape).half(), [near.maps([True], keep_lse=True) for _ in range(2)]
+    for cache, out, left in zip((near.cache, far), output, maps, strict=True):
+        kernels.paged_attention(near.query, cache, near.layout, 0.3, out, left)
+    importance = []
+    for cache, left in zip((near.cache, far), maps, strict=True):
+        again = AttentionMaps(MapPlan.pack([None]), torch.empty(0), left.lse)
+        layer = LayerRecord(again, near.query, cache, 0.3)
+        importance.append(rollout.batched_rollout(near.positions, [layer], near.layout, [True], 33, None))
+    assert torch.equal(*output)
+    assert torch.equal(maps[0].memory, maps[1].memory)
+    assert torch.equal(*importance)

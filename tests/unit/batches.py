@@ -102,12 +102,20 @@ class Batch:
 
     Args:
         max_steps: of any one job; more is an endless loop.
+        pads: steps that can be padded are.
     """
 
     def __init__(
-        self, jobs: Sequence[FakeJob], server: dict[str, Any] | None = None, max_steps: int = 300, shift: int = 0
+        self,
+        jobs: Sequence[FakeJob],
+        server: dict[str, Any] | None = None,
+        max_steps: int = 300,
+        shift: int = 0,
+        pads: bool = False,
     ) -> None:
         self.jobs = list(jobs)
+        self.pads = pads
+        self.padded_steps = 0
         self.server: ServerOptions = parse_server_options({"token_frequencies": FREQUENCIES, **(server or {})})
         self.max_steps = max_steps
         longest = max(job.total for job in jobs)
@@ -152,7 +160,9 @@ class Batch:
         """One step of the given jobs."""
         denoiser = self.denoiser
         slots = [self.slot(i) for i in running]
-        rows = denoiser.begin(torch.tensor(slots), slots)
+        padded = self.pads and denoiser.can_pad(slots)
+        self.padded_steps += padded
+        rows = denoiser.begin(torch.tensor(slots), slots, padded)
         assert rows.positions.shape[0] == sum(rows.counts) + sum(rows.shadows) == rows.input_ids.shape[0]
         logits, columns, offset = [], [], 0
         importance = torch.full((len(running), rows.view.num_positions), torch.nan)
@@ -192,7 +202,8 @@ class Batch:
         offset = 0
         for r, i in enumerate(running):
             job, view = self.jobs[i], rows.view
-            positions = rows.positions[offset : offset + rows.counts[r]].tolist()
+            mine = slice(offset, offset + rows.counts[r])
+            positions = rows.positions[mine][rows.live[mine]].tolist()
             offset += rows.counts[r]
             tokens = self.denoiser.canvas.tokens[self.slot(i), len(job.prompt) :]
             committed = [(s, int(tokens[s])) for s in result.committed[r].nonzero().flatten().tolist()]
@@ -206,7 +217,7 @@ class Batch:
             chosen = rows.choices[r]
             choice = None if chosen is None else (chosen.choose, chosen.count, chosen.pool)
             revoked = [] if result.revoked is None else result.revoked[r].nonzero().flatten().tolist()
-            full = rows.full[r]
+            full = len(positions) == job.total
             job.steps.append(
                 Step(positions, full, predicted, window, committed, emitted, masked, keys, choice, revoked)
             )

@@ -158,13 +158,14 @@ def test_a_given_canvas_sets_the_length_of_a_chat() -> None:
     assert asked.to_sampling_params(9, defaults).max_tokens == 9
 
 
-def test_a_report_is_of_one_prompt() -> None:
-    values = {"vllm_xargs": {"d2cache_report": 1}}
+@pytest.mark.parametrize("option", ["d2cache_report", "d2cache_snapshots"])
+def test_reports_and_snapshots_are_of_one_prompt(option: str) -> None:
+    values = {"vllm_xargs": {option: 1}}
     defaults = dict.fromkeys(WITHOUT_EFFECT)
     for prompt in ("x", ["x"], [1, 2, 3], [[1, 2]]):
         check_fields({**values, "prompt": prompt}, defaults, {})
     for several in (["x", "y"], [[1], [2]]):
-        with pytest.raises(ValueError, match=r"d2cache_report: .* this request has 2"):
+        with pytest.raises(ValueError, match=f"{option}: .* this request has 2"):
             check_fields({**values, "prompt": several}, defaults, {})
 
 

@@ -18,7 +18,7 @@ from vllm_d2cache.ops.rollout import LayerRecord, TensorParallel, batched_rollou
 
 __all__ = ["ImportanceCapture", "MapPool", "TensorParallel"]
 
-# A map is kept while rows * _MAP_SHARE <= T.
+# A map is kept while a request cannot need more rows than T / _MAP_SHARE.
 _MAP_SHARE = 4
 
 
@@ -46,6 +46,8 @@ class ImportanceCapture:
         wanted: for each request of the batch, whether its policy reads importance.
         positions: [N] int64, refreshed position of each row.
         tensor_parallel: None on a single rank.
+        bounds: rows each request can need in this step (StepRows.bounds): with or without padding, a request keeps its
+            map in the same steps. None = as many as it has.
     """
 
     layout: PagedLayout
@@ -53,14 +55,19 @@ class ImportanceCapture:
     positions: torch.Tensor
     pool: MapPool
     tensor_parallel: TensorParallel | None = None
+    bounds: list[int] | None = None
     layers: list[LayerRecord] = field(default_factory=list)
 
     @cached_property
     def _plan(self) -> MapPlan:
-        shapes = zip(self.layout.counts, self.layout.lengths, strict=True)
-        return MapPlan.pack(
-            [(n, t) if w and n * _MAP_SHARE <= t else None for (n, t), w in zip(shapes, self.wanted, strict=True)]
-        )
+        layout = self.layout
+        kept = [w and keeps_map(b, t) for w, b, t in zip(self.wanted, self._bounds, layout.lengths, strict=True)]
+        shapes = zip(layout.counts, layout.lengths, kept, strict=True)
+        return MapPlan.pack([(n, t) if keep else None for n, t, keep in shapes])
+
+    @property
+    def _bounds(self) -> list[int]:
+        return self.layout.counts if self.bounds is None else self.bounds
 
     @cached_property
     def _replays(self) -> bool:
@@ -101,6 +108,11 @@ class ImportanceCapture:
                     full_lse[at : at + count] = lse[own : own + count]
             at, own = at + count, own + computed
         return replace(layer, maps=replace(layer.maps, lse=full_lse), queries=full, layout=self.layout)
+
+
+def keeps_map(bound: int, length: int) -> bool:
+    """Whether a request of ``length`` positions that can need ``bound`` rows keeps its maps."""
+    return bound * _MAP_SHARE <= length
 
 
 def most_map_bytes(num_layers: int, length: int) -> int:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from vllm_d2cache.compat import snapshot_stream
 from vllm_d2cache.config import (
     CANVAS,
     DEFAULT_CANVAS_LENGTH,
@@ -33,6 +34,13 @@ _PROTOCOLS = {
         "max_tokens",
     ),
     "vllm.entrypoints.openai.responses.protocol.ResponsesRequest": ("max_output_tokens",),
+}
+
+
+# Classes that stream, and the generators that do it.
+_STREAMS = {
+    "vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion": "completion_stream_generator",
+    "vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat": "chat_completion_stream_generator",
 }
 
 
@@ -69,18 +77,26 @@ def install(architectures: frozenset[str]) -> None:
 
 
 def _patch_protocols() -> None:
-    """Wrap the request classes that are loaded (none is, offline)."""
+    """Wrap the request classes that are loaded (none is, offline), and the streams."""
+    for path, generator in _STREAMS.items():
+        if (serving := _loaded(path)) is not None:
+            snapshot_stream.install(serving, generator, CanvasDefaults)
     for path, names in _PROTOCOLS.items():
-        module, _, name = path.rpartition(".")
-        cls = getattr(sys.modules.get(module), name, None)
+        cls = _loaded(path)
         if cls is not None and not hasattr(cls.to_sampling_params, _MARK):
             _patch_online_length(cls, names)
             if hasattr(cls, "to_beam_search_params"):
                 _patch_beam_search(cls)
-            if name == "CompletionRequest":
+            if cls.__name__ == "CompletionRequest":
                 # Without it: a completion without max_tokens gets 16, before anybody asks for defaults. No hook: a
                 # field's default. Remove when: the server asks the model's defaults here as it does for chat.
                 cls.model_fields["max_tokens"].default = DEFAULT_CANVAS_LENGTH
+
+
+def _loaded(path: str) -> Any:
+    """The class of that dotted name, None while its module is not loaded."""
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
 
 
 def _patch_online_length(cls: type, names: tuple[str, ...]) -> None:
@@ -144,10 +160,16 @@ def install_beam_search_check(architectures: frozenset[str]) -> None:
 def _check_fields(request: Any) -> None:
     """Refuse what vLLM would drop: the OpenAI server lets through any field it does not know."""
     fields = type(request).model_fields
-    defaults = {name: fields[name].default for name in WITHOUT_EFFECT if name in fields}
+    # vLLM 0.31 defaults to watermarking where the server does it: only a client that says so itself asks for it.
+    defaults = {n: None if fields[n].default is True else fields[n].default for n in WITHOUT_EFFECT if n in fields}
     # The responses route has fields of OpenAI's that vLLM documents as ignored.
-    unknown = {} if type(request).__name__ == "ResponsesRequest" else (request.model_extra or {})
-    _as_validation_error(check_fields, vars(request), defaults, unknown)
+    unknown: dict[str, Any] = {}
+    if type(request).__name__ == "ResponsesRequest":
+        _as_validation_error(snapshot_stream.check_listener, request.vllm_xargs)
+    else:
+        unknown = request.model_extra or {}
+    said = {name: value for name, value in vars(request).items() if name in request.model_fields_set}
+    _as_validation_error(check_fields, said, defaults, unknown)
 
 
 def install_request_check(architectures: frozenset[str]) -> None:
@@ -173,6 +195,7 @@ def install_request_check(architectures: frozenset[str]) -> None:
                 raise _does_not_fit("max_tokens", params.max_tokens, room)
             _check_options(self.vllm_config.additional_config, params, room)
             _check_fit(params, self.model_config)
+            _as_validation_error(snapshot_stream.check_listener, params.extra_args)
         return request
 
     setattr(process_inputs, _MARK, True)

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
+from vllm_d2cache.config import SNAPSHOTS
+
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
@@ -116,6 +119,24 @@ def take_step_report(output: ModelRunnerOutput) -> dict[str, Any]:
     report = output.num_nans_in_logits or {}
     output.num_nans_in_logits = None
     return report
+
+
+def snapshot_output(request_id: str, steps: int, canvas: list[int]) -> EngineCoreOutput:
+    """What the engine sends a front end in a step that may have emitted nothing: a canvas after ``steps`` steps.
+
+    It is no output of vLLM's, and must be taken out by :func:`take_snapshot` before vLLM looks at it. It travels where
+    vLLM puts the parameters of a KV transfer: the config hook refuses those.
+    """
+    from vllm.v1.engine import EngineCoreOutput
+
+    snapshot = {"step": steps, "canvas": canvas}
+    return EngineCoreOutput(request_id=request_id, new_token_ids=[], kv_transfer_params={SNAPSHOTS: snapshot})
+
+
+def take_snapshot(output: EngineCoreOutput) -> dict[str, Any] | None:
+    """The snapshot that ``output`` is; None if it is one of vLLM's own outputs."""
+    params = output.kv_transfer_params
+    return None if params is None else params.get(SNAPSHOTS)
 
 
 def attach_totals(stats: SchedulerStats, totals: Mapping[tuple[str, str], int]) -> None:

@@ -129,15 +129,14 @@ def write_kv(kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slo
     head_size = key.shape[2]
     pages = kv_cache.permute(0, 2, 1, 3)  # [blocks, block size, kv heads, 2 * head size]
     if kv_cache.device.type == "cpu" and pages.stride(0) == pages.shape[1] * pages.stride(1):
-        # Blocks follow one another: a slot is an index, and on CPU there are no padding rows.
-        flat = pages.flatten(0, 1)
+        # Blocks follow one another: a slot is an index. Padding rows go to the null block, which no request owns.
+        flat, slots = pages.flatten(0, 1), slots.clamp(min=0)
         flat[..., :head_size].index_copy_(0, slots, key)
         flat[..., head_size:].index_copy_(0, slots, value)
         return
     block_size = kv_cache.shape[2]
     block = slots.div(block_size, rounding_mode="floor")
     offset = slots - block * block_size
-    # Padding rows go to the null block, which no request owns.
     offset = torch.where(slots < 0, 0, offset)
     block = block.clamp(min=0)
     pages[..., :head_size][block, offset] = key

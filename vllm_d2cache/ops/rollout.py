@@ -67,7 +67,9 @@ def batched_rollout(
         if wanted[r]:
             steps = (_layer_product(layer, layout, r, rows, tensor_parallel) for layer in reversed(layers))
             length = layout.lengths[r]
-            out[r, :length] = rollout(steps, positions[rows], length)
+            # Padding rows stand for a position behind the text, which has no share of anything.
+            refreshed = torch.where(layout.slots[rows] >= 0, positions[rows], length)
+            out[r, :length] = rollout(steps, refreshed, length)
     return out
 
 
@@ -110,17 +112,19 @@ def rollout(layers: Iterable[PushBack], rows: torch.Tensor, num_positions: int) 
     Args:
         layers: from the last layer to the first, the product of a weight vector with that layer's head-averaged
             attention map Abar [n, T], whose rows sum to one.
-        rows: [n] int64, the refreshed position behind each row of the map.
+        rows: [n] int64, the refreshed position behind each row of the map; T for a padding row.
         num_positions: T.
 
     Returns:
         [T] float32; sums to T.
     """
-    v = torch.ones(num_positions, dtype=torch.float32, device=rows.device)
+    everywhere = torch.ones(num_positions + 1, dtype=torch.float32, device=rows.device)
+    everywhere[num_positions] = 0.0
+    v = everywhere[:num_positions]
     for push_back in layers:
         # Rows of Abar sum to one, so normalising Abar + I halves both.
-        u = v[rows] * 0.5
-        v[rows] = u
+        u = everywhere[rows] * 0.5
+        everywhere[rows] = u
         push_back(u, v)
     return v
 

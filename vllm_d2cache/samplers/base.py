@@ -82,6 +82,8 @@ class Decoder(ABC):
     """Whether it needs the entropy of every predicted row."""
     observes_all: ClassVar[bool] = False
     """Whether it needs the statistics of all masked slots that are computed, not of the window's alone."""
+    takes_padding: ClassVar[bool] = False
+    """Whether its part of a step waits for nothing and minds no padding among the predicted rows (slot G)."""
     verifies: ClassVar[bool] = False
     """Whether committed slots of the window are asked about and may be taken back."""
     option_names: ClassVar[tuple[str, ...]] = ()

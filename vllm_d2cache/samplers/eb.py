@@ -11,6 +11,7 @@ class EbDecoder(Decoder):
     """Commits the longest head of the ranking whose entropies, less the largest of them, sum to at most gamma."""
 
     name = "eb"
+    takes_padding = True
     reads_entropy = True
     option_names = ("gamma",)
 

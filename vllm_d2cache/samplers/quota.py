@@ -12,6 +12,7 @@ class ConfidenceDecoder(Decoder):
     """Commits the best-scored candidates, as many as the request's rule says."""
 
     name = "confidence"
+    takes_padding = True
 
     def choose(self, step: DecoderStep) -> torch.Tensor:
         """See :func:`choose_commits`."""

@@ -16,15 +16,12 @@ import triton
 import triton.language as tl
 
 from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout
-from vllm_d2cache.ops.triton.common import dot_type, find_request, num_tiles
+from vllm_d2cache.ops.triton.common import dot_type, find_request, num_tiles, tile_shape
 
 _LOG2_E = math.log2(math.e)
-# Not measured on a GPU yet; benchmarks/gpu/kernels.py times other sizes.
-BLOCK_M, BLOCK_N = 32, 64
-MAP_ROWS, MAP_KEYS = 32, 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def _attention_kernel(
     query,  # [N, heads, HEAD]
     output,  # [N, heads, HEAD]
@@ -58,7 +55,7 @@ def _attention_kernel(
     HAS_KEYS: tl.constexpr,  # some request attends to a part of its positions
 ):
     rows_per_tile: tl.constexpr = BLOCK_M // GROUP
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)  # a head's pages may lie more than 2^31 numbers behind the first's
     request, first = find_request(row_starts, tl.program_id(0), num_requests, rows_per_tile)
     row_end = tl.load(row_starts + request + 1)
     if first >= row_end:
@@ -111,7 +108,7 @@ def _attention_kernel(
         tl.store(output + o_at, out.to(output.dtype.element_ty), mask=present[:, None] & in_head[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def _map_kernel(
     query,
     lse,
@@ -158,7 +155,7 @@ def _map_kernel(
 
     acc = tl.zeros([ROWS, KEYS], tl.float32)
     for kv_head in range(0, HEADS // GROUP):
-        k_at = at[None, :] + kv_head * stride_kh + d[:, None]
+        k_at = at[None, :] + kv_head * stride_kh.to(tl.int64) + d[:, None]
         k = tl.load(kv_cache + k_at, mask=in_text[None, :] & in_head[:, None], other=0.0).to(DOT)
         for g in range(0, GROUP):
             head = kv_head * GROUP + g
@@ -195,10 +192,13 @@ def attend(
     scale: float,
     output: torch.Tensor | None,
     lse: torch.Tensor,
-    block_m: int = BLOCK_M,
-    block_n: int = BLOCK_N,
+    tile: tuple[int, int] | None = None,
 ) -> None:
-    """Output and log-sum-exp [N, heads] float32 (base 2); the latter alone where ``output`` is None."""
+    """Output and log-sum-exp [N, heads] float32 (base 2); the latter alone where ``output`` is None.
+
+    Args:
+        tile: (row, head) pairs and keys at a time; None = ``tile_shape``.
+    """
     num_rows, heads, head_size = query.shape
     kv_heads, block_size = kv_cache.shape[1:3]
     group = heads // kv_heads
@@ -207,10 +207,11 @@ def attend(
     assert query.stride(2) == kv_cache.stride(3) == 1
     assert lse.is_contiguous()
     assert layout.slots.is_contiguous()
-    tile = max(block_m, triton.next_power_of_2(group))
+    pairs, keys = tile or tile_shape(query.dtype)
+    pairs = max(pairs, triton.next_power_of_2(group))
     out = query if output is None else output
     assert out.stride(2) == 1
-    grid = (num_tiles(num_rows, len(layout.counts), tile // group), kv_heads)
+    grid = (num_tiles(num_rows, len(layout.counts), pairs // group), kv_heads)
     visible = layout.visible_keys
     _attention_kernel[grid](
         query,
@@ -233,8 +234,8 @@ def attend(
         GROUP=group,
         HEAD=head_size,
         BLOCK_SIZE=block_size,
-        BLOCK_M=tile,
-        BLOCK_N=block_n,
+        BLOCK_M=pairs,
+        BLOCK_N=keys,
         BLOCK_D=triton.next_power_of_2(head_size),
         DOT=dot_type(query.dtype),
         WRITE_OUTPUT=output is not None,
@@ -251,15 +252,19 @@ def attention_maps(
     scale: float,
     lse: torch.Tensor,
     maps: AttentionMaps,
-    map_rows: int = MAP_ROWS,
-    map_keys: int = MAP_KEYS,
+    tile: tuple[int, int] | None = None,
 ) -> None:
-    """Write the maps of the requests that leave one, from the log-sum-exp of :func:`attend`."""
+    """Write the maps of the requests that leave one, from the log-sum-exp of :func:`attend`.
+
+    Args:
+        tile: rows and keys at a time; None = ``tile_shape``.
+    """
     num_rows, heads, head_size = query.shape
     kv_heads, block_size = kv_cache.shape[1:3]
     if num_rows == 0 or not maps.plan.elements:
         return
-    grid = (num_tiles(num_rows, len(layout.counts), map_rows), triton.cdiv(max(layout.lengths), map_keys))
+    rows, keys = tile or tile_shape(query.dtype)
+    grid = (num_tiles(num_rows, len(layout.counts), rows), triton.cdiv(max(layout.lengths), keys))
     _map_kernel[grid](
         query,
         lse,
@@ -279,8 +284,8 @@ def attention_maps(
         GROUP=heads // kv_heads,
         HEAD=head_size,
         BLOCK_SIZE=block_size,
-        ROWS=map_rows,
-        KEYS=map_keys,
+        ROWS=rows,
+        KEYS=keys,
         BLOCK_D=triton.next_power_of_2(head_size),
         DOT=dot_type(query.dtype),
     )

@@ -20,6 +20,15 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if INTERPRETED else _TYPES[dtype]
 
 
+def tile_shape(dtype: torch.dtype) -> tuple[int, int]:
+    """Rows and keys of a tile of attention; they go by the type alone, never by the batch.
+
+    Exact fp32 products do not run on tensor cores, and a larger tile needs more registers than a thread has
+    (tests/triton/test_compiles_for_hopper.py). Not measured on a GPU yet; benchmarks/gpu times other sizes.
+    """
+    return (16, 16) if dtype == torch.float32 else (32, 64)
+
+
 @triton.jit
 def find_request(row_starts, tile, num_requests, ROWS: tl.constexpr):
     """(request, first row) of a tile of ROWS rows, no tile crossing into the next request.

@@ -14,7 +14,7 @@ from vllm_d2cache.ops.density import REACH_IN_SIGMAS
 _BLOCK = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_known", "width"])
 def _density_kernel(
     out,  # [R, width] float32
     known,  # [R, width] uint8

@@ -30,7 +30,7 @@ def _write_kernel(
     if slot < 0:
         return
     i = tl.arange(0, BLOCK)
-    head = i // HEAD
+    head = (i // HEAD).to(tl.int64)  # a head's pages may lie more than 2^31 numbers behind the first's
     d = i % HEAD
     mask = i < KV_HEADS * HEAD
     target = (slot // BLOCK_SIZE) * stride_cb + head * stride_ch + (slot % BLOCK_SIZE) * stride_cn + d

@@ -11,14 +11,14 @@ import triton.language as tl
 from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.rollout import LayerRecord, TensorParallel
-from vllm_d2cache.ops.triton.common import dot_type
+from vllm_d2cache.ops.triton.common import dot_type, tile_shape
 
 _LOG2_E = math.log2(math.e)
-# Not measured on a GPU yet.
+# Rows of a kept map, and positions, that are added up at a time. Not measured on a GPU yet.
 _ROWS, _COLUMNS = 32, 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def _map_product_kernel(
     out,  # [R, width] float32
     v,  # [R, width] float32
@@ -59,7 +59,7 @@ def _map_product_kernel(
     tl.store(out + line + j, acc, mask=in_text)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_out", "stride_v"])
 def _replay_kernel(
     out,  # [m, heads, width] float32: each head's product
     v,  # [R, width] float32
@@ -101,7 +101,7 @@ def _replay_kernel(
     d = tl.arange(0, BLOCK_D)
     in_head = d < HEAD
     block = tl.load(block_table + request * stride_table + j // BLOCK_SIZE, mask=in_text, other=0).to(tl.int64)
-    at = block * stride_kb + (head // GROUP) * stride_kh + (j % BLOCK_SIZE) * stride_kn
+    at = block * stride_kb + (head // GROUP).to(tl.int64) * stride_kh + (j % BLOCK_SIZE) * stride_kn
     k = tl.load(kv_cache + at[None, :] + d[:, None], mask=in_text[None, :] & in_head[:, None], other=0.0).to(DOT)
     begin = tl.load(row_starts + request)
     end = tl.load(row_starts + request + 1)
@@ -197,7 +197,8 @@ def _replay(
     assert lse is not None
     heads, head_size = query.shape[1:]
     products = torch.zeros(indices.shape[0], heads, v.shape[1], device=v.device)
-    grid = (indices.shape[0], triton.cdiv(max(layout.lengths), _COLUMNS), heads)
+    rows, columns = tile_shape(query.dtype)
+    grid = (indices.shape[0], triton.cdiv(max(layout.lengths), columns), heads)
     _replay_kernel[grid](
         products,
         v,
@@ -220,8 +221,8 @@ def _replay(
         GROUP=heads // kv_cache.shape[1],
         HEAD=head_size,
         BLOCK_SIZE=kv_cache.shape[2],
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
+        ROWS=rows,
+        COLUMNS=columns,
         BLOCK_D=triton.next_power_of_2(head_size),
         DOT=dot_type(query.dtype),
     )

@@ -1,0 +1,124 @@
+"""Every kernel compiles for an H100 at the shapes of real models, within what a block of a GPU has.
+
+``make kernels`` runs this without Triton's interpreter, on any machine: the compiler and NVIDIA's assembler come with
+Triton. It is what can be known of a kernel before it meets a GPU, beside its numbers in the interpreter.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.triton.hopper import Launch, launches
+from tests.triton.paged import Shape, make_batch
+from vllm_d2cache.ops.rollout import LayerRecord
+from vllm_d2cache.ops.row_stats import RowParams
+from vllm_d2cache.ops.triton import attention, density, pages, rollout, row_stats
+
+CPU = torch.device("cpu")
+SHAPES = [
+    Shape(32, 32, 128, 16, torch.bfloat16),  # LLaDA-8B
+    Shape(28, 4, 128, 16, torch.bfloat16),  # Dream-7B
+    Shape(32, 32, 128, 16, torch.float16),
+    Shape(32, 32, 128, 16, torch.float32),
+    Shape(8, 2, 96, 64, torch.bfloat16),
+    Shape(8, 8, 64, 16, torch.float16),
+]
+# What one block may have on every card from Ampere on; an H100 gives 227 KiB.
+SHARED_MEMORY = 99 << 10
+# Of a thread's local memory. Registers that do not fit go there: a few words are nothing, a tile's sums are a disaster.
+LOCAL_MEMORY = 64
+
+ATTENTION = {"_write_kernel", "_attention_kernel", "_map_kernel", "_map_product_kernel", "_replay_kernel"}
+MATRIX_PRODUCTS = {"_attention_kernel", "_map_kernel", "_replay_kernel"}
+
+
+def attention_step(counts: list[int], lengths: list[int], shape: Shape, parts: bool = False) -> list[Launch]:
+    """One layer: pages, output, maps, rollout; the first request's map is computed again, the others' are kept.
+
+    Args:
+        parts: the first request attends to a part of its positions.
+    """
+    batch = make_batch(counts, lengths, shape, CPU)
+    fresh = torch.empty(sum(counts), shape.kv_heads, shape.head_size, dtype=shape.dtype)
+    kept = [False] + [True] * (len(counts) - 1)
+    maps = batch.maps(kept, keep_lse=True)
+    layout = batch.layout
+    if parts:
+        layout = replace(layout, keys=[torch.arange(3)] + [None] * (len(counts) - 1))
+    layer = LayerRecord(maps, batch.query, batch.cache, 0.1)
+    with launches() as found:
+        pages.write_kv(batch.cache, fresh, fresh, layout.slots)
+        attention.paged_attention(batch.query, batch.cache, layout, 0.1, torch.empty_like(batch.query), maps)
+        rollout.batched_rollout(batch.positions, [layer], layout, [True] * len(counts), max(lengths), None)
+    return found
+
+
+def statistics(dtype: torch.dtype, params: RowParams, vocab: int) -> list[Launch]:
+    """Margin and entropy too."""
+    with launches() as found:
+        row_stats.tile_stats(torch.empty(len(params.draw), vocab, dtype=dtype), params, 7, True, True)
+    return found
+
+
+def params(rows: int, samples: bool, filters: bool) -> RowParams:
+    """Of rows that are sampled and filtered, or not."""
+    whole, ones = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+    return RowParams(ones, ones, whole, ones.double(), samples, filters)
+
+
+def check_resources(launch: Launch) -> None:
+    assert launch.shared_memory <= SHARED_MEMORY, launch.name
+    assert launch.local_memory <= LOCAL_MEMORY, launch.name
+    assert launch.grid[0] < 1 << 31 and all(n < 1 << 16 for n in launch.grid[1:]), launch.name
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["all-keys", "some-keys"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_maps_and_rollout(shape: Shape, parts: bool) -> None:
+    found = attention_step([33, 40, 5], [40, 400, 20], shape, parts)
+    assert {launch.name for launch in found} == ATTENTION
+    for launch in found:
+        check_resources(launch)
+        if launch.name in MATRIX_PRODUCTS:
+            # 16-bit products run on tensor cores; in fp32 those would round the operands.
+            assert ("mma" in launch.kernel.asm["ptx"]) == (shape.dtype != torch.float32), launch.name
+
+
+@pytest.mark.parametrize("vocab", [126_464, 152_064], ids=["llada", "dream"])
+@pytest.mark.parametrize("samples", [False, True])
+@pytest.mark.parametrize("filters", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_row_statistics(dtype: torch.dtype, filters: bool, samples: bool, vocab: int) -> None:
+    (launch,) = statistics(dtype, params(2, samples, filters), vocab)
+    check_resources(launch)
+
+
+def test_density() -> None:
+    with launches() as found:
+        density.certainty_density(torch.zeros(3, 256, dtype=torch.bool), torch.full((3,), 256), torch.full((3,), 10.0))
+    (launch,) = found
+    check_resources(launch)
+
+
+def test_no_kernel_is_compiled_again_for_another_batch() -> None:
+    """Counts, lengths and the number of requests differ in every step; a compilation takes seconds of a request."""
+    compiled = defaultdict(set)
+    batches = [([33], [40]), ([1, 16], [16, 17]), ([16, 5] * 8, [160, 16] * 8), ([2, 3, 4], [63, 64, 1025])]
+    for counts, lengths in batches:
+        for launch in attention_step(counts, lengths, SHAPES[0]):
+            compiled[launch.name].add(launch.kernel.hash)
+    for rows in (1, 2, 16, 33):
+        (launch,) = statistics(torch.bfloat16, params(rows, True, True), 126_464)
+        compiled[launch.name].add(launch.kernel.hash)
+        for width in (1, 16, 33):
+            flags, ones = torch.zeros(rows, width, dtype=torch.bool), torch.ones(rows)
+            with launches() as found:
+                density.certainty_density(flags, ones.long(), ones)
+            compiled[found[0].name].add(found[0].kernel.hash)
+    assert {name: len(hashes) for name, hashes in compiled.items()} == dict.fromkeys(
+        [*ATTENTION, "_stats_kernel", "_density_kernel"], 1
+    )
