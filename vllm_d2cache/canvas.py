@@ -53,6 +53,10 @@ class CanvasStates:
         # By position: 1 where layers may take their stored outputs, 2 where values are compared as well.
         self.stored = torch.zeros(num_slots, max_len, dtype=torch.int8, device=device)
         self.stored_count = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        # Rows that stay behind each layer, and by position what speaks for them (records.RowExits).
+        self.exit_keep = torch.zeros(num_slots, traits.num_layers, dtype=torch.int64, device=device)
+        self.exit_bias = torch.zeros(num_slots, max_len, device=device)
+        self.exit_weight = torch.zeros(num_slots, device=device)
         self.kept = torch.zeros(num_slots, len(KeptKeys._fields), dtype=torch.int64, device=device)
         self.emitted = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)

@@ -44,10 +44,12 @@ from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.shadow_attention import ShadowRows
 from vllm_d2cache.policies import POLICY_CLASSES, row_budget
 from vllm_d2cache.records import EditSpec, SamplingSpec, StepRows
+from vllm_d2cache.row_exits import RowGate
+from vllm_d2cache.row_store import RowStore
 from vllm_d2cache.runner_sampler import D2CacheSampler
 from vllm_d2cache.snapshots import snapshot_interval
 from vllm_d2cache.step_graphs import MAX_LENGTH, GraphSize, GraphStep, StepBuffers, StepGraphs, graph_sizes
-from vllm_d2cache.stored_outputs import OutputStore, PartialForward
+from vllm_d2cache.stored_outputs import PartialForward
 from vllm_d2cache.trace import TraceRecorder
 
 logger = init_logger(f"vllm.{__name__}")
@@ -80,7 +82,9 @@ class D2CacheModelState(ModelState):
         self._tensor_parallel = TensorParallel(size, tensor_model_parallel_all_reduce) if size > 1 else None
         self._kept_keys: KeptBySlot = {}
         self._focus: FocusBySlot = {}
-        self._outputs = OutputStore()
+        self.gate: RowGate | None = None  # where some request of the step drops rows
+        self._outputs = RowStore()
+        self._exit_states = RowStore()
         self.watched: set[int] = set()  # slots of requests that want snapshots
         self._slots: dict[str, int] = {}
         self._first_block: dict[int, int] = {}
@@ -151,6 +155,7 @@ class D2CacheModelState(ModelState):
             self.logprobs.remove(slot)
             self.watched.discard(slot)
             self._outputs.drop(slot)
+            self._exit_states.drop(slot)
             self.denoiser.remove(slot)
 
     def preprocess_state(
@@ -220,9 +225,11 @@ class D2CacheModelState(ModelState):
         if any(w is not None for w in rows.watched):
             self.drift = DriftMeter(layout, rows.watched, rows.slots, self._focus, self._tensor_parallel)
         metadata = D2CacheMetadata(layout, self.capture, layer_keys, shadows, self.drift)
-        if rows.stored is not None:
+        if rows.exiting is not None:
+            self.gate = RowGate.open(rows.exiting, rows.slots, self._exit_states)
+        if rows.stored is not None or self.gate is not None:
             self.model.partial_forward = PartialForward(
-                rows.stored, rows.slots, layout, metadata.use_layout, self._outputs, self._tensor_parallel
+                rows.stored, self.gate, rows.slots, layout, metadata.use_layout, self._outputs, self._tensor_parallel
             )
         return dict.fromkeys((name for g in kv_cache_config.kv_cache_groups for name in g.layer_names), metadata)
 
@@ -241,7 +248,7 @@ class D2CacheModelState(ModelState):
 
     def finish_step(self) -> None:
         """Called by the sampler at its end."""
-        self.rows, self.capture, self.drift, self._graph_size = None, None, None, None
+        self.rows, self.capture, self.drift, self.gate, self._graph_size = None, None, None, None, None
         self.model.head_in_sampler = False
         self.model.partial_forward = self.model.replay = None
 
