@@ -26,7 +26,6 @@ from vllm_d2cache.config import (
 from vllm_d2cache.ops.row_stats import statistics_bytes
 from vllm_d2cache.policies import POLICY_CLASSES, row_budget
 from vllm_d2cache.samplers import DECODER_CLASSES, DecoderResources
-from vllm_d2cache.stored_outputs import output_bytes
 
 GIB = 1 << 30
 DEFAULT_REQUEST_MEMORY = 2 * GIB
@@ -58,13 +57,13 @@ class Network:
             budget: ServerOptions.refresh_budget.
         """
         policy = POLICY_CLASSES[options.policy]
-        held = 0
+        held, row = 0, self.hidden_size * self.itemsize
         if policy.reads_importance:
             held += map_bytes(self.layers, row_budget(options, prompt_len, canvas_len, budget), prompt_len + canvas_len)
         if policy.stores_outputs:
-            held += output_bytes(self.layers, canvas_len, self.hidden_size, self.itemsize)
+            held += (self.layers - 1) * (canvas_len + 1) * row
         if DECODER_CLASSES[options.decoder].keeps_hidden:
-            held += 2 * canvas_len * self.hidden_size * self.itemsize  # a copy while the memory of all grows
+            held += 2 * canvas_len * row  # a copy while the memory of all grows
         return held
 
 

@@ -34,11 +34,6 @@ class Layer(Protocol):
         """[n, kv heads, head size] of rows [n, d] before the layer. May overwrite its arguments."""
 
 
-def output_bytes(num_layers: int, canvas_len: int, width: int, itemsize: int) -> int:
-    """Bytes that an :class:`OutputStore` keeps for a request, of ``width`` numbers a row."""
-    return (num_layers - 1) * (canvas_len + 1) * width * itemsize
-
-
 class OutputStore:
     """What the layers have stored of the running requests: slot -> [layers - 1, rows, d]."""
 

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "stored_outputs": ("records", "ops", "attention.capture"),
     "attention": ("ops", "attention.capture", "attention.drift", "attention.eviction"),
     "request_check": ("config", "figures", "grammar", "infill", "snapshots"),
-    "memory_plan": ("config", "canvas", "ops", "policies", "samplers", "attention.capture", "stored_outputs"),
+    "memory_plan": ("config", "canvas", "ops", "policies", "samplers", "attention.capture"),
     "startup_log": ("config", "policies", "memory_plan"),
     "scheduler": ("config", "figures", "policies", "compat", "memory_plan", "snapshots", "startup_log"),
     "runner_sampler": ("ops", "snapshots"),

@@ -21,7 +21,8 @@ class CachePolicy(ABC):
     """Decides the refresh set of each step for the requests that chose it.
 
     A policy works on all its requests of a step at once and must not let one influence another. What it remembers
-    is slot-indexed and overwritten in ``first_plan``.
+    is slot-indexed and overwritten in ``first_plan``. Making one only allocates: the
+    engine learns how much by making each on torch's meta device.
 
     Args:
         num_slots: requests that can run at a time.
