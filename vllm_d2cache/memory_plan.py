@@ -51,7 +51,7 @@ class Network:
         return cls(shape.num_layers, shape.hidden_size, heads, shape.head_size, shape.vocab_size, model.dtype.itemsize)
 
     def request_bytes(self, options: RequestOptions, prompt_len: int, canvas_len: int, budget: int | None) -> int:
-        """What a request holds while it runs: attention maps and stored outputs of its policy, rows of its decoder.
+        """What a request holds while it runs: maps, stored outputs and hidden states for its policy and decoder.
 
         Args:
             budget: ServerOptions.refresh_budget.
@@ -62,6 +62,8 @@ class Network:
             held += map_bytes(self.layers, row_budget(options, prompt_len, canvas_len, budget), prompt_len + canvas_len)
         if policy.stores_outputs:
             held += (self.layers - 1) * (canvas_len + 1) * row
+        if policy.drops_rows:
+            held += policy.exit_layers * (canvas_len + 1) * row
         if DECODER_CLASSES[options.decoder].keeps_hidden:
             held += 2 * canvas_len * row  # a copy while the memory of all grows
         return held
@@ -130,7 +132,7 @@ def plan_memory(config: Any, options: ServerOptions) -> MemoryPlan:
     slots, rows, length = scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len
     handed_on = rows * network.hidden_size * network.itemsize
     return MemoryPlan(
-        canvases=state_bytes(slots, length),
+        canvases=state_bytes(slots, length, network.layers),
         policies=_policy_bytes(slots, length, options.refresh_budget, network.vocab_size),
         requests=request_memory(options, network, length),
         queries=network.layers * rows * network.heads * (network.head_size * network.itemsize + 4),

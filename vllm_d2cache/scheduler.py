@@ -115,9 +115,13 @@ class D2CacheScheduler(AsyncScheduler):
         """Count the step, then stock bookkeeping, and snapshots besides its outputs."""
         report = take_step_report(model_runner_output)
         for req_id, (rows, commits, *_) in report.items():
+            reserved = scheduler_output.num_scheduled_tokens[req_id]
+            if rows > reserved:
+                # A worker that does not wait for its device cannot say so itself, and has left rows out.
+                raise RuntimeError(f"the refresh set of {req_id} has {rows} rows, more than the {reserved} reserved")
             # A request that has ended since may have run one step more.
             if figures := self._figures.get(req_id):
-                figures.observe(rows, commits, scheduler_output.num_scheduled_tokens[req_id], self._totals)
+                figures.observe(rows, commits, reserved, self._totals)
         snapshots = self._snapshots(report) if self._intervals else []
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request, snapshot, due in snapshots:

@@ -41,7 +41,7 @@ def plan_lines(config: VllmConfig, options: ServerOptions, num_kv_blocks: int) -
         f"policies {_mib(plan.policies)}",
         f"memory of a step, beside the forward pass: queries {_mib(plan.queries)}, then statistics "
         f"{_mib(plan.statistics)} or rollout {_mib(plan.rollout)}",
-        "execution: " + ("eager" if model.enforce_eager else "CUDA graphs"),
+        f"execution: {_execution(model.enforce_eager, options)}",
         "scheduling: " + ("asynchronous" if scheduler.async_scheduling else "synchronous"),
         f"traces: {options.trace_dir} (they hold the prompts' token ids)" if options.trace_dir else "traces: off",
     ]
@@ -61,6 +61,12 @@ def _budget(defaults: RequestOptions, options: ServerOptions) -> str:
     if options.refresh_budget is None:
         return f"{text}; results are exact"
     return f"{text}; refresh_budget={options.refresh_budget} makes results approximate"
+
+
+def _execution(eager: bool, options: ServerOptions) -> str:
+    if eager or not options.graph_rows:
+        return "eager"
+    return f"CUDA graphs for refresh steps of up to {options.graph_rows} rows, eager for first steps and larger ones"
 
 
 def _kv_bytes_per_position(config: VllmConfig) -> int:

@@ -134,6 +134,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"policy": "sparse_dllm", "window": 8, "keep_ratio": 0.3},
     {"policy": "dllm_cache", "kp": 7, "kr": 3, "rou": 0.3, "window": 8},
     {"policy": "entropy", "entropy_tau": 3.0, "entropy_k": 3, "score": "entropy"},
+    {"policy": "es", "window": 12, "prompt_update_freq": 9, "block_update_freq": 4, "tokens_per_step": 2},
     {"policy": "elastic", "elastic_beta": 5, "elastic_gamma": 0.995},
 ]
 

@@ -234,7 +234,9 @@ def test_pc_needs_a_table() -> None:
             parse_server_options(server).resolve(parse_request_options(request))
 
 
-@pytest.mark.parametrize("name", ["trace_dir", "refresh_budget", "token_frequencies", "attention_backend"])
+@pytest.mark.parametrize(
+    "name", ["trace_dir", "refresh_budget", "token_frequencies", "attention_backend", "graph_rows"]
+)
 def test_server_only_keys_in_a_request_say_so(name: str) -> None:
     with pytest.raises(OptionError, match="server-wide only"):
         parse_request_options({f"d2cache_{name}": 1})
@@ -246,6 +248,13 @@ def test_server_only_fields() -> None:
     assert parse_server_options({"token_frequencies": "t.npy"}).token_frequencies == "t.npy"
     empty = parse_server_options({"trace_dir": None, "refresh_budget": None})
     assert empty == parse_server_options(None) == parse_server_options({}) == ServerOptions({})
+
+
+@pytest.mark.parametrize("value", [-1, True, None, "512", 1.5])
+def test_bad_graph_rows(value: Any) -> None:
+    assert [parse_server_options({"graph_rows": n}).graph_rows for n in (0, 96)] == [0, 96]
+    with pytest.raises(OptionError, match=r"graph_rows.*0 = no CUDA graphs"):
+        parse_server_options({"graph_rows": value})
 
 
 @pytest.mark.parametrize("value", ["", 3, True, ["a"]])

@@ -32,7 +32,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "constraints": ("records", "ops", "canvas"),
     "samplers": ("records", "config", "ops"),
     "policies": ("option_types", "policy_registry", "records", "config", "ops", "canvas"),
-    "denoiser": ("records", "config", "ops", "canvas", "constraints", "policies", "samplers", "counters", "decoding"),
+    "partial_rows": ("records", "canvas", "policies"),
+    "denoiser": (
+        "records", "config", "ops", "canvas", "constraints", "policies", "samplers", "counters", "decoding",
+        "partial_rows",
+    ),
     "trace": ("records", "canvas"),
     "logprobs": ("records", "ops", "canvas"),
     "counters": ("records",),
@@ -40,8 +44,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "attention.capture": ("ops",),
     "attention.eviction": ("records", "ops", "attention.capture"),
     "attention.drift": ("records", "ops", "attention.capture"),
-    "stored_outputs": ("records", "ops", "attention.capture"),
+    "row_store": (),
+    "row_exits": ("records", "ops", "row_store"),
+    "stored_outputs": ("records", "ops", "attention.capture", "row_exits", "row_store"),
     "attention": ("ops", "attention.capture", "attention.drift", "attention.eviction"),
+    "step_graphs": ("records", "ops", "attention.capture"),
+    "graph_check": ("ops", "attention.capture", "step_graphs"),
+    "cuda_graphs": ("step_graphs",),
     "request_check": ("config", "figures", "grammar", "infill", "snapshots"),
     "memory_plan": ("config", "canvas", "ops", "policies", "samplers", "attention.capture"),
     "startup_log": ("config", "policies", "memory_plan"),
@@ -50,7 +59,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "grammar", "trace", "logprobs", "infill",
         "attention", "attention.capture", "attention.drift", "attention.eviction", "runner_sampler", "compat",
-        "models.weight_check", "snapshots", "stored_outputs", "memory_plan",
+        "models.weight_check", "snapshots", "stored_outputs", "row_exits", "row_store", "memory_plan", "step_graphs",
+        "graph_check", "cuda_graphs",
     ),
     "models.weight_check": (),
     "models": ("records", "attention", "stored_outputs"),
@@ -66,7 +76,8 @@ PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
     "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "grammar", "infill", "request_fields",
     "request_fit", "figures", "counters", "attention.capture", "attention.drift", "attention.eviction", "trace_reader",
-    "viewer", "models.weight_check", "snapshots", "stored_outputs", "memory_plan",
+    "viewer", "models.weight_check", "snapshots", "stored_outputs", "row_exits", "row_store", "partial_rows",
+    "memory_plan", "step_graphs", "graph_check",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

@@ -72,6 +72,12 @@ def test_ten_lines_with_the_numbers() -> None:
     )
     assert by_name["execution"] == "eager"
     assert by_name["scheduling"] == "asynchronous"
+    on_gpu = config()
+    on_gpu.model_config.enforce_eager = False
+    assert any(
+        "graphs for refresh steps of up to 512 rows" in x for x in plan_lines(on_gpu, parse_server_options(None), 1)
+    )
+    assert "execution: eager" in plan_lines(on_gpu, parse_server_options({"graph_rows": 0}), 1)
     assert by_name["traces"] == "off"
 
 

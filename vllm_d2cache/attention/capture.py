@@ -59,7 +59,8 @@ class ImportanceCapture:
     layers: list[LayerRecord] = field(default_factory=list)
 
     @cached_property
-    def _plan(self) -> MapPlan:
+    def plan(self) -> MapPlan:
+        """Which requests keep their maps in this step."""
         layout = self.layout
         kept = [w and keeps_map(b, t) for w, b, t in zip(self.wanted, self._bounds, layout.lengths, strict=True)]
         shapes = zip(layout.counts, layout.lengths, kept, strict=True)
@@ -72,11 +73,11 @@ class ImportanceCapture:
     @cached_property
     def _replays(self) -> bool:
         """Whether some request leaves queries instead of maps."""
-        return any(w and shape is None for w, shape in zip(self.wanted, self._plan.shapes, strict=True))
+        return any(w and shape is None for w, shape in zip(self.wanted, self.plan.shapes, strict=True))
 
     def start_layer(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> AttentionMaps:
         """Register a layer; returns where the attention op is to leave its maps."""
-        plan = self._plan
+        plan = self.plan
         lse = None
         if self._replays and chosen(query.device) != "torch":
             lse = query.new_empty(query.shape[:2], dtype=torch.float32)

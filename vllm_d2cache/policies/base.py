@@ -48,6 +48,12 @@ class CachePolicy(ABC):
     """Whether the plans say which positions are visible; without it, rows attend to all."""
     stores_outputs: ClassVar[bool] = False
     """Whether the engine must keep the outputs of layers for the canvas of this policy's requests."""
+    drops_rows: ClassVar[bool] = False
+    """Whether rows of this policy's requests leave the network behind some layers (records.RowExits)."""
+    exit_layers: ClassVar[int] = 0
+    """Of such a policy: behind how many layers rows may leave at most; hidden states are remembered there."""
+    num_layers: int = 1
+    """Of the network; the engine sets it before the first request."""
 
     def __init__(
         self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
