@@ -130,9 +130,11 @@ class CanvasStates:
         )
 
 
-def state_bytes(num_slots: int, max_len: int) -> int:
+def state_bytes(num_slots: int, max_len: int, num_layers: int = 1) -> int:
     """Bytes of the tensors of :class:`CanvasStates`, but for the columns that grow with the number of stop tokens."""
-    states = CanvasStates(num_slots, max_len, torch.device("meta"), FamilyTraits(mask_token_id=0))
+    states = CanvasStates(
+        num_slots, max_len, torch.device("meta"), FamilyTraits(mask_token_id=0, num_layers=num_layers)
+    )
     return tensor_bytes(states)
 
 

@@ -26,7 +26,6 @@ from vllm_d2cache.config import (
 from vllm_d2cache.ops.row_stats import statistics_bytes
 from vllm_d2cache.policies import POLICY_CLASSES, row_budget
 from vllm_d2cache.samplers import DECODER_CLASSES, DecoderResources
-from vllm_d2cache.stored_outputs import output_bytes
 
 GIB = 1 << 30
 DEFAULT_REQUEST_MEMORY = 2 * GIB
@@ -52,19 +51,21 @@ class Network:
         return cls(shape.num_layers, shape.hidden_size, heads, shape.head_size, shape.vocab_size, model.dtype.itemsize)
 
     def request_bytes(self, options: RequestOptions, prompt_len: int, canvas_len: int, budget: int | None) -> int:
-        """What a request holds while it runs: attention maps and stored outputs of its policy, rows of its decoder.
+        """What a request holds while it runs: maps, stored outputs and hidden states for its policy and decoder.
 
         Args:
             budget: ServerOptions.refresh_budget.
         """
         policy = POLICY_CLASSES[options.policy]
-        held = 0
+        held, row = 0, self.hidden_size * self.itemsize
         if policy.reads_importance:
             held += map_bytes(self.layers, row_budget(options, prompt_len, canvas_len, budget), prompt_len + canvas_len)
         if policy.stores_outputs:
-            held += output_bytes(self.layers, canvas_len, self.hidden_size, self.itemsize)
+            held += (self.layers - 1) * (canvas_len + 1) * row
+        if policy.drops_rows:
+            held += policy.exit_layers * (canvas_len + 1) * row
         if DECODER_CLASSES[options.decoder].keeps_hidden:
-            held += 2 * canvas_len * self.hidden_size * self.itemsize  # a copy while the memory of all grows
+            held += 2 * canvas_len * row  # a copy while the memory of all grows
         return held
 
 
@@ -131,7 +132,7 @@ def plan_memory(config: Any, options: ServerOptions) -> MemoryPlan:
     slots, rows, length = scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len
     handed_on = rows * network.hidden_size * network.itemsize
     return MemoryPlan(
-        canvases=state_bytes(slots, length),
+        canvases=state_bytes(slots, length, network.layers),
         policies=_policy_bytes(slots, length, options.refresh_budget, network.vocab_size),
         requests=request_memory(options, network, length),
         queries=network.layers * rows * network.heads * (network.head_size * network.itemsize + 4),

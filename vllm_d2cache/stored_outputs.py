@@ -37,11 +37,6 @@ class Layer(Protocol):
         """[n, kv heads, head size] of rows [n, d] before the layer. May overwrite its arguments."""
 
 
-def output_bytes(num_layers: int, canvas_len: int, width: int, itemsize: int) -> int:
-    """Bytes that an :class:`RowStore` keeps for a request, of ``width`` numbers a row."""
-    return (num_layers - 1) * (canvas_len + 1) * width * itemsize
-
-
 @dataclass
 class PartialForward:
     """Runs the layers of one forward pass.

@@ -44,6 +44,13 @@ class Engine:
 
         A request has prompt, max_tokens, optional sampling fields, and ``options`` by plain option name.
         """
+        return [(list(o.outputs[0].token_ids), self.trace(o.request_id)) for o in self._generate(requests)]
+
+    def tokens(self, requests: list[dict[str, Any]]) -> list[list[int]]:
+        """Output tokens alone, of an engine that may be without traces."""
+        return [list(o.outputs[0].token_ids) for o in self._generate(requests)]
+
+    def _generate(self, requests: list[dict[str, Any]]) -> list[Any]:
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": r["prompt"]} for r in requests]
@@ -56,8 +63,7 @@ class Engine:
             )
             for r in requests
         ]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return [(list(o.outputs[0].token_ids), self.trace(o.request_id)) for o in outputs]
+        return self.llm.generate(prompts, params, use_tqdm=False)
 
     def trace(self, request_id: str) -> list[dict[str, Any]]:
         """The lines of a request's trace."""

@@ -110,6 +110,18 @@ def test_the_statistics_of_a_tile_are_not_overestimated_by_much() -> None:
     test_statistics({"decoder": "credit", "threshold": 0.9}, SamplingSpec(0.7, 0.9, 5))
 
 
+def test_stored_outputs() -> None:
+    prompt, canvas = 9, 20
+    options = PLAIN.resolve({"policy": "dllm_cache"})
+    denoiser = Denoiser(1, prompt + canvas, CPU, FamilyTraits(0), PLAIN)
+    request = Request("r", prompt, canvas, options, SamplingSpec())
+    denoiser.add(0, request, torch.ones(prompt, dtype=torch.int64).numpy())
+    stored = denoiser.begin(torch.tensor([0]), [0]).stored
+    assert stored is not None
+    row = NETWORK.hidden_size * NETWORK.itemsize
+    assert NETWORK.request_bytes(options, prompt, canvas, None) == (NETWORK.layers - 1) * stored.capacity[0] * row
+
+
 def test_state_of_policies_and_decoders() -> None:
     plan = plan_memory(engine_config(), PLAIN)
     with LiveMemory() as live:

@@ -21,7 +21,8 @@ class CachePolicy(ABC):
     """Decides the refresh set of each step for the requests that chose it.
 
     A policy works on all its requests of a step at once and must not let one influence another. What it remembers
-    is slot-indexed and overwritten in ``first_plan``.
+    is slot-indexed and overwritten in ``first_plan``. Making one only allocates: the
+    engine learns how much by making each on torch's meta device.
 
     Args:
         num_slots: requests that can run at a time.
@@ -49,6 +50,8 @@ class CachePolicy(ABC):
     """Whether the engine must keep the outputs of layers for the canvas of this policy's requests."""
     drops_rows: ClassVar[bool] = False
     """Whether rows of this policy's requests leave the network behind some layers (records.RowExits)."""
+    exit_layers: ClassVar[int] = 0
+    """Of such a policy: behind how many layers rows may leave at most; hidden states are remembered there."""
     num_layers: int = 1
     """Of the network; the engine sets it before the first request."""
 

@@ -37,6 +37,7 @@ class ESPolicy(CachePolicy):
     }
     defaults: ClassVar = {"window": 64, "sigma": 0.0}
     drops_rows = True
+    exit_layers = len(PROPORTION_STEPS)
 
     def __init__(
         self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
