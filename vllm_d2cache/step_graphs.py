@@ -32,9 +32,9 @@ Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 
 # Longest text that a graph serves: maps of [rows, length] of every layer lie in its memory.
 MAX_LENGTH = 4096
-# Requests of a default batch have at least this many rows. A graph for more requests has more programs that find
-# nothing to do.
-ROWS_PER_REQUEST = 32
+# A graph has room for one request for each so many rows; with default options one has 34 or more. Room that is not
+# used is programs that find nothing to do.
+ROWS_PER_REQUEST = 16
 
 
 @dataclass(frozen=True)

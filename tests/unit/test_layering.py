@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "attention": ("ops", "attention.capture", "attention.drift", "attention.eviction"),
     "step_graphs": ("records", "ops", "attention.capture"),
     "graph_check": ("ops", "attention.capture", "step_graphs"),
-    "cuda_graphs": ("step_graphs",),
+    "cuda_graphs": ("ops", "attention", "attention.capture", "step_graphs", "graph_check"),
     "request_check": ("config", "figures", "grammar", "infill", "snapshots"),
     "startup_log": ("config", "canvas", "policies", "attention.capture"),
     "scheduler": ("config", "figures", "policies", "compat", "snapshots", "startup_log"),
@@ -52,8 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "grammar", "trace", "logprobs", "infill",
         "attention", "attention.capture", "attention.drift", "attention.eviction", "runner_sampler", "compat",
-        "models.weight_check", "snapshots", "stored_outputs", "step_graphs", "graph_check",
-        "cuda_graphs",
+        "models.weight_check", "snapshots", "stored_outputs", "step_graphs", "cuda_graphs",
     ),
     "models.weight_check": (),
     "models": ("records", "attention", "stored_outputs"),
