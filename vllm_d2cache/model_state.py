@@ -33,16 +33,19 @@ from vllm_d2cache.cuda_graphs import record_graphs
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.infill import parse_canvas
 from vllm_d2cache.logprobs import LogprobRecorder
+from vllm_d2cache.memory_plan import Rehearsal, plan_memory
 from vllm_d2cache.models.weight_check import check_finite
 from vllm_d2cache.ops.backends import AttentionShape, select_backend
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.shadow_attention import ShadowRows
 from vllm_d2cache.policies import POLICY_CLASSES, row_budget
 from vllm_d2cache.records import EditSpec, SamplingSpec, StepRows
+from vllm_d2cache.row_exits import RowGate
+from vllm_d2cache.row_store import RowStore
 from vllm_d2cache.runner_sampler import D2CacheSampler
 from vllm_d2cache.snapshots import snapshot_interval
 from vllm_d2cache.step_graphs import GraphSize, GraphStep, StepGraphs
-from vllm_d2cache.stored_outputs import OutputStore, PartialForward
+from vllm_d2cache.stored_outputs import PartialForward
 from vllm_d2cache.trace import TraceRecorder
 
 logger = init_logger(f"vllm.{__name__}")
@@ -66,6 +69,7 @@ class D2CacheModelState(ModelState):
         writes = self.options.trace_dir is not None and vllm_config.parallel_config.rank == 0
         name = vllm_config.model_config.model
         self.tracer = TraceRecorder(self.options.trace_dir, name) if writes and self.options.trace_dir else None
+        self.rehearsal = Rehearsal(plan_memory(vllm_config, self.options), device)
         self.rows: StepRows | None = None  # of the step under way
         self.capture: ImportanceCapture | GraphStep | None = None
         self.drift: DriftMeter | None = None
@@ -74,7 +78,9 @@ class D2CacheModelState(ModelState):
         self._tensor_parallel = TensorParallel(size, tensor_model_parallel_all_reduce) if size > 1 else None
         self._kept_keys: KeptBySlot = {}
         self._focus: FocusBySlot = {}
-        self._outputs = OutputStore()
+        self.gate: RowGate | None = None  # where some request of the step drops rows
+        self._outputs = RowStore()
+        self._exit_states = RowStore()
         self.watched: set[int] = set()  # slots of requests that want snapshots
         self._slots: dict[str, int] = {}
         self._first_block: dict[int, int] = {}
@@ -84,6 +90,10 @@ class D2CacheModelState(ModelState):
             device.type == "cuda" and self.options.graph_rows > 0 and not vllm_config.model_config.enforce_eager
         )
         self._graph_size: GraphSize | None = None  # of the step under way; None = eager
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: Any) -> None:
+        """Memory has been measured."""
+        self.rehearsal.end()
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Replace vLLM's sampler; there is no rejection sampler."""
@@ -143,6 +153,7 @@ class D2CacheModelState(ModelState):
             self.logprobs.remove(slot)
             self.watched.discard(slot)
             self._outputs.drop(slot)
+            self._exit_states.drop(slot)
             self.denoiser.remove(slot)
 
     def preprocess_state(
@@ -212,15 +223,18 @@ class D2CacheModelState(ModelState):
         if any(w is not None for w in rows.watched):
             self.drift = DriftMeter(layout, rows.watched, rows.slots, self._focus, self._tensor_parallel)
         metadata = D2CacheMetadata(layout, self.capture, layer_keys, shadows, self.drift)
-        if rows.stored is not None:
+        if rows.exiting is not None:
+            self.gate = RowGate.open(rows.exiting, rows.slots, self._exit_states)
+        if rows.stored is not None or self.gate is not None:
             self.model.partial_forward = PartialForward(
-                rows.stored, rows.slots, layout, metadata.use_layout, self._outputs, self._tensor_parallel
+                rows.stored, self.gate, rows.slots, layout, metadata.use_layout, self._outputs, self._tensor_parallel
             )
         return dict.fromkeys((name for g in kv_cache_config.kv_cache_groups for name in g.layer_names), metadata)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Give the model the rows of the refresh sets alone: what was reserved beyond them costs nothing."""
         if self.rows is None:
+            self.rehearsal.forward()
             return {}
         for slot in self.rows.slots:
             if slot in self._unsettled:
@@ -232,7 +246,7 @@ class D2CacheModelState(ModelState):
 
     def finish_step(self) -> None:
         """Called by the sampler at its end."""
-        self.rows, self.capture, self.drift, self._graph_size = None, None, None, None
+        self.rows, self.capture, self.drift, self.gate, self._graph_size = None, None, None, None, None
         self.model.head_in_sampler = False
         self.model.partial_forward = self.model.replay = None
 
