@@ -26,6 +26,7 @@ from vllm_d2cache.config import (
 from vllm_d2cache.ops.row_stats import statistics_bytes
 from vllm_d2cache.policies import POLICY_CLASSES, row_budget
 from vllm_d2cache.samplers import DECODER_CLASSES, DecoderResources
+from vllm_d2cache.step_graphs import graph_bytes, graph_sizes
 
 GIB = 1 << 30
 DEFAULT_REQUEST_MEMORY = 2 * GIB
@@ -79,11 +80,12 @@ class MemoryPlan:
     queries: int  # kept in a step that computes its maps again, with log-sum-exps: all rows of all layers
     statistics: int  # logits of a tile of rows, and what is made of them; hidden states of the predicted rows
     rollout: int  # products of one layer, of each head
+    graphs: int = 0  # recorded when the KV cache has its size, and held from then on
 
     @property
     def in_forward(self) -> int:
         """Beside what the forward pass itself takes."""
-        return self.policies + self.requests + self.queries
+        return self.policies + self.requests + self.queries + self.graphs
 
     @property
     def after_forward(self) -> int:
@@ -130,6 +132,7 @@ def plan_memory(config: Any, options: ServerOptions) -> MemoryPlan:
     """The plan of an engine with that VllmConfig."""
     network, model, scheduler = Network.of(config), config.model_config, config.scheduler_config
     slots, rows, length = scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len
+    graphs = [] if model.enforce_eager else graph_sizes(min(options.graph_rows, rows), slots)
     handed_on = rows * network.hidden_size * network.itemsize
     return MemoryPlan(
         canvases=state_bytes(slots, length, network.layers),
@@ -138,6 +141,7 @@ def plan_memory(config: Any, options: ServerOptions) -> MemoryPlan:
         queries=network.layers * rows * network.heads * (network.head_size * network.itemsize + 4),
         statistics=statistics_bytes(network.vocab_size, network.itemsize) + handed_on,
         rollout=slots * (network.heads + 4) * length * 4,
+        graphs=graph_bytes(graphs, length, network.layers, network.hidden_size, network.itemsize),
     )
 
 

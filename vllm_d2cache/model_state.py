@@ -7,7 +7,6 @@ forward, sampler (runner_sampler.py). It computes nothing itself.
 from __future__ import annotations
 
 import hashlib
-import time
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -32,9 +29,8 @@ from vllm_d2cache.attention.eviction import KeptBySlot, LayerKeys
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
 from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
-from vllm_d2cache.cuda_graphs import CudaRecorder
+from vllm_d2cache.cuda_graphs import record_graphs
 from vllm_d2cache.denoiser import Denoiser
-from vllm_d2cache.graph_check import Pages, check_graphs
 from vllm_d2cache.infill import parse_canvas
 from vllm_d2cache.logprobs import LogprobRecorder
 from vllm_d2cache.memory_plan import Rehearsal, plan_memory
@@ -48,7 +44,7 @@ from vllm_d2cache.row_exits import RowGate
 from vllm_d2cache.row_store import RowStore
 from vllm_d2cache.runner_sampler import D2CacheSampler
 from vllm_d2cache.snapshots import snapshot_interval
-from vllm_d2cache.step_graphs import MAX_LENGTH, GraphSize, GraphStep, StepBuffers, StepGraphs, graph_sizes
+from vllm_d2cache.step_graphs import GraphSize, GraphStep, StepGraphs
 from vllm_d2cache.stored_outputs import PartialForward
 from vllm_d2cache.trace import TraceRecorder
 
@@ -107,7 +103,9 @@ class D2CacheModelState(ModelState):
         """Start a request, or start it over after a preemption: the result is the same, its cached K and V are gone."""
         if self._wants_graphs and self.graphs is None:
             # The first request is one of vLLM's warm-up, at start-up; by then there is a KV cache.
-            self._record_graphs(CudaRecorder(self.device))
+            self.graphs = record_graphs(
+                self.model, self.vllm_config, self.options.graph_rows, self.device, self._tensor_parallel
+            )
         params = new_req_data.sampling_params
         if params is None or new_req_data.req_id.startswith("_warmup_"):
             return
@@ -260,31 +258,6 @@ class D2CacheModelState(ModelState):
         lengths = [r.prompt_len + r.canvas_len for r in requests]
         reads = [POLICY_CLASSES[r.options.policy].reads_importance for r in requests]
         return self.graphs.fitting([r.row_budget for r in requests], lengths, reads)
-
-    def _record_graphs(self, recorder: CudaRecorder) -> None:
-        """Record the graphs and check them; nothing else may be in the KV cache yet."""
-        layers = {m.layer_name: m for m in self.model.modules() if isinstance(m, Attention)}
-        blocks, _, block_size, _ = next(iter(layers.values())).kv_cache.shape
-        most = min(self.options.graph_rows, self.vllm_config.scheduler_config.max_num_batched_tokens)
-        sizes = graph_sizes(most, self.max_num_reqs)
-        buffers = StepBuffers(sizes[-1], min(MAX_LENGTH, self.max_model_len), block_size, self.device)
-
-        def forward(
-            input_ids: torch.Tensor, positions: torch.Tensor, layout: PagedLayout, capture: ImportanceCapture
-        ) -> torch.Tensor:
-            metadata = dict.fromkeys(layers, D2CacheMetadata(layout, capture))
-            with set_forward_context(metadata, self.vllm_config, num_tokens=positions.shape[0]):
-                return self.model(input_ids=input_ids, positions=positions)
-
-        start = time.monotonic()
-        graphs = StepGraphs(sizes, buffers, forward, recorder.record, self._tensor_parallel)
-        recorder.capture(graphs)
-        check_graphs(graphs, Pages(blocks, block_size), self.vllm_config.model_config.get_vocab_size(), self.device)
-        self.graphs = graphs
-        logger.info(
-            "%d CUDA graphs of refresh steps, up to %d rows and %d positions a request, checked in %.1f s.",
-            len(sizes), sizes[-1].rows, buffers.max_length, time.monotonic() - start,
-        )  # fmt: skip
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """Nothing beyond vLLM's own dummy inputs."""

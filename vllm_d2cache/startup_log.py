@@ -41,7 +41,7 @@ def plan_lines(config: VllmConfig, options: ServerOptions, num_kv_blocks: int) -
         f"policies {_mib(plan.policies)}",
         f"memory of a step, beside the forward pass: queries {_mib(plan.queries)}, then statistics "
         f"{_mib(plan.statistics)} or rollout {_mib(plan.rollout)}",
-        f"execution: {_execution(model.enforce_eager, options)}",
+        f"execution: {_execution(plan.graphs, options)}",
         "scheduling: " + ("asynchronous" if scheduler.async_scheduling else "synchronous"),
         f"traces: {options.trace_dir} (they hold the prompts' token ids)" if options.trace_dir else "traces: off",
     ]
@@ -63,10 +63,13 @@ def _budget(defaults: RequestOptions, options: ServerOptions) -> str:
     return f"{text}; refresh_budget={options.refresh_budget} makes results approximate"
 
 
-def _execution(eager: bool, options: ServerOptions) -> str:
-    if eager or not options.graph_rows:
+def _execution(graphs: int, options: ServerOptions) -> str:
+    if not graphs:
         return "eager"
-    return f"CUDA graphs for refresh steps of up to {options.graph_rows} rows, eager for first steps and larger ones"
+    return (
+        f"CUDA graphs for refresh steps of up to {options.graph_rows} rows ({_mib(graphs)}), "
+        "eager for first steps and larger ones"
+    )
 
 
 def _kv_bytes_per_position(config: VllmConfig) -> int:

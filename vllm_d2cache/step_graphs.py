@@ -19,7 +19,7 @@ from itertools import accumulate
 
 import torch
 
-from vllm_d2cache.attention.capture import ImportanceCapture, MapPool, TensorParallel, keeps_map
+from vllm_d2cache.attention.capture import ImportanceCapture, MapPool, TensorParallel, keeps_map, with_slack
 from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.paged_attention import MapPlan, PagedLayout
 from vllm_d2cache.records import StepRows
@@ -32,9 +32,13 @@ Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 
 # Longest text that a graph serves: maps of [rows, length] of every layer lie in its memory.
 MAX_LENGTH = 4096
-# Requests of a default batch have at least this many rows. A graph for more requests has more programs that find
-# nothing to do.
-ROWS_PER_REQUEST = 32
+# A graph has room for one request for each so many rows; with default options one has 34 or more. Room that is not
+# used is programs that find nothing to do.
+ROWS_PER_REQUEST = 16
+# What a row has of activations at a time, in widths of the network: two residual streams, q, k, v, both halves of the
+# MLP and their product. And what a graph of some 500 kernels takes beside its tensors. Neither is measured.
+_ACTIVATION_WIDTHS = 16
+_DRIVER_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,23 @@ def graph_sizes(max_rows: int, max_requests: int) -> list[GraphSize]:
         rows += max(16, rows // 128 * 16)
     counts += [max_rows] if max_rows else []
     return [GraphSize(n, max(1, min(n // ROWS_PER_REQUEST, max_requests))) for n in counts]
+
+
+def graph_bytes(sizes: list[GraphSize], max_length: int, layers: int, hidden_size: int, itemsize: int) -> int:
+    """Bytes that the graphs of these sizes hold, buffers included; activations and what a driver takes are estimates.
+
+    Args:
+        max_length: most positions a request can have.
+        itemsize: bytes of a number of the model's type.
+    """
+    if not sizes:
+        return 0
+    rows, requests = sizes[-1].rows, sizes[-1].requests + 1
+    length = min(MAX_LENGTH, max_length)
+    buffers = rows * (20 + hidden_size * itemsize) + requests * length * 5
+    maps = layers * with_slack(rows * length) * torch.float32.itemsize
+    activations = rows * _ACTIVATION_WIDTHS * hidden_size * itemsize
+    return buffers + maps + activations + len(sizes) * _DRIVER_BYTES
 
 
 class StepBuffers:

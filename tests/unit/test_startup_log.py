@@ -74,9 +74,9 @@ def test_ten_lines_with_the_numbers() -> None:
     assert by_name["scheduling"] == "asynchronous"
     on_gpu = config()
     on_gpu.model_config.enforce_eager = False
-    assert any(
-        "graphs for refresh steps of up to 512 rows" in x for x in plan_lines(on_gpu, parse_server_options(None), 1)
-    )
+    (execution,) = (x for x in plan_lines(on_gpu, parse_server_options(None), 1) if x.startswith("execution: "))
+    assert execution.startswith("execution: CUDA graphs for refresh steps of up to 512 rows (")
+    assert execution.endswith(" MiB), eager for first steps and larger ones")
     assert "execution: eager" in plan_lines(on_gpu, parse_server_options({"graph_rows": 0}), 1)
     assert by_name["traces"] == "off"
 

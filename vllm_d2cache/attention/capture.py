@@ -33,7 +33,7 @@ class MapPool:
         memory = self._memory.pop(layer, None)
         if memory is None or memory.numel() < elements:
             del memory  # makes room for its successor
-            memory = torch.empty(_with_slack(elements), device=device)
+            memory = torch.empty(with_slack(elements), device=device)
         self._memory[layer] = memory
         return memory
 
@@ -121,9 +121,9 @@ def keeps_map(bound: int, length: int) -> bool:
 
 def map_bytes(num_layers: int, bound: int, length: int) -> int:
     """Bytes that the pool takes for the maps of a request of ``length`` positions that can need ``bound`` rows."""
-    return num_layers * _with_slack(bound * length) * torch.float32.itemsize if keeps_map(bound, length) else 0
+    return num_layers * with_slack(bound * length) * torch.float32.itemsize if keeps_map(bound, length) else 0
 
 
-def _with_slack(elements: int) -> int:
+def with_slack(elements: int) -> int:
     """Rounded up so that a slowly growing need does not allocate in every step."""
     return elements + elements // 4
