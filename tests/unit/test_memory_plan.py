@@ -122,6 +122,21 @@ def test_stored_outputs() -> None:
     assert NETWORK.request_bytes(options, prompt, canvas, None) == (NETWORK.layers - 1) * stored.capacity[0] * row
 
 
+@pytest.mark.parametrize("layers", [1, 2, 8, 32])
+def test_hidden_states_where_rows_leave(layers: int) -> None:
+    prompt, canvas = 9, 20
+    options = PLAIN.resolve({"policy": "es"})
+    denoiser = Denoiser(1, prompt + canvas, CPU, FamilyTraits(0, num_layers=layers), PLAIN)
+    request = Request("r", prompt, canvas, options, SamplingSpec())
+    denoiser.add(0, request, torch.ones(prompt, dtype=torch.int64).numpy())
+    exiting = denoiser.begin(torch.tensor([0]), [0]).exiting
+    assert exiting is not None
+    row = NETWORK.hidden_size * NETWORK.itemsize
+    held = sum(0 in exits for exits in exiting.exits) * exiting.capacity[0] * row
+    planned = replace(NETWORK, layers=layers).request_bytes(options, prompt, canvas, None)
+    assert held == planned if layers >= 8 else held <= planned
+
+
 def test_state_of_policies_and_decoders() -> None:
     plan = plan_memory(engine_config(), PLAIN)
     with LiveMemory() as live:
