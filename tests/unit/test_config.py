@@ -9,6 +9,7 @@ import pytest
 from vllm_d2cache.config import (
     DECODER_OPTIONS,
     REQUEST_FIELDS,
+    SERVER_ONLY_FIELDS,
     OptionError,
     RequestOptions,
     ServerOptions,
@@ -246,11 +247,11 @@ def test_server_only_fields() -> None:
     options = parse_server_options({"trace_dir": "traces", "refresh_budget": 64})
     assert (options.trace_dir, options.refresh_budget) == ("traces", 64)
     assert parse_server_options({"token_frequencies": "t.npy"}).token_frequencies == "t.npy"
-    empty = parse_server_options({"trace_dir": None, "refresh_budget": None})
+    empty = parse_server_options(dict.fromkeys(SERVER_ONLY_FIELDS))
     assert empty == parse_server_options(None) == parse_server_options({}) == ServerOptions({})
 
 
-@pytest.mark.parametrize("value", [-1, True, None, "512", 1.5])
+@pytest.mark.parametrize("value", [-1, True, "512", 1.5])
 def test_bad_graph_rows(value: Any) -> None:
     assert [parse_server_options({"graph_rows": n}).graph_rows for n in (0, 96)] == [0, 96]
     with pytest.raises(OptionError, match=r"graph_rows.*0 = no CUDA graphs"):
