@@ -26,6 +26,7 @@ from vllm_d2cache.config import (
 from vllm_d2cache.ops.row_stats import statistics_bytes
 from vllm_d2cache.policies import POLICY_CLASSES, row_budget
 from vllm_d2cache.samplers import DECODER_CLASSES, DecoderResources
+from vllm_d2cache.step_graphs import MAX_LENGTH
 
 GIB = 1 << 30
 DEFAULT_REQUEST_MEMORY = 2 * GIB
@@ -38,6 +39,7 @@ class Network:
     layers: int
     hidden_size: int
     heads: int  # of this rank
+    intermediate_size: int  # of this rank, of all MLPs that a row passes in a layer
     head_size: int
     vocab_size: int
     itemsize: int  # bytes of a number of the model's type
@@ -48,7 +50,10 @@ class Network:
         model, parallel = config.model_config, config.parallel_config
         shape = model.hf_config.shape()
         heads = shape.num_heads // parallel.tensor_parallel_size
-        return cls(shape.num_layers, shape.hidden_size, heads, shape.head_size, shape.vocab_size, model.dtype.itemsize)
+        width = shape.intermediate_size * max(1, shape.experts_per_token) // parallel.tensor_parallel_size
+        return cls(
+            shape.num_layers, shape.hidden_size, heads, width, shape.head_size, shape.vocab_size, model.dtype.itemsize
+        )  # fmt: skip
 
     def request_bytes(self, options: RequestOptions, prompt_len: int, canvas_len: int, budget: int | None) -> int:
         """What a request holds while it runs: maps, stored outputs and hidden states for its policy and decoder.
@@ -76,6 +81,7 @@ class MemoryPlan:
     canvases: int  # there from the start
     policies: int  # state of all policies and decoders, made when the first request asks for one
     requests: int  # what all running requests together may hold (Network.request_bytes)
+    graphs: int  # CUDA graphs: their maps, activations and buffers, there from the first start on
     queries: int  # kept in a step that computes its maps again, with log-sum-exps: all rows of all layers
     statistics: int  # logits of a tile of rows, and what is made of them; hidden states of the predicted rows
     rollout: int  # products of one layer, of each head
@@ -83,7 +89,7 @@ class MemoryPlan:
     @property
     def in_forward(self) -> int:
         """Beside what the forward pass itself takes."""
-        return self.policies + self.requests + self.queries
+        return self.policies + self.requests + self.graphs + self.queries
 
     @property
     def after_forward(self) -> int:
@@ -135,10 +141,27 @@ def plan_memory(config: Any, options: ServerOptions) -> MemoryPlan:
         canvases=state_bytes(slots, length, network.layers),
         policies=_policy_bytes(slots, length, options.refresh_budget, network.vocab_size),
         requests=request_memory(options, network, length),
+        graphs=_graph_bytes(network, graph_rows(config, options), min(length, MAX_LENGTH)),
         queries=network.layers * rows * network.heads * (network.head_size * network.itemsize + 4),
         statistics=statistics_bytes(network.vocab_size, network.itemsize) + handed_on,
         rollout=slots * (network.heads + 4) * length * 4,
     )
+
+
+def graph_rows(config: Any, options: ServerOptions) -> int:
+    """Rows of the largest CUDA graph of an engine with that VllmConfig; 0 = it has none."""
+    if config.device_config.device_type != "cuda" or config.model_config.enforce_eager:
+        return 0
+    return min(options.graph_rows, config.scheduler_config.max_num_batched_tokens)
+
+
+def _graph_bytes(network: Network, rows: int, length: int) -> int:
+    """The maps of ``rows`` rows of the longest text, the numbers that one layer makes of them, and the buffers.
+
+    All graphs share the memory of the largest; buffers are smaller than the maps of one layer.
+    """
+    maps = (network.layers + 1) * 5 * rows * length  # 4 bytes and the pool's slack
+    return maps + rows * (8 * network.hidden_size + 3 * network.intermediate_size) * network.itemsize
 
 
 def _policy_bytes(slots: int, length: int, budget: int | None, vocab_size: int) -> int:

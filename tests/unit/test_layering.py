@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "graph_check": ("ops", "attention.capture", "step_graphs"),
     "cuda_graphs": ("step_graphs",),
     "request_check": ("config", "figures", "grammar", "infill", "snapshots"),
-    "memory_plan": ("config", "canvas", "ops", "policies", "samplers", "attention.capture"),
+    "memory_plan": ("config", "canvas", "ops", "policies", "samplers", "attention.capture", "step_graphs"),
     "startup_log": ("config", "policies", "memory_plan"),
     "scheduler": ("config", "figures", "policies", "compat", "memory_plan", "snapshots", "startup_log"),
     "runner_sampler": ("ops", "snapshots"),

@@ -13,7 +13,7 @@ from tests.ops.live import LiveMemory
 from tests.unit.test_startup_log import LAYERS, LENGTH, SHAPE, SLOTS
 from tests.unit.test_startup_log import config as engine_config
 from vllm_d2cache.attention.capture import ImportanceCapture, MapPool, keeps_map
-from vllm_d2cache.canvas import Request
+from vllm_d2cache.canvas import Request, tensor_bytes
 from vllm_d2cache.config import OptionError, RequestOptions, ServerOptions, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.memory_plan import (
@@ -30,9 +30,10 @@ from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.row_stats import ROWS_PER_TILE, statistics_bytes
 from vllm_d2cache.policies import row_budget
 from vllm_d2cache.records import EditSpec, FamilyTraits, SamplingSpec
+from vllm_d2cache.step_graphs import StepBuffers, graph_sizes
 
 CPU = torch.device("cpu")
-NETWORK = Network(layers=3, hidden_size=64, heads=4, head_size=16, vocab_size=4001, itemsize=4)
+NETWORK = Network(layers=3, hidden_size=64, heads=4, intermediate_size=96, head_size=16, vocab_size=4001, itemsize=4)
 PLAIN = ServerOptions({})
 
 
@@ -151,9 +152,24 @@ def test_state_of_policies_and_decoders() -> None:
     assert 0.3 * plan.policies <= made <= plan.policies
 
 
+def test_graphs() -> None:
+    config = engine_config()
+    assert plan_memory(config, PLAIN).graphs == 0, "eager"
+    config.model_config.enforce_eager = False
+    plan = plan_memory(config, parse_server_options({"graph_rows": 64}))
+    buffers = StepBuffers(graph_sizes(64, SLOTS)[-1], LENGTH, 16, CPU)
+    maps = sum(MapPool().take(layer, 64 * LENGTH, CPU).nbytes for layer in range(LAYERS))
+    activations = 64 * (8 * 8 * SHAPE.head_size + 3 * 256) * 2
+    assert tensor_bytes(buffers) + maps + activations <= plan.graphs <= 1.3 * (maps + activations)
+    assert plan.in_forward > plan.graphs
+    assert plan_memory(config, parse_server_options({"graph_rows": 0})).graphs == 0
+    config.device_config.device_type = "cpu"
+    assert plan_memory(config, PLAIN).graphs == 0
+
+
 def test_what_running_requests_may_hold() -> None:
     network = Network.of(engine_config())
-    assert network == Network(LAYERS, SHAPE.hidden_size, 4, SHAPE.head_size, SHAPE.vocab_size, 2)
+    assert network == Network(LAYERS, SHAPE.hidden_size, 4, 256, SHAPE.head_size, SHAPE.vocab_size, 2)
     assert request_memory(PLAIN, network, LENGTH) == DEFAULT_REQUEST_MEMORY
     assert request_memory(parse_server_options({"request_memory": 0.5}), network, LENGTH) == GIB // 2
     large = replace(network, layers=32)
@@ -174,18 +190,18 @@ def test_a_request_that_can_never_be_admitted() -> None:
 
 
 def test_the_rehearsal_takes_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = MemoryPlan(canvases=1, policies=10, requests=100, queries=1000, statistics=5000, rollout=7000)
+    plan = MemoryPlan(canvases=1, policies=10, requests=100, graphs=2000, queries=1000, statistics=5000, rollout=7000)
     rehearsal = Rehearsal(plan, torch.device("meta"))
     with LiveMemory() as live:
         rehearsal.forward()
-        assert live.now == 1110
+        assert live.now == 3110
         rehearsal.sample()
-        assert (live.now, live.peak) == (0, 8110)
+        assert (live.now, live.peak) == (0, 10110)
         rehearsal.forward()
         rehearsal.end()
         rehearsal.forward()
         rehearsal.sample()
-        assert (live.now, live.peak) == (0, 8110)
+        assert (live.now, live.peak) == (0, 10110)
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("no")

@@ -47,6 +47,7 @@ def config() -> Any:
         scheduler_config=SimpleNamespace(max_num_seqs=SLOTS, max_num_batched_tokens=2048, async_scheduling=True),
         parallel_config=SimpleNamespace(tensor_parallel_size=2),
         cache_config=SimpleNamespace(block_size=BLOCK),
+        device_config=SimpleNamespace(device_type="cuda"),
     )
 
 
