@@ -25,6 +25,7 @@ KERNELS = {"kernels": ["tests/triton", "--ignore=tests/triton/test_compiles_for_
 ENGINE = {
     "engine": [
         "tests/e2e/test_gpu.py",
+        "tests/e2e/test_memory.py",
         "tests/e2e/test_traces.py",
         "tests/e2e/test_independence.py",
         "tests/e2e/test_policies.py::test_one_batch_of_all_policies_as_in_the_reference",

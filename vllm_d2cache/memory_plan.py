@@ -73,6 +73,16 @@ class Network:
             held += 2 * canvas_len * row  # a copy while the memory of all grows
         return held
 
+    def partial_row_bytes(self) -> int:
+        """Of one row in a PartialForward (stored_outputs.py), beyond what the plain loop over the layers takes.
+
+        While the layer runs: copies of its two inputs, and their sum in fp32. Behind it, when the MLP's own numbers are
+        gone: its outputs in fp32 and back, and both parts of the stream anew.
+        """
+        beside = self.hidden_size * (2 * self.itemsize + 4)
+        behind = self.hidden_size * (5 * self.itemsize + 16) - 3 * self.intermediate_size * self.itemsize
+        return max(beside, behind)
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -83,13 +93,14 @@ class MemoryPlan:
     requests: int  # what all running requests together may hold (Network.request_bytes)
     graphs: int  # CUDA graphs: their maps, activations and buffers, there from the first start on
     queries: int  # kept in a step that computes its maps again, with log-sum-exps: all rows of all layers
+    partial: int  # copies of rows, where policies have layers compute a part of them
     statistics: int  # logits of a tile of rows, and what is made of them; hidden states of the predicted rows
     rollout: int  # products of one layer, of each head
 
     @property
     def in_forward(self) -> int:
         """Beside what the forward pass itself takes."""
-        return self.policies + self.requests + self.graphs + self.queries
+        return self.policies + self.requests + self.graphs + self.queries + self.partial
 
     @property
     def after_forward(self) -> int:
@@ -143,6 +154,7 @@ def plan_memory(config: Any, options: ServerOptions) -> MemoryPlan:
         requests=request_memory(options, network, length),
         graphs=_graph_bytes(network, graph_rows(config, options), min(length, MAX_LENGTH)),
         queries=network.layers * rows * network.heads * (network.head_size * network.itemsize + 4),
+        partial=rows * network.partial_row_bytes(),
         statistics=statistics_bytes(network.vocab_size, network.itemsize) + handed_on,
         rollout=slots * (network.heads + 4) * length * 4,
     )
@@ -183,23 +195,18 @@ class Rehearsal:
     def __init__(self, plan: MemoryPlan, device: torch.device) -> None:
         self.plan = plan
         self.device = device
-        self._over = device.type == "cpu"
         self._held: torch.Tensor | None = None
 
     def forward(self) -> None:
-        """A dummy forward pass follows."""
-        if not self._over:
+        """The forward pass of a profile run follows."""
+        if self.device.type != "cpu":
             self._held = self._take(self.plan.in_forward)
 
     def sample(self) -> None:
-        """The dummy forward pass is over."""
-        if not self._over:
+        """A dummy forward pass is over; if it was that of a profile run, so is the rehearsal."""
+        if self._held is not None:
             self._take(self.plan.after_forward)
             self._held = None
-
-    def end(self) -> None:
-        """The KV cache has its size."""
-        self._over, self._held = True, None
 
     def _take(self, num_bytes: int) -> torch.Tensor:
         try:

@@ -68,9 +68,9 @@ def test_ten_lines_with_the_numbers() -> None:
         f"2048.0 MiB for maps and stored outputs, of which one of 512 + 256 positions takes {held:.1f}"
     )
     queries = LAYERS * 2048 * 4 * (HEAD * 2 + 4) / 2**20
-    assert by_name["memory of a step, beside the forward pass"].startswith(
-        f"queries {queries:.1f} MiB, then statistics"
-    )
+    step = by_name["memory of a step, beside the forward pass"]
+    assert step.startswith(f"queries {queries:.1f} MiB, copies of rows ")
+    assert ", then statistics " in step
     assert by_name["execution"] == "eager"
     assert by_name["scheduling"] == "asynchronous"
     on_gpu = config()
