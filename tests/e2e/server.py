@@ -16,6 +16,8 @@ from pathlib import Path
 import httpx
 
 TINY = str(Path(__file__).resolve().parents[2] / "models" / "tiny-llada")
+# Of this environment, or of another one where the clients have one of their own (make clients).
+VLLM = os.environ.get("SERVER_COMMAND", str(Path(sys.executable).with_name("vllm")))
 _STARTUP_SECONDS = 400
 
 
@@ -58,7 +60,7 @@ def serve(log_file: Path, *flags: str, model: str = TINY, port: int | None = Non
     """Start `vllm serve MODEL` with these flags, wait until it answers, and end it as Ctrl-C does."""
     port = port or free_port()
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", model, "--port", str(port), *flags]
+    command = [VLLM, "serve", model, "--port", str(port), *flags]
     with log_file.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
     server = Server(f"http://127.0.0.1:{port}", process, log_file)

@@ -6,7 +6,7 @@ the tensors, and its configuration the sizes and switches (shape.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
 import torch
@@ -221,6 +221,8 @@ class DiffusionLM(nn.Module):
         self.head_in_sampler = False
         # Likewise, where a request's policy stores outputs of layers: runs the layers in place of the plain loop.
         self.partial_forward: PartialForward | None = None
+        # Likewise, where a CUDA graph does the step: replays it, its inputs being in place.
+        self.replay: Callable[[], torch.Tensor] | None = None
 
     @staticmethod
     def tensor_shapes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
@@ -246,6 +248,8 @@ class DiffusionLM(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[N] token ids at [N] absolute positions, in any order -> [N, d] final hidden states."""
+        if self.replay is not None:
+            return self.replay()
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         residual = None
         if self.partial_forward is not None:
