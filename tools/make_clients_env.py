@@ -34,7 +34,17 @@ def build(main_venv: Path) -> None:
     uv, hint = ensure_uv(main_venv, shutil.which("uv")), "Check pip's configuration (pip config list) and the network."
     run([uv, "venv", "--quiet", "--python", sys.executable, str(VENV)], "making the environment", hint)
     links = [word for link in pip_settings("find-links") for word in ("--find-links", link)]
-    command = [uv, "pip", "install", "--quiet", "--python", str(VENV / "bin" / "python"), *links, "-r", str(REQUIREMENTS)]
+    command = [
+        uv,
+        "pip",
+        "install",
+        "--quiet",
+        "--python",
+        str(VENV / "bin" / "python"),
+        *links,
+        "-r",
+        str(REQUIREMENTS),
+    ]
     run(command, "installing the clients", hint, uv_environment())
     STAMP.write_text(wanted)
 
