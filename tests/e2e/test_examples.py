@@ -165,8 +165,8 @@ def test_the_start_up_log_has_the_plan_and_each_changed_default(server: Server) 
     plan = [line for line in lines if not line.startswith("changed a default: ")]
     names = [line.split(":")[0] for line in plan]
     assert names == [
-        "model", "decoding unless a request says otherwise", "budget", "batch", "KV cache", "canvases",
-        "attention maps", "execution", "scheduling", "traces",
+        "model", "decoding unless a request says otherwise", "budget", "batch", "KV cache",
+        "memory of running requests", "memory of a step, beside the forward pass", "execution", "scheduling", "traces",
     ]  # fmt: skip
     assert any(line.startswith("changed a default: execution is eager (") for line in lines)
     assert "policy d2cache" in plan[1]
