@@ -15,10 +15,13 @@ endif
 bin := $(VENV)/bin
 # Tests need no network, little memory for the KV cache, and one thread: the models are tiny. Serving has none of this.
 test_env := HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 DO_NOT_TRACK=1 VLLM_NO_USAGE_STATS=1
+# Clients of the server have an environment of their own, without torch and vLLM.
+clients := $(test_env) OMP_NUM_THREADS=1 SERVER_COMMAND=$(abspath $(bin))/vllm \
+  .venv-clients/bin/python -m pytest --confcutdir=tests/clients
 pytest := $(test_env) OMP_NUM_THREADS=1 $(bin)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-matrix unit kernels test-gpu lint format bench bench-gpu load eval train clean
+.PHONY: help env demo test test-matrix unit kernels test-gpu lint format clients fuzz bench bench-gpu load eval train clean
 
 help:  ## show this list
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv] [BACKEND=auto|cpu|cuda] [VLLM=0.31.0]'
@@ -32,9 +35,10 @@ env:  ## build the environment, or bring it up to date (no effect when nothing h
 demo: env  ## serve the tiny checkpoint with `vllm serve` and compare d2Cache with full recompute
 	@$(bin)/python tools/demo.py
 
-test: lint unit kernels  ## all tests: lint, unit and property tests, kernels, tests inside vLLM, end to end (minutes)
+test: lint unit kernels clients-env  ## all tests: lint, unit and property tests, kernels, tests inside vLLM, end to end (minutes)
 	$(pytest) -n auto tests/unit tests/ops -m "(hypothesis or slow) and not vllm and not gpu"
 	$(pytest) tests/vllm tests/e2e
+	$(clients) tests/clients
 
 test-matrix:  ## the suite on every supported vLLM with a CPU build, an environment each, and a table (ARGS=0.31.0: one)
 	"$(PYTHON)" tools/test_matrix.py $(ARGS)
@@ -63,13 +67,18 @@ bench: env  ## CPU benchmark of a step
 bench-gpu: env  ## GPU benchmark: correctness, ceilings of the card, kernels, engine steps
 	$(test_env) $(bin)/python -m benchmarks.gpu
 
-eval: env .venv-eval/bin/lm_eval  ## lm-evaluation-harness over the server: scores and costs (ARGS='--help' lists options)
-	DO_NOT_TRACK=1 VLLM_NO_USAGE_STATS=1 $(bin)/python -m benchmarks.quality $(ARGS)
+.PHONY: clients-env
+clients-env: env
+	@$(bin)/python tools/make_clients_env.py $(VENV)
 
-# A client of the server: it has an environment of its own, without torch and vLLM.
-.venv-eval/bin/lm_eval:
-	"$(PYTHON)" -m venv .venv-eval
-	.venv-eval/bin/python -m pip install --quiet 'lm_eval[api,math]>=0.4.13,<0.5'
+clients: clients-env  ## clients that others wrote and requests that nobody would write, against a real server (minutes)
+	$(clients) tests/clients
+
+fuzz: clients-env  ## other such requests each time, and more of them (half an hour)
+	HYPOTHESIS_PROFILE=fuzz $(clients) tests/clients/test_server_fuzz.py
+
+eval: clients-env  ## lm-evaluation-harness over the server: scores and costs (ARGS='--help' lists options)
+	DO_NOT_TRACK=1 VLLM_NO_USAGE_STATS=1 $(bin)/python -m benchmarks.quality $(ARGS)
 
 load: env  ## 2,000 mixed requests at 64 concurrent against a server, each answer checked (many minutes on CPU)
 	$(test_env) OMP_NUM_THREADS=1 $(bin)/python -m benchmarks.load --out benchmarks/results/load $(ARGS)

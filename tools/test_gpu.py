@@ -1,12 +1,15 @@
 """GPU tests: kernels, then the engine. Fails where a GPU exists and one of the groups has run nothing on it.
 
-Without a GPU it says so and ends well: there is nothing to test. On a bare machine: tools/bare_gpu.sh.
+Without a GPU it says so and ends well: there is nothing to test. What has passed is noted with a fingerprint of the
+source, so that the benchmark need not run it again. On a bare machine: tools/bare_gpu.sh.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +25,7 @@ KERNELS = {"kernels": ["tests/triton", "--ignore=tests/triton/test_compiles_for_
 ENGINE = {
     "engine": [
         "tests/e2e/test_gpu.py",
+        "tests/e2e/test_memory.py",
         "tests/e2e/test_traces.py",
         "tests/e2e/test_independence.py",
         "tests/e2e/test_policies.py::test_one_batch_of_all_policies_as_in_the_reference",
@@ -30,6 +34,26 @@ ENGINE = {
     "Dream": ["tests/e2e/test_dream.py"],
     "CUDA graphs": ["tests/e2e/test_gpu_graphs.py"],
 }
+
+
+NOTE = ROOT / "build/gpu_tests_passed.json"
+
+
+def fingerprint() -> str:
+    """Of the package and the tests: no git where only the working tree has been carried."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("vllm_d2cache/**/*.py"), *ROOT.glob("tests/**/*.py")]):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def passed_before(device: str, no_engine: bool, note: Path = NOTE) -> bool:
+    """Whether these tests have passed with this source on such a device."""
+    if not note.exists():
+        return False
+    noted = json.loads(note.read_text())
+    wanted = KERNELS if no_engine else {**KERNELS, **ENGINE}
+    return (noted["source"], noted["device"]) == (fingerprint(), device) and set(wanted) <= set(noted["groups"])
 
 
 class Outcome(NamedTuple):
@@ -63,12 +87,18 @@ def problems_of(group: str, outcome: Outcome) -> list[str]:
     return []
 
 
-def main(arguments: list[str], has_gpu: bool, run: Callable[[list[str]], Outcome] = run_pytest) -> int:
-    """The exit code."""
+def main(
+    arguments: list[str], device: str | None, run: Callable[[list[str]], Outcome] = run_pytest, note: Path = NOTE
+) -> int:
+    """The exit code.
+
+    Args:
+        device: name of the GPU; None = there is none.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-engine", action="store_true", help="kernels alone: needs no vLLM")
     args = parser.parse_args(arguments)
-    if not has_gpu:
+    if device is None:
         print("SKIPPED: torch finds no GPU. Not one GPU test has run.", file=sys.stderr)
         return 0
     groups = KERNELS if args.no_engine else {**KERNELS, **ENGINE}
@@ -81,10 +111,14 @@ def main(arguments: list[str], has_gpu: bool, run: Callable[[list[str]], Outcome
         lines.append(f"{group}: {outcome.passed} passed, {len(outcome.skipped)} skipped")
         problems += problems_of(group, outcome)
     print("\n".join([*lines, *(f"FAILED: {problem}" for problem in problems)]))
-    return int(bool(problems))
+    if problems:
+        return 1
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps({"source": fingerprint(), "device": device, "groups": list(groups)}) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
     import torch
 
-    sys.exit(main(sys.argv[1:], torch.cuda.is_available()))
+    sys.exit(main(sys.argv[1:], torch.cuda.get_device_name() if torch.cuda.is_available() else None))

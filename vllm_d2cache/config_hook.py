@@ -78,6 +78,7 @@ class DiffusionConfigHook:
 def _refusals(config: VllmConfig) -> list[str]:
     """Every reason at once, so that nobody has to find them one start at a time."""
     import vllm.envs as envs
+    from vllm.config.compilation import CompilationMode
 
     parallel = config.parallel_config
     checks = {
@@ -109,6 +110,8 @@ def _refusals(config: VllmConfig) -> list[str]:
         '--additional-config \'{"d2cache": {"graph_rows": N}}\' instead)': bool(
             config.compilation_config.cudagraph_capture_sizes or config.compilation_config.max_cudagraph_capture_size
         ),
+        "-cc.mode=stock_torch_compile (it compiles the whole model, whose steps differ; -cc.mode=vllm_compile compiles "
+        "the layers)": config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE,
         f"--logprobs-mode {config.model_config.logprobs_mode} (only raw_logprobs)": (
             config.model_config.logprobs_mode != "raw_logprobs"
         ),
@@ -167,13 +170,18 @@ def _configure(config: VllmConfig) -> None:
 
 
 def _set_execution(config: VllmConfig) -> None:
-    """On a GPU the network stays in vLLM's eager mode too: its graphs are ours (cuda_graphs.py)."""
+    """The network runs as written unless the operator chooses ``-cc.mode``; CUDA graphs are ours (cuda_graphs.py)."""
     from vllm.config.compilation import CompilationMode, CUDAGraphMode
     from vllm.platforms import current_platform
 
+    compiled = config.compilation_config.mode not in (None, CompilationMode.NONE)
     if current_platform.is_cuda_alike():
-        config.compilation_config.mode = CompilationMode.NONE
         config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        if not compiled:
+            # vLLM would compile by default: seconds to minutes of a start, for a gain that nobody has measured here.
+            config.compilation_config.mode = CompilationMode.NONE
+        return
+    if compiled:
         return
     if not config.model_config.enforce_eager:
         _log_change("execution is eager", f"there are no CUDA graphs on {current_platform.device_type}")

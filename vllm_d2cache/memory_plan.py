@@ -39,6 +39,7 @@ class Network:
     layers: int
     hidden_size: int
     heads: int  # of this rank
+    intermediate_size: int  # of this rank, of all MLPs that a row passes in a layer
     head_size: int
     vocab_size: int
     itemsize: int  # bytes of a number of the model's type
@@ -49,7 +50,10 @@ class Network:
         model, parallel = config.model_config, config.parallel_config
         shape = model.hf_config.shape()
         heads = shape.num_heads // parallel.tensor_parallel_size
-        return cls(shape.num_layers, shape.hidden_size, heads, shape.head_size, shape.vocab_size, model.dtype.itemsize)
+        width = shape.intermediate_size * max(1, shape.experts_per_token) // parallel.tensor_parallel_size
+        return cls(
+            shape.num_layers, shape.hidden_size, heads, width, shape.head_size, shape.vocab_size, model.dtype.itemsize
+        )  # fmt: skip
 
     def request_bytes(self, options: RequestOptions, prompt_len: int, canvas_len: int, budget: int | None) -> int:
         """What a request holds while it runs: maps, stored outputs and hidden states for its policy and decoder.
@@ -69,6 +73,16 @@ class Network:
             held += 2 * canvas_len * row  # a copy while the memory of all grows
         return held
 
+    def partial_row_bytes(self) -> int:
+        """Of one row in a PartialForward (stored_outputs.py), beyond what the plain loop over the layers takes.
+
+        While the layer runs: copies of its two inputs, and their sum in fp32. Behind it, when the MLP's own numbers are
+        gone: its outputs in fp32 and back, and both parts of the stream anew.
+        """
+        beside = self.hidden_size * (2 * self.itemsize + 4)
+        behind = self.hidden_size * (5 * self.itemsize + 16) - 3 * self.intermediate_size * self.itemsize
+        return max(beside, behind)
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -77,15 +91,16 @@ class MemoryPlan:
     canvases: int  # there from the start
     policies: int  # state of all policies and decoders, made when the first request asks for one
     requests: int  # what all running requests together may hold (Network.request_bytes)
+    graphs: int  # CUDA graphs: recorded when the KV cache has its size, and held from then on
     queries: int  # kept in a step that computes its maps again, with log-sum-exps: all rows of all layers
+    partial: int  # copies of rows, where policies have layers compute a part of them
     statistics: int  # logits of a tile of rows, and what is made of them; hidden states of the predicted rows
     rollout: int  # products of one layer, of each head
-    graphs: int = 0  # recorded when the KV cache has its size, and held from then on
 
     @property
     def in_forward(self) -> int:
         """Beside what the forward pass itself takes."""
-        return self.policies + self.requests + self.queries + self.graphs
+        return self.policies + self.requests + self.graphs + self.queries + self.partial
 
     @property
     def after_forward(self) -> int:
@@ -132,17 +147,25 @@ def plan_memory(config: Any, options: ServerOptions) -> MemoryPlan:
     """The plan of an engine with that VllmConfig."""
     network, model, scheduler = Network.of(config), config.model_config, config.scheduler_config
     slots, rows, length = scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len
-    graphs = [] if model.enforce_eager else graph_sizes(min(options.graph_rows, rows), slots)
+    graphs = graph_sizes(graph_rows(config, options), slots)
     handed_on = rows * network.hidden_size * network.itemsize
     return MemoryPlan(
         canvases=state_bytes(slots, length, network.layers),
         policies=_policy_bytes(slots, length, options.refresh_budget, network.vocab_size),
         requests=request_memory(options, network, length),
+        graphs=graph_bytes(graphs, length, network.layers, network.hidden_size, network.itemsize),
         queries=network.layers * rows * network.heads * (network.head_size * network.itemsize + 4),
+        partial=rows * network.partial_row_bytes(),
         statistics=statistics_bytes(network.vocab_size, network.itemsize) + handed_on,
         rollout=slots * (network.heads + 4) * length * 4,
-        graphs=graph_bytes(graphs, length, network.layers, network.hidden_size, network.itemsize),
     )
+
+
+def graph_rows(config: Any, options: ServerOptions) -> int:
+    """Rows of the largest CUDA graph of an engine with that VllmConfig; 0 = it has none."""
+    if config.device_config.device_type != "cuda" or config.model_config.enforce_eager:
+        return 0
+    return min(options.graph_rows, config.scheduler_config.max_num_batched_tokens)
 
 
 def _policy_bytes(slots: int, length: int, budget: int | None, vocab_size: int) -> int:
@@ -164,23 +187,18 @@ class Rehearsal:
     def __init__(self, plan: MemoryPlan, device: torch.device) -> None:
         self.plan = plan
         self.device = device
-        self._over = device.type == "cpu"
         self._held: torch.Tensor | None = None
 
     def forward(self) -> None:
-        """A dummy forward pass follows."""
-        if not self._over:
+        """The forward pass of a profile run follows."""
+        if self.device.type != "cpu":
             self._held = self._take(self.plan.in_forward)
 
     def sample(self) -> None:
-        """The dummy forward pass is over."""
-        if not self._over:
+        """A dummy forward pass is over; if it was that of a profile run, so is the rehearsal."""
+        if self._held is not None:
             self._take(self.plan.after_forward)
             self._held = None
-
-    def end(self) -> None:
-        """The KV cache has its size."""
-        self._over, self._held = True, None
 
     def _take(self, num_bytes: int) -> torch.Tensor:
         try:

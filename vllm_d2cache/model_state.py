@@ -91,10 +91,6 @@ class D2CacheModelState(ModelState):
         )
         self._graph_size: GraphSize | None = None  # of the step under way; None = eager
 
-    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: Any) -> None:
-        """Memory has been measured."""
-        self.rehearsal.end()
-
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Replace vLLM's sampler; there is no rejection sampler."""
         return D2CacheSampler(self, sampler), None
@@ -234,7 +230,8 @@ class D2CacheModelState(ModelState):
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Give the model the rows of the refresh sets alone: what was reserved beyond them costs nothing."""
         if self.rows is None:
-            self.rehearsal.forward()
+            if not self.model.layers[0].pages.numel():
+                self.rehearsal.forward()  # there is no KV cache yet: vLLM measures what it may take
             return {}
         for slot in self.rows.slots:
             if slot in self._unsettled:

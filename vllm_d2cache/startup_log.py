@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from vllm_d2cache.config import RequestOptions, ServerOptions
-from vllm_d2cache.memory_plan import Network, plan_memory
+from vllm_d2cache.memory_plan import Network, graph_rows, plan_memory
 from vllm_d2cache.policies import row_budget
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ def plan_lines(config: VllmConfig, options: ServerOptions, num_kv_blocks: int) -
         f"longest kind; {_mib(num_kv_blocks * block * per_position)} on each of {parallel.tensor_parallel_size} ranks",
         f"memory of running requests: {_mib(plan.requests)} for maps and stored outputs, of which one of "
         f"{_EXAMPLE[0]} + {_EXAMPLE[1]} positions takes {_mib(example)}; canvases {_mib(plan.canvases)}, "
-        f"policies {_mib(plan.policies)}",
-        f"memory of a step, beside the forward pass: queries {_mib(plan.queries)}, then statistics "
-        f"{_mib(plan.statistics)} or rollout {_mib(plan.rollout)}",
-        f"execution: {_execution(plan.graphs, options)}",
+        f"policies {_mib(plan.policies)}, CUDA graphs {_mib(plan.graphs)}",
+        f"memory of a step, beside the forward pass: queries {_mib(plan.queries)}, copies of rows "
+        f"{_mib(plan.partial)}, then statistics {_mib(plan.statistics)} or rollout {_mib(plan.rollout)}",
+        f"execution: {_execution(config, options)}",
         "scheduling: " + ("asynchronous" if scheduler.async_scheduling else "synchronous"),
         f"traces: {options.trace_dir} (they hold the prompts' token ids)" if options.trace_dir else "traces: off",
     ]
@@ -63,13 +63,11 @@ def _budget(defaults: RequestOptions, options: ServerOptions) -> str:
     return f"{text}; refresh_budget={options.refresh_budget} makes results approximate"
 
 
-def _execution(graphs: int, options: ServerOptions) -> str:
-    if not graphs:
+def _execution(config: VllmConfig, options: ServerOptions) -> str:
+    rows = graph_rows(config, options)
+    if not rows:
         return "eager"
-    return (
-        f"CUDA graphs for refresh steps of up to {options.graph_rows} rows ({_mib(graphs)}), "
-        "eager for first steps and larger ones"
-    )
+    return f"CUDA graphs for refresh steps of up to {rows} rows, eager for first steps and larger ones"
 
 
 def _kv_bytes_per_position(config: VllmConfig) -> int:

@@ -58,11 +58,11 @@ class Results:
             print(f"{place}{x.ms:9.3f}{x.ratio:9.2f}{twin:>9}  {other}")
         if self.steps:
             head = (
-                f"{'step':10}{'backend':9}{'run':7}{'policy':9}{'workload':15}{'sent':>5}{'in':>4}{'T':>6}{'rows':>8}"
+                f"{'step':10}{'backend':9}{'run':7}{'policy':12}{'workload':15}{'sent':>5}{'in':>4}{'T':>6}{'rows':>8}"
             )
             print(f"\n{head}{'ms':>8}{'x floor':>9}{'outside':>9}{'tok/s':>8}{'GB':>6}")
         for s in self.steps:
-            place = f"{s.family:10}{s.backend:9}{s.execution:7}{s.policy:9}{s.workload:15}{s.requests:5}{s.running:4}"
+            place = f"{s.family:10}{s.backend:9}{s.execution:7}{s.policy:12}{s.workload:15}{s.requests:5}{s.running:4}"
             numbers = f"{s.length:6}{s.rows:8.0f}{s.step_ms:8.2f}{s.ratio:9.2f}{s.outside:9.1%}{s.tokens_per_s:8.0f}"
             print(f"{place}{numbers}{s.peak_gb:6.1f}")
         for reason in self.left_out:

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.quality.tasks import Task
 from tools.traces import Trace, read
 
-HARNESS = Path(".venv-eval/bin/lm_eval")
+HARNESS = Path(".venv-clients/bin/lm_eval")
 
 
 class HarnessError(Exception):

@@ -25,7 +25,7 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.register_profile(
-    "fuzz", hypothesis.settings.get_profile("clients"), derandomize=False, max_examples=90, print_blob=True
+    "fuzz", hypothesis.settings.get_profile("clients"), derandomize=False, max_examples=300, print_blob=True
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "clients"))
 

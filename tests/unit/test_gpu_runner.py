@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.test_gpu import ENGINE, KERNELS, ROOT, Outcome, main, run_pytest
+from tools.test_gpu import ENGINE, KERNELS, ROOT, Outcome, fingerprint, main, passed_before, run_pytest
 
 
 def outcome(code: int = 0, passed: int = 1, skipped: tuple[str, ...] = ()) -> Outcome:
@@ -14,23 +14,29 @@ def outcome(code: int = 0, passed: int = 1, skipped: tuple[str, ...] = ()) -> Ou
 
 
 def test_no_gpu_is_no_failure_but_loud(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([], False, lambda paths: pytest.fail("nothing may run")) == 0
+    assert main([], None, lambda paths: pytest.fail("nothing may run")) == 0
     assert "Not one GPU test has run" in capsys.readouterr().err
 
 
-def test_all_groups_pass(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_groups_pass(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    note = tmp_path / "build/note.json"
     ran: list[list[str]] = []
 
     def run(paths: list[str]) -> Outcome:
         ran.append(paths)
         return outcome(passed=3, skipped=("reason",))
 
-    assert main([], True, run) == 0
+    assert main([], "card", run, note) == 0
     assert ran == [*KERNELS.values(), *ENGINE.values()]
+    assert passed_before("card", False, note) and passed_before("card", True, note)
+    assert not passed_before("another card", True, note)
     assert "kernels: 3 passed, 1 skipped" in capsys.readouterr().out
     ran.clear()
-    assert main(["--no-engine"], True, run) == 0
+    assert main(["--no-engine"], "card", run, note) == 0
     assert ran == [*KERNELS.values()]
+    assert passed_before("card", True, note) and not passed_before("card", False, note)
+    note.write_text(note.read_text().replace(fingerprint(), "other source"))
+    assert not passed_before("card", True, note)
 
 
 @pytest.mark.parametrize(
@@ -42,8 +48,12 @@ def test_all_groups_pass(capsys: pytest.CaptureFixture[str]) -> None:
         (outcome(passed=0), "kernels: no test has run: none was found"),
     ],
 )
-def test_a_group_that_fails_or_runs_nothing(bad: Outcome, words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--no-engine"], True, lambda paths: bad) == 1
+def test_a_group_that_fails_or_runs_nothing(
+    bad: Outcome, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    note = tmp_path / "note.json"
+    assert main(["--no-engine"], "card", lambda paths: bad, note) == 1
+    assert not note.exists() and not passed_before("card", True, note)
     assert words in capsys.readouterr().out
 
 

@@ -128,6 +128,24 @@ def test_on_a_gpu_the_graphs_are_ours(on_cuda: None) -> None:
     assert config_hook._without_graphs(raw, parse_server_options(None)) == {}, "a configuration built anew"
 
 
+@pytest.mark.parametrize("mode", [CompilationMode.VLLM_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE])
+def test_the_network_is_compiled_where_the_operator_says_so(on_cuda: None, mode: CompilationMode) -> None:
+    raw = raw_config(mode=mode)
+    for _ in range(2):  # vLLM builds a configuration again from one that has been here
+        config_hook._set_execution(raw)
+        assert raw.compilation_config.mode == mode
+        assert raw.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+
+
+def test_compilation_on_a_cpu(checkpoint: Path) -> None:
+    assert configured(checkpoint).compilation_config.mode == CompilationMode.NONE
+    chosen = configured(checkpoint, compilation_config={"mode": CompilationMode.VLLM_COMPILE})
+    assert not chosen.model_config.enforce_eager
+    assert chosen.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE, "what vLLM makes of it on a CPU"
+    with pytest.raises(ValueError, match="vllm_compile compiles the layers"):
+        configured(checkpoint, compilation_config={"mode": CompilationMode.STOCK_TORCH_COMPILE})
+
+
 @pytest.mark.parametrize(
     ("section", "compilation", "want"),
     [
