@@ -176,6 +176,9 @@ def _set_execution(config: VllmConfig) -> None:
 
     compiled = config.compilation_config.mode not in (None, CompilationMode.NONE)
     if current_platform.is_cuda_alike():
+        mode = config.compilation_config.cudagraph_mode
+        if mode not in (None, CUDAGraphMode.NONE):
+            _log_change(f"vLLM's CUDA graphs are off, not {mode.name}", "refresh steps have graphs of their own")
         config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         if not compiled:
             # vLLM would compile by default: seconds to minutes of a start, for a gain that nobody has measured here.
@@ -191,6 +194,7 @@ def _set_execution(config: VllmConfig) -> None:
 def _without_graphs(config: VllmConfig, options: ServerOptions) -> dict[str, int]:
     """Options that switch CUDA graphs off where they cannot be, or where the operator has said so in vLLM's words."""
     from vllm.config.compilation import CUDAGraphMode
+    from vllm.config.vllm import OptimizationLevel
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda_alike() or config.model_config.enforce_eager or not options.graph_rows:
@@ -200,6 +204,7 @@ def _without_graphs(config: VllmConfig, options: ServerOptions) -> dict[str, int
     ours = config.scheduler_config.scheduler_cls == SCHEDULER
     reasons = {
         "-cc.cudagraph_mode=none": config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE and not ours,
+        "-O0: nothing is made faster at the cost of the start": config.optimization_level == OptimizationLevel.O0,
         f"attention_backend {backend} reads the batch on the host": backend != "triton",
         "--data-parallel-size > 1: the ranks agree on every step": config.parallel_config.data_parallel_size > 1,
     }

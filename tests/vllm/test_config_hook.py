@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from vllm.config import VllmConfig
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
+from vllm.config.vllm import OptimizationLevel
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.reference.oracle import ORACLE
@@ -108,12 +109,13 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
 
 
-def raw_config(**compilation: Any) -> Any:
+def raw_config(level: OptimizationLevel = OptimizationLevel.O2, **compilation: Any) -> Any:
     """What the hook reads to decide how steps are executed, before vLLM has filled in defaults."""
     return SimpleNamespace(
         model_config=SimpleNamespace(enforce_eager=False),
         parallel_config=SimpleNamespace(data_parallel_size=1),
         scheduler_config=SimpleNamespace(scheduler_cls=None),
+        optimization_level=level,
         compilation_config=SimpleNamespace(**{"mode": None, "cudagraph_mode": None, **compilation}),
     )
 
@@ -155,6 +157,8 @@ def test_compilation_on_a_cpu(checkpoint: Path) -> None:
         ({"attention_backend": "xformers"}, {}, {"graph_rows": 0}),
         ({}, {"cudagraph_mode": CUDAGraphMode.NONE}, {"graph_rows": 0}),
         ({"graph_rows": 0}, {"cudagraph_mode": CUDAGraphMode.NONE}, {}),
+        ({}, {"level": OptimizationLevel.O0}, {"graph_rows": 0}),
+        ({}, {"cudagraph_mode": CUDAGraphMode.FULL}, {}),
     ],
 )
 def test_what_leaves_no_graphs(
