@@ -50,9 +50,8 @@ kernels: env  ## Triton kernels against their PyTorch twins in Triton's interpre
 	TRITON_INTERPRET=1 $(pytest) tests/triton --deselect tests/triton/test_compiles_for_hopper.py
 	$(pytest) -n auto tests/triton/test_compiles_for_hopper.py
 
-test-gpu: env  ## kernels and ops on a GPU, real shapes included
-	@$(bin)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no GPU: nothing to test")'
-	$(pytest) tests/triton tests/ops
+test-gpu: env  ## kernels and engine on a GPU, real shapes included (fails if there is one and nothing ran on it)
+	$(test_env) $(bin)/python tools/test_gpu.py
 
 lint: env  ## ruff: errors, import order, format
 	$(bin)/ruff check .

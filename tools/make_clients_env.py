@@ -1,4 +1,4 @@
-"""Build the environment of the server's clients, for `make clients`, `make fuzz` and `make eval`.
+"""Build the environment of the server's clients (`make clients`, `make fuzz`, `make eval`); quick if nothing changed.
 
     .venv/bin/python tools/make_clients_env.py .venv    # .venv-clients, by uv: the user's or that of .venv
 

@@ -53,6 +53,10 @@ class CanvasStates:
         # By position: 1 where layers may take their stored outputs, 2 where values are compared as well.
         self.stored = torch.zeros(num_slots, max_len, dtype=torch.int8, device=device)
         self.stored_count = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        # Rows that stay behind each layer, and by position what speaks for them (records.RowExits).
+        self.exit_keep = torch.zeros(num_slots, traits.num_layers, dtype=torch.int64, device=device)
+        self.exit_bias = torch.zeros(num_slots, max_len, device=device)
+        self.exit_weight = torch.zeros(num_slots, device=device)
         self.kept = torch.zeros(num_slots, len(KeptKeys._fields), dtype=torch.int64, device=device)
         self.emitted = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -126,10 +130,19 @@ class CanvasStates:
         )
 
 
-def state_bytes(num_slots: int, max_len: int) -> int:
+def state_bytes(num_slots: int, max_len: int, num_layers: int = 1) -> int:
     """Bytes of the tensors of :class:`CanvasStates`, but for the columns that grow with the number of stop tokens."""
-    states = CanvasStates(num_slots, max_len, torch.device("meta"), FamilyTraits(mask_token_id=0))
-    return sum(value.nbytes for value in vars(states).values() if isinstance(value, torch.Tensor))
+    states = CanvasStates(
+        num_slots, max_len, torch.device("meta"), FamilyTraits(mask_token_id=0, num_layers=num_layers)
+    )
+    return tensor_bytes(states)
+
+
+def tensor_bytes(owner: object) -> int:
+    """Bytes of the tensors that are attributes of ``owner``, or in a dictionary that is one."""
+    values = vars(owner).values()
+    held = [v for value in values for v in (value.values() if isinstance(value, dict) else [value])]
+    return sum(value.nbytes for value in held if isinstance(value, torch.Tensor))
 
 
 def make_view(

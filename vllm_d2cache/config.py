@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm_d2cache.option_types import Choice as _Choice
 from vllm_d2cache.option_types import Number as _Number
+from vllm_d2cache.option_types import Text as _Text
 from vllm_d2cache.policy_registry import POLICY_CLASSES, PolicyError
 
 PREFIX = "d2cache_"
@@ -54,6 +55,9 @@ LONGEST_RUN = 16
 
 # Canvas length of a request that names no max_tokens (the published gen_length of most tasks).
 DEFAULT_CANVAS_LENGTH = 256
+# Beyond this many rows a step of an 8B model is long enough to hide its launches, and padding costs real time
+# (docs/performance.md, "CUDA graphs").
+DEFAULT_GRAPH_ROWS = 512
 
 
 class OptionError(ValueError):
@@ -89,10 +93,17 @@ REQUEST_FIELDS: dict[str, _Number | _Choice] = {
     "wide_in_thres": _Number(float, 0, 1),
     "narrow_out_thres": _Number(float, 0, 1),
 }
-SERVER_ONLY_FIELDS = ("trace_dir", "refresh_budget", "max_canvas", "token_frequencies", "attention_backend")
-_BUDGET = _Number(int, 1, note="rows per request and step")
-_MAX_CANVAS = _Number(int, DEFAULT_CANVAS_LENGTH, note="positions; the default canvas must fit")
-_BACKEND = _Choice(ATTENTION_BACKENDS)
+# Settings of the server, and of no request; null is the same as leaving one out.
+_SERVER_FIELDS: dict[str, _Number | _Choice | _Text] = {
+    "trace_dir": _Text("a directory name"),
+    "refresh_budget": _Number(int, 1, note="rows per request and step"),
+    "max_canvas": _Number(int, DEFAULT_CANVAS_LENGTH, note="positions; the default canvas must fit"),
+    "token_frequencies": _Text("the name of a .npy file"),
+    "attention_backend": _Choice(ATTENTION_BACKENDS),
+    "graph_rows": _Number(int, 0, note="rows; 0 = no CUDA graphs"),
+    "request_memory": _Number(float, 0, open_low=True, note="GiB"),
+}
+SERVER_ONLY_FIELDS = tuple(_SERVER_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -247,6 +258,9 @@ class ServerOptions:
         max_canvas: longest canvas a request may ask for; None = whatever fits behind its prompt.
         token_frequencies: ``.npy`` file of corpus frequencies for the pc decoder; None = there is none.
         attention_backend: what computes on a GPU, one of :data:`ATTENTION_BACKENDS`; None = triton there, torch on CPU.
+        graph_rows: on a GPU, refresh steps of up to this many rows are CUDA graphs; 0 = none are.
+        request_memory: GiB that maps and stored outputs of all running requests may take (memory_plan.py); None = 2, or
+            more where the longest request needs more.
     """
 
     request_defaults: Mapping[str, Any]
@@ -255,6 +269,8 @@ class ServerOptions:
     max_canvas: int | None = None
     token_frequencies: str | None = None
     attention_backend: str | None = None
+    graph_rows: int = DEFAULT_GRAPH_ROWS
+    request_memory: float | None = None
 
     def check_canvas_length(self, length: int) -> None:
         """Refuse a canvas that is longer than the operator allows.
@@ -390,8 +406,7 @@ def _with_policy_options(chosen: Mapping[str, Any], request: Mapping[str, Any]) 
     return {**policy.defaults, **fields_, "policy_options": own_options}
 
 
-def _parse_field(name: str, label: str, value: Any) -> Any:
-    spec = option_types()[name]
+def _parse_value(spec: _Number | _Choice | _Text, label: str, value: Any) -> Any:
     parsed = spec.parse(value)
     if parsed is None:
         raise OptionError(f"{label}: must be {spec.describe()}, got {value!r}")
@@ -408,36 +423,18 @@ def parse_server_options(raw: Mapping[str, Any] | None) -> ServerOptions:
     if raw is not None and not isinstance(raw, Mapping):
         raise OptionError(f'additional_config["{SECTION}"]: must be an object, got {raw!r}')
     defaults: dict[str, Any] = {}
-    trace_dir, budget, max_canvas, frequencies, backend = None, None, None, None, None
+    settings: dict[str, Any] = {}
     for name, value in (raw or {}).items():
         label = f'additional_config["{SECTION}"]["{name}"]'
         if name in option_types():
-            defaults[name] = _parse_field(name, label, value)
-        elif name == "trace_dir":
-            if value is not None and not (isinstance(value, str) and value):
-                raise OptionError(f"{label}: must be a directory name, got {value!r}")
-            trace_dir = value
-        elif name == "token_frequencies":
-            if value is not None and not (isinstance(value, str) and value):
-                raise OptionError(f"{label}: must be the name of a .npy file, got {value!r}")
-            frequencies = value
-        elif name == "refresh_budget":
-            budget = None if value is None else _BUDGET.parse(value)
-            if value is not None and budget is None:
-                raise OptionError(f"{label}: must be {_BUDGET.describe()}, got {value!r}")
-        elif name == "max_canvas":
-            max_canvas = None if value is None else _MAX_CANVAS.parse(value)
-            if value is not None and max_canvas is None:
-                raise OptionError(f"{label}: must be {_MAX_CANVAS.describe()}, got {value!r}")
-        elif name == "attention_backend":
-            backend = None if value is None else _BACKEND.parse(value)
-            if value is not None and backend is None:
-                raise OptionError(f"{label}: must be {_BACKEND.describe()}, got {value!r}")
-        else:
+            defaults[name] = _parse_value(option_types()[name], label, value)
+        elif name not in _SERVER_FIELDS:
             valid = ", ".join([*option_types(), *SERVER_ONLY_FIELDS])
             raise OptionError(f"{label}: unknown option; valid options are {valid}")
+        elif value is not None:
+            settings[name] = _parse_value(_SERVER_FIELDS[name], label, value)
     option_types()  # says now, not at the first request, what is wrong with a policy from outside
-    options = ServerOptions(defaults, trace_dir, budget, max_canvas, frequencies, backend)
+    options = ServerOptions(defaults, **settings)
     options.resolve({})
     return options
 
@@ -457,7 +454,7 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> dict[str, Any
             hint = f"; {key!r} is set server-wide only" if name in SERVER_ONLY_FIELDS else ""
             valid = ", ".join([*(PREFIX + n for n in option_types()), *REQUEST_KEYS])
             raise OptionError(f"{key}: unknown request option{hint}; valid options are {valid}")
-        parsed[name] = _parse_field(name, key, value)
+        parsed[name] = _parse_value(option_types()[name], key, value)
     return parsed
 
 

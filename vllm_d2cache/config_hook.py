@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 
 from vllm_d2cache.compat import cpu_runner, front_end
 from vllm_d2cache.compat.internals import model_file, unsupported_version
-from vllm_d2cache.config import SECTION, parse_server_options
+from vllm_d2cache.config import SECTION, ServerOptions, parse_server_options
 from vllm_d2cache.generation_defaults import read_generation_defaults
 from vllm_d2cache.samplers.frequencies import load_frequencies
 
@@ -67,7 +67,8 @@ class DiffusionConfigHook:
         if isinstance(additional, dict):
             # Where the scheduler and the workers read the options, too; what the operator set wins.
             defaults = _generation_defaults(vllm_config.model_config)
-            vllm_config.additional_config = {**additional, SECTION: {**defaults, **(section or {})}}
+            graphs = _without_graphs(vllm_config, options)
+            vllm_config.additional_config = {**additional, SECTION: {**defaults, **(section or {}), **graphs}}
             options = parse_server_options(vllm_config.additional_config[SECTION])
         if options.token_frequencies is not None:
             load_frequencies(options.token_frequencies, vllm_config.model_config.hf_config.vocab_size)
@@ -77,6 +78,7 @@ class DiffusionConfigHook:
 def _refusals(config: VllmConfig) -> list[str]:
     """Every reason at once, so that nobody has to find them one start at a time."""
     import vllm.envs as envs
+    from vllm.config.compilation import CompilationMode
 
     parallel = config.parallel_config
     checks = {
@@ -104,6 +106,12 @@ def _refusals(config: VllmConfig) -> list[str]:
         f"--kv-cache-dtype {config.cache_config.cache_dtype} (only the model's own dtype yet)": (
             config.cache_config.cache_dtype not in ("auto", str(config.model_config.dtype).removeprefix("torch."))
         ),
+        "--cudagraph-capture-sizes, --max-cudagraph-capture-size (refresh steps have graphs of their own sizes: set "
+        '--additional-config \'{"d2cache": {"graph_rows": N}}\' instead)': bool(
+            config.compilation_config.cudagraph_capture_sizes or config.compilation_config.max_cudagraph_capture_size
+        ),
+        "-cc.mode=stock_torch_compile (it compiles the whole model, whose steps differ; -cc.mode=vllm_compile compiles "
+        "the layers)": config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE,
         f"--logprobs-mode {config.model_config.logprobs_mode} (only raw_logprobs)": (
             config.model_config.logprobs_mode != "raw_logprobs"
         ),
@@ -158,9 +166,48 @@ def _configure(config: VllmConfig) -> None:
         _log_change(change, "a request's first step computes all of its positions, up to max_model_len, at once")
         scheduler.max_num_batched_tokens = max_len
     scheduler.scheduler_cls = SCHEDULER
+    _set_execution(config)
+
+
+def _set_execution(config: VllmConfig) -> None:
+    """The network runs as written unless the operator chooses ``-cc.mode``; CUDA graphs are ours (cuda_graphs.py)."""
+    from vllm.config.compilation import CompilationMode, CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    compiled = config.compilation_config.mode not in (None, CompilationMode.NONE)
+    if current_platform.is_cuda_alike():
+        config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        if not compiled:
+            # vLLM would compile by default: seconds to minutes of a start, for a gain that nobody has measured here.
+            config.compilation_config.mode = CompilationMode.NONE
+        return
+    if compiled:
+        return
     if not config.model_config.enforce_eager:
-        _log_change("execution is eager", "CUDA graphs of refresh steps are not supported yet")
+        _log_change("execution is eager", f"there are no CUDA graphs on {current_platform.device_type}")
     config.model_config.enforce_eager = True
+
+
+def _without_graphs(config: VllmConfig, options: ServerOptions) -> dict[str, int]:
+    """Options that switch CUDA graphs off where they cannot be, or where the operator has said so in vLLM's words."""
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda_alike() or config.model_config.enforce_eager or not options.graph_rows:
+        return {}
+    backend = options.attention_backend or "triton"
+    # vLLM builds a configuration again from one that has been here: then it is our own word.
+    ours = config.scheduler_config.scheduler_cls == SCHEDULER
+    reasons = {
+        "-cc.cudagraph_mode=none": config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE and not ours,
+        f"attention_backend {backend} reads the batch on the host": backend != "triton",
+        "--data-parallel-size > 1: the ranks agree on every step": config.parallel_config.data_parallel_size > 1,
+    }
+    found = [reason for reason, present in reasons.items() if present]
+    if not found:
+        return {}
+    _log_change("there are no CUDA graphs", "; ".join(found))
+    return {"graph_rows": 0}
 
 
 def _log_change(change: str, reason: str) -> None:

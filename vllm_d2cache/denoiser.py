@@ -20,6 +20,7 @@ from vllm_d2cache.decoding import Decoding
 from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.packing import pack_columns
 from vllm_d2cache.ops.row_stats import RowStats
+from vllm_d2cache.partial_rows import exiting_rows, stored_rows
 from vllm_d2cache.policies import POLICY_CLASSES, CachePolicy
 from vllm_d2cache.records import (
     CanvasView,
@@ -30,7 +31,6 @@ from vllm_d2cache.records import (
     StepPlan,
     StepResult,
     StepRows,
-    StoredRows,
     WatchedRows,
 )
 from vllm_d2cache.samplers import DECODER_CLASSES, DecoderResources
@@ -83,7 +83,8 @@ class Denoiser:
     def can_pad(self, slots_host: Sequence[int]) -> bool:
         """Whether a step of these requests can be padded: no first step, and nothing whose shapes the device decides.
 
-        Policies that hide keys, store outputs or read drift need exact rows; so do edits, grammars and most decoders.
+        Policies that hide keys, store outputs, drop rows or read drift need exact rows; so do edits, grammars and most
+        decoders.
         """
         requests = [self.canvas.requests[s] for s in slots_host]
         return (
@@ -127,7 +128,7 @@ class Denoiser:
             predictions = [min(n, r.canvas_len) for n, r in zip(bounds, requests, strict=True)]
         else:
             # The one place of a step that waits for the device: how many rows, and how many of them lead to logits.
-            # (Policies that hide keys, store outputs or read drift, logit edits and some decoders wait once more.)
+            # (Policies that need exact rows, logit edits and some decoders wait once more.)
             counts, predictions = torch.stack([refreshed, predicted.sum(1)]).tolist()
         keys, choices = self._visible_keys(view, requests, refresh)
         starts, places, prediction_starts, prediction_places = upload(
@@ -151,7 +152,8 @@ class Denoiser:
             reads_importance=[POLICY_CLASSES[r.options.policy].reads_importance for r in requests],
             keys=keys,
             choices=choices,
-            stored=self._stored_rows(view, requests, request, positions),
+            stored=stored_rows(canvas, view, requests, counts, request, positions),
+            exiting=exiting_rows(canvas, view, requests, counts, request, positions),
             watched=self._watched_rows(view, requests, refresh, predictable & eligible),
             positions=torch.cat([positions, shadow_positions]),
             input_ids=torch.cat([tokens, masks]),
@@ -200,35 +202,6 @@ class Denoiser:
             elif counts[i] < requests[r].prompt_len + requests[r].canvas_len:
                 keys[r] = positions
         return keys, choices
-
-    def _stored_rows(
-        self, view: CanvasView, requests: list[Request], request: torch.Tensor, positions: torch.Tensor
-    ) -> StoredRows | None:
-        """StepRows.stored; costs nothing where no request's policy stores outputs."""
-        storing = [r for r, q in enumerate(requests) if POLICY_CLASSES[q.options.policy].stores_outputs]
-        if not storing:
-            return None
-        stores = torch.zeros(len(requests), dtype=torch.bool, device=self.canvas.device)
-        stores[storing] = True
-        kind = self.canvas.stored[view.slots[request], positions] * stores[request]
-        count = self.canvas.stored_count[view.slots]
-        computed = torch.zeros_like(count).index_add_(0, request, (kind == 0).long())
-        compared = torch.zeros_like(count).index_add_(0, request, (kind == 2).long())
-        # From the position before the canvas on: a shifted family reads its first slot there.
-        place = positions - view.prompt_len[request] + 1
-        kept = {}
-        for r in storing:
-            mine = ((request == r) & (place >= 0)).nonzero().flatten()
-            kept[r] = (mine, place[mine])
-        return StoredRows(
-            stored=kind > 0,
-            compared=(kind == 2).nonzero().flatten(),
-            request=request,
-            count=count,
-            computed=(computed + torch.minimum(compared, count)).tolist(),
-            kept=kept,
-            capacity={r: requests[r].canvas_len + 1 for r in storing},
-        )
 
     def _watched_rows(
         self, view: CanvasView, requests: list[Request], refresh: torch.Tensor, candidates: torch.Tensor
@@ -341,6 +314,7 @@ class Denoiser:
         """The policy of that name; made when the first request asks for it, as its state takes memory."""
         if name not in self._policies:
             self._policies[name] = POLICY_CLASSES[name](*self._policy_args)
+            self._policies[name].num_layers = self.traits.num_layers
         return self._policies[name]
 
     def _plan(self, view: CanvasView, outcome: StepOutcome, names: list[str]) -> None:
@@ -365,6 +339,10 @@ class Denoiser:
             kind = plan.stored.rows.to(torch.int8) + plan.stored.compared.to(torch.int8)
             self.canvas.stored[view.slots, : kind.shape[1]] = kind
             self.canvas.stored_count[view.slots] = plan.stored.count
+        if plan.exits is not None:
+            self.canvas.exit_keep[view.slots] = plan.exits.keep
+            self.canvas.exit_bias[view.slots, : plan.exits.bias.shape[1]] = plan.exits.bias
+            self.canvas.exit_weight[view.slots] = plan.exits.weight
 
     def _emit(
         self, view: CanvasView, committed: torch.Tensor, revoked: torch.Tensor | None, requests: list[Request]
@@ -386,7 +364,7 @@ class Denoiser:
 
 def needs_exact_rows(policy: type[CachePolicy]) -> bool:
     """Whether steps of that policy have shapes that only the device knows."""
-    return policy.hides_keys or policy.stores_outputs or policy.reads_drift
+    return policy.hides_keys or policy.stores_outputs or policy.drops_rows or policy.reads_drift
 
 
 def _starts(counts: list[int]) -> list[int]:

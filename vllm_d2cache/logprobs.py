@@ -6,7 +6,7 @@ only for running requests that ask, and only as wide as the widest of their canv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,6 +62,10 @@ class LogprobRecorder:
         self._ids[line, : request.canvas_len] = given.unsqueeze(1).long()
         self._logprobs[line] = 0.0
         self._ranks[line] = 1
+
+    def any_of(self, slots: Sequence[int]) -> bool:
+        """Whether some request of these slots asks for log-probabilities."""
+        return not self._lines.keys().isdisjoint(slots)
 
     def remove(self, slot: int) -> None:
         """Free the line of ``slot``, and the tables with the last one."""

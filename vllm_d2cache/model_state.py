@@ -29,18 +29,23 @@ from vllm_d2cache.attention.eviction import KeptBySlot, LayerKeys
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
 from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
+from vllm_d2cache.cuda_graphs import record_graphs
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.infill import parse_canvas
 from vllm_d2cache.logprobs import LogprobRecorder
+from vllm_d2cache.memory_plan import Rehearsal, plan_memory
 from vllm_d2cache.models.weight_check import check_finite
 from vllm_d2cache.ops.backends import AttentionShape, select_backend
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.shadow_attention import ShadowRows
-from vllm_d2cache.policies import row_budget
+from vllm_d2cache.policies import POLICY_CLASSES, row_budget
 from vllm_d2cache.records import EditSpec, SamplingSpec, StepRows
+from vllm_d2cache.row_exits import RowGate
+from vllm_d2cache.row_store import RowStore
 from vllm_d2cache.runner_sampler import D2CacheSampler
 from vllm_d2cache.snapshots import snapshot_interval
-from vllm_d2cache.stored_outputs import OutputStore, PartialForward
+from vllm_d2cache.step_graphs import GraphSize, GraphStep, StepGraphs
+from vllm_d2cache.stored_outputs import PartialForward
 from vllm_d2cache.trace import TraceRecorder
 
 logger = init_logger(f"vllm.{__name__}")
@@ -64,19 +69,27 @@ class D2CacheModelState(ModelState):
         writes = self.options.trace_dir is not None and vllm_config.parallel_config.rank == 0
         name = vllm_config.model_config.model
         self.tracer = TraceRecorder(self.options.trace_dir, name) if writes and self.options.trace_dir else None
+        self.rehearsal = Rehearsal(plan_memory(vllm_config, self.options), device)
         self.rows: StepRows | None = None  # of the step under way
-        self.capture: ImportanceCapture | None = None
+        self.capture: ImportanceCapture | GraphStep | None = None
         self.drift: DriftMeter | None = None
         self._pool = MapPool()
         size = vllm_config.parallel_config.tensor_parallel_size
         self._tensor_parallel = TensorParallel(size, tensor_model_parallel_all_reduce) if size > 1 else None
         self._kept_keys: KeptBySlot = {}
         self._focus: FocusBySlot = {}
-        self._outputs = OutputStore()
+        self.gate: RowGate | None = None  # where some request of the step drops rows
+        self._outputs = RowStore()
+        self._exit_states = RowStore()
         self.watched: set[int] = set()  # slots of requests that want snapshots
         self._slots: dict[str, int] = {}
         self._first_block: dict[int, int] = {}
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
+        self.graphs: StepGraphs | None = None
+        self._wants_graphs = (
+            device.type == "cuda" and self.options.graph_rows > 0 and not vllm_config.model_config.enforce_eager
+        )
+        self._graph_size: GraphSize | None = None  # of the step under way; None = eager
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Replace vLLM's sampler; there is no rejection sampler."""
@@ -84,6 +97,11 @@ class D2CacheModelState(ModelState):
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Start a request, or start it over after a preemption: the result is the same, its cached K and V are gone."""
+        if self._wants_graphs and self.graphs is None:
+            # The first request is one of vLLM's warm-up, at start-up; by then there is a KV cache.
+            self.graphs = record_graphs(
+                self.model, self.vllm_config, self.options.graph_rows, self.device, self._tensor_parallel
+            )
         params = new_req_data.sampling_params
         if params is None or new_req_data.req_id.startswith("_warmup_"):
             return
@@ -131,6 +149,7 @@ class D2CacheModelState(ModelState):
             self.logprobs.remove(slot)
             self.watched.discard(slot)
             self._outputs.drop(slot)
+            self._exit_states.drop(slot)
             self.denoiser.remove(slot)
 
     def preprocess_state(
@@ -144,7 +163,8 @@ class D2CacheModelState(ModelState):
         slots = input_batch.idx_mapping_np.tolist()
         if any(slot not in self.denoiser.canvas.requests for slot in slots):
             return  # vLLM's own warm-up batch
-        rows = self.denoiser.begin(input_batch.idx_mapping, slots)
+        self._graph_size = self._fitting_graph(slots)
+        rows = self.denoiser.begin(input_batch.idx_mapping, slots, padded=self._graph_size is not None)
         count = rows.positions.shape[0]
         if count > input_batch.num_tokens:
             raise RuntimeError(f"the refresh sets have {count} rows, more than the {input_batch.num_tokens} reserved")
@@ -184,6 +204,11 @@ class D2CacheModelState(ModelState):
             slots,
             rows.keys,
         )
+        if self._graph_size is not None:
+            assert self.graphs is not None
+            self.capture = self.graphs.step(self._graph_size, rows, layout)
+            self.model.replay = self.capture.replay
+            return None  # type: ignore[return-value]  # the graph has its own
         self.capture = ImportanceCapture(
             layout, rows.reads_importance, positions, self._pool, self._tensor_parallel, rows.bounds
         )
@@ -194,15 +219,19 @@ class D2CacheModelState(ModelState):
         if any(w is not None for w in rows.watched):
             self.drift = DriftMeter(layout, rows.watched, rows.slots, self._focus, self._tensor_parallel)
         metadata = D2CacheMetadata(layout, self.capture, layer_keys, shadows, self.drift)
-        if rows.stored is not None:
+        if rows.exiting is not None:
+            self.gate = RowGate.open(rows.exiting, rows.slots, self._exit_states)
+        if rows.stored is not None or self.gate is not None:
             self.model.partial_forward = PartialForward(
-                rows.stored, rows.slots, layout, metadata.use_layout, self._outputs, self._tensor_parallel
+                rows.stored, self.gate, rows.slots, layout, metadata.use_layout, self._outputs, self._tensor_parallel
             )
         return dict.fromkeys((name for g in kv_cache_config.kv_cache_groups for name in g.layer_names), metadata)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Give the model the rows of the refresh sets alone: what was reserved beyond them costs nothing."""
         if self.rows is None:
+            if not self.model.layers[0].pages.numel():
+                self.rehearsal.forward()  # there is no KV cache yet: vLLM measures what it may take
             return {}
         for slot in self.rows.slots:
             if slot in self._unsettled:
@@ -214,9 +243,18 @@ class D2CacheModelState(ModelState):
 
     def finish_step(self) -> None:
         """Called by the sampler at its end."""
-        self.rows, self.capture, self.drift = None, None, None
+        self.rows, self.capture, self.drift, self.gate, self._graph_size = None, None, None, None, None
         self.model.head_in_sampler = False
-        self.model.partial_forward = None
+        self.model.partial_forward = self.model.replay = None
+
+    def _fitting_graph(self, slots: list[int]) -> GraphSize | None:
+        """The graph that does a step of these requests; None = eager, with exact rows."""
+        if self.graphs is None or self.tracer or self.logprobs.any_of(slots) or not self.denoiser.can_pad(slots):
+            return None
+        requests = [self.denoiser.canvas.requests[s] for s in slots]
+        lengths = [r.prompt_len + r.canvas_len for r in requests]
+        reads = [POLICY_CLASSES[r.options.policy].reads_importance for r in requests]
+        return self.graphs.fitting([r.row_budget for r in requests], lengths, reads)
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """Nothing beyond vLLM's own dummy inputs."""

@@ -61,3 +61,18 @@ class Choice:
     def parse(self, value: Any) -> Any:
         """``value``, or None if it is not valid."""
         return value if isinstance(value, str) and value in self.values else None
+
+
+@dataclass(frozen=True)
+class Text:
+    """A string option of any value but the empty one."""
+
+    noun: str
+
+    def describe(self) -> str:
+        """The valid values in words."""
+        return self.noun
+
+    def parse(self, value: Any) -> Any:
+        """``value``, or None if it is not valid."""
+        return value if isinstance(value, str) and value else None

@@ -30,6 +30,7 @@ BUILT_IN = {
     "streaming": "vllm_d2cache.policies.streaming:StreamingPolicy",
     "dllm_cache": "vllm_d2cache.policies.dllm_cache:DLLMCachePolicy",
     "sparse_dllm": "vllm_d2cache.policies.sparse_dllm:SparseDLLMPolicy",
+    "es": "vllm_d2cache.policies.es:ESPolicy",
     "elastic": "vllm_d2cache.policies.elastic:ElasticPolicy",
 }
 
@@ -106,6 +107,8 @@ def _problem(name: str, cls: object) -> str | None:
         return "reads drift and hides keys: attention is measured over all positions"
     if cls.reads_drift and cls.stores_outputs:
         return "reads drift and stores outputs: a row that a layer leaves out has no attention to measure"
+    if cls.drops_rows and (cls.reads_drift or cls.reads_importance or cls.stores_outputs or cls.hides_keys):
+        return "drops rows and asks for something else of the layers: both would need rows that are not there"
     for option, spec in cls.options.items():
         if not isinstance(spec, Number | Choice):
             return f"has an option {option!r} that is neither a Number nor a Choice of vllm_d2cache.option_types"

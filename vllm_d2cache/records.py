@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,11 +17,13 @@ class FamilyTraits:
         logit_shift: canvas slot g reads the logits of position P + g - logit_shift.
         step_schedule: what the option ``steps`` means (samplers/schedule.py): ``even`` as LLaDA's code has it,
             ``timestep`` as Dream's.
+        num_layers: of the network, for policies that treat its layers differently.
     """
 
     mask_token_id: int
     logit_shift: int = 0
     step_schedule: str = "even"
+    num_layers: int = 1
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,33 @@ class StoredRows:
     capacity: dict[int, int]  # request -> places
 
 
+class RowExits(NamedTuple):
+    """Refreshed rows that leave the network behind some layer: deeper layers keep the K and V they have for them.
+
+    Which rows leave is decided in the forward pass: those with the smallest bias + weight * change, where change is how
+    far the hidden state moved since a step in which the row stayed (ops/hidden_change.py).
+    """
+
+    # [R, layers] int64: of the rows from the position before the canvas on, so many stay behind this layer, or all if
+    # there are fewer; -1 = the layer lets all pass, and remembers no hidden states.
+    keep: torch.Tensor
+    bias: torch.Tensor  # [R, T] float32
+    weight: torch.Tensor  # [R] float32
+
+
+@dataclass(frozen=True)
+class ExitingRows:
+    """RowExits of the rows of a step, as the layers need them."""
+
+    staying: list[list[int]]  # of each layer: rows of each request behind it
+    exits: list[dict[int, int]]  # of each layer: request -> how many of its ``remembered`` rows stay
+    remembered: dict[int, tuple[torch.Tensor, torch.Tensor]]  # request -> rows with a memory, and their places
+    capacity: dict[int, int]  # request -> places
+    request: torch.Tensor  # [N] int64, row of the batch each belongs to
+    bias: torch.Tensor  # [N] float32
+    weight: torch.Tensor  # [N] float32
+
+
 class KeptKeys(NamedTuple):
     """Keys beyond the visible ones, another set in each layer; each [R]. A request may choose them once in a while."""
 
@@ -218,6 +247,7 @@ class StepPlan:
     visible: torch.Tensor | None = None
     kept: KeptKeys | None = None  # of policies with ``hides_keys`` whose key sets differ between layers
     stored: StoredOutputs | None = None  # of policies with ``stores_outputs``
+    exits: RowExits | None = None  # of policies with ``drops_rows``
 
 
 @dataclass(frozen=True)
@@ -240,6 +270,7 @@ class StepRows:
     keys: list[torch.Tensor | None]  # of each request: [n] int64 ascending positions its rows attend to; None = all
     choices: list[KeyChoice | None]  # of each request whose keys differ from layer to layer
     stored: StoredRows | None  # where some request's policy stores outputs
+    exiting: ExitingRows | None  # where some request's policy drops rows
     watched: list[WatchedRows | None]  # of each request whose policy reads drift
     positions: torch.Tensor  # [N] int64, absolute
     input_ids: torch.Tensor  # [N] int32
@@ -259,6 +290,32 @@ class StepRows:
         # Padding lands in a column that is cut off.
         table[self.predicted_index] = values
         return table[:, :-1]
+
+    def without(self, present: torch.Tensor) -> tuple[StepRows, torch.Tensor]:
+        """The same once it is known which rows have left: a slot that is read from such a row has no logits.
+
+        Decoders that verify go with policies that compute everything: rows of their requests do not leave.
+
+        Args:
+            present: [N - shadows] bool.
+
+        Returns:
+            And [m] int64, which of ``logits_rows`` are left.
+        """
+        (who, slot), count = self.predicted_index, len(self.predicted_index[0])
+        asked = present[self.logits_rows[:count]].nonzero().flatten()
+        verified = torch.arange(count, len(self.logits_rows), device=asked.device)
+        stayed = torch.cat([asked, verified])
+        predicted = torch.zeros_like(self.predicted)
+        predicted[who[asked], slot[asked]] = True
+        rows = replace(
+            self,
+            candidates=self.candidates & predicted,
+            predicted=predicted,
+            predicted_index=(who[asked], slot[asked]),
+            logits_rows=self.logits_rows[stayed],
+        )
+        return rows, stayed
 
 
 @dataclass(frozen=True)

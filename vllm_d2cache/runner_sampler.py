@@ -51,9 +51,13 @@ class D2CacheSampler:
         """
         state = self.state
         if state.rows is None:
+            state.rehearsal.sample()
             return _nothing(input_batch.num_reqs, logits.device)
         assert state.capture is not None
         rows, denoiser = state.rows, state.denoiser
+        if state.gate is not None:
+            rows, stayed = rows.without(state.gate.present)
+            logits = logits[stayed]
         stats = denoiser.row_stats(rows, logits, state.model.lm_logits)
         importance = state.capture.importance(rows.view.num_positions)
         drift = None if state.drift is None else state.drift.result(rows.view.num_positions)

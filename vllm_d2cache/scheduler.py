@@ -30,6 +30,7 @@ from vllm_d2cache.compat.internals import (
 )
 from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
 from vllm_d2cache.figures import RequestFigures, wants_report
+from vllm_d2cache.memory_plan import Network, request_memory
 from vllm_d2cache.policies import row_budget
 from vllm_d2cache.snapshots import read_snapshots, snapshot_interval
 from vllm_d2cache.startup_log import plan_lines
@@ -49,6 +50,9 @@ class D2CacheScheduler(AsyncScheduler):
         self.num_sampled_tokens_per_step = 0
         self._most_active = self.max_num_active_reqs
         self._budgets: dict[str, int] = {}
+        self._network = Network.of(self.vllm_config)
+        self._memory = request_memory(self.options, self._network, self.vllm_config.model_config.max_model_len)
+        self._held: dict[str, int] = {}  # bytes of this memory that a request takes while it runs
         self._figures: dict[str, RequestFigures] = {}
         self._intervals: dict[str, int] = {}  # steps between snapshots, of requests that want any
         self._totals: Counter[tuple[str, str]] = Counter()  # by policy and name, since they were last sent
@@ -66,6 +70,9 @@ class D2CacheScheduler(AsyncScheduler):
         self._budgets[request.request_id] = row_budget(
             options, request.num_prompt_tokens, request.max_tokens, self.options.refresh_budget
         )
+        self._held[request.request_id] = self._network.request_bytes(
+            options, request.num_prompt_tokens, request.max_tokens, self.options.refresh_budget
+        )
         length = request.num_prompt_tokens + request.max_tokens
         self._figures[request.request_id] = RequestFigures(options.policy, length, request.max_tokens)
         if interval := snapshot_interval(params.extra_args):
@@ -78,17 +85,19 @@ class D2CacheScheduler(AsyncScheduler):
         return super().schedule(throttle_prefills)
 
     def _admissible(self) -> int:
-        """How many waiting requests, in queue order, fit the token budget now and in every later step.
+        """How many waiting requests, in queue order, fit the token budget now and in every later step, and the memory.
 
         A running request's rows must never be cut short, so what it will need is counted, not what it needs now.
         """
         later = now = sum(self._budgets[r.request_id] for r in self.running)
+        held = sum(self._held[r.request_id] for r in self.running)
         limit = self.max_num_scheduled_tokens
         count = 0
         for request in islice(self.waiting, self._most_active):
             later += self._budgets[request.request_id]
             now += request.num_tokens
-            if later > limit or now > limit:
+            held += self._held[request.request_id]
+            if later > limit or now > limit or held > self._memory:
                 break
             count += 1
         return count
@@ -106,9 +115,13 @@ class D2CacheScheduler(AsyncScheduler):
         """Count the step, then stock bookkeeping, and snapshots besides its outputs."""
         report = take_step_report(model_runner_output)
         for req_id, (rows, commits, *_) in report.items():
+            reserved = scheduler_output.num_scheduled_tokens[req_id]
+            if rows > reserved:
+                # A worker that does not wait for its device cannot say so itself, and has left rows out.
+                raise RuntimeError(f"the refresh set of {req_id} has {rows} rows, more than the {reserved} reserved")
             # A request that has ended since may have run one step more.
             if figures := self._figures.get(req_id):
-                figures.observe(rows, commits, scheduler_output.num_scheduled_tokens[req_id], self._totals)
+                figures.observe(rows, commits, reserved, self._totals)
         snapshots = self._snapshots(report) if self._intervals else []
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request, snapshot, due in snapshots:
@@ -162,6 +175,7 @@ class D2CacheScheduler(AsyncScheduler):
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         self._budgets.pop(request.request_id, None)
+        self._held.pop(request.request_id, None)
         self._intervals.pop(request.request_id, None)
         figures = self._figures.pop(request.request_id, None)
         kv_transfer_params, ec_transfer_params = super()._free_request(request, delay_free_blocks=delay_free_blocks)

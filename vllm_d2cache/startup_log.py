@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from vllm_d2cache.attention.capture import most_map_bytes
-from vllm_d2cache.canvas import state_bytes
 from vllm_d2cache.config import RequestOptions, ServerOptions
-from vllm_d2cache.policies import POLICY_CLASSES, row_budget
+from vllm_d2cache.memory_plan import Network, graph_rows, plan_memory
+from vllm_d2cache.policies import row_budget
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,7 +27,8 @@ def plan_lines(config: VllmConfig, options: ServerOptions, num_kv_blocks: int) -
     block = config.cache_config.block_size
     positions = num_kv_blocks * block
     per_position = _kv_bytes_per_position(config)
-    maps = most_map_bytes(model.get_num_layers(parallel), length) if _reads_importance(defaults) else 0
+    plan = plan_memory(config, options)
+    example = Network.of(config).request_bytes(defaults, *_EXAMPLE, options.refresh_budget)
     return [
         f"model: {model.model} ({', '.join(model.architectures)}), {_plain(model.dtype)}, {length} positions a request",
         f"decoding unless a request says otherwise: {_decoding(defaults)}",
@@ -36,16 +36,15 @@ def plan_lines(config: VllmConfig, options: ServerOptions, num_kv_blocks: int) -
         f"batch: {slots} requests and {scheduler.max_num_batched_tokens} rows a step at most",
         f"KV cache: {num_kv_blocks} blocks of {block}, {positions} positions: {positions // length} requests of the "
         f"longest kind; {_mib(num_kv_blocks * block * per_position)} on each of {parallel.tensor_parallel_size} ranks",
-        f"canvases: {_mib(state_bytes(slots, length))} for {slots} slots",
-        f"attention maps: {_mib(maps)} at most for one request" if maps else "attention maps: none by default",
-        "execution: " + ("eager" if model.enforce_eager else "CUDA graphs"),
+        f"memory of running requests: {_mib(plan.requests)} for maps and stored outputs, of which one of "
+        f"{_EXAMPLE[0]} + {_EXAMPLE[1]} positions takes {_mib(example)}; canvases {_mib(plan.canvases)}, "
+        f"policies {_mib(plan.policies)}, CUDA graphs {_mib(plan.graphs)}",
+        f"memory of a step, beside the forward pass: queries {_mib(plan.queries)}, copies of rows "
+        f"{_mib(plan.partial)}, then statistics {_mib(plan.statistics)} or rollout {_mib(plan.rollout)}",
+        f"execution: {_execution(config, options)}",
         "scheduling: " + ("asynchronous" if scheduler.async_scheduling else "synchronous"),
         f"traces: {options.trace_dir} (they hold the prompts' token ids)" if options.trace_dir else "traces: off",
     ]
-
-
-def _reads_importance(options: RequestOptions) -> bool:
-    return POLICY_CLASSES[options.policy].reads_importance
 
 
 def _decoding(options: RequestOptions) -> str:
@@ -62,6 +61,13 @@ def _budget(defaults: RequestOptions, options: ServerOptions) -> str:
     if options.refresh_budget is None:
         return f"{text}; results are exact"
     return f"{text}; refresh_budget={options.refresh_budget} makes results approximate"
+
+
+def _execution(config: VllmConfig, options: ServerOptions) -> str:
+    rows = graph_rows(config, options)
+    if not rows:
+        return "eager"
+    return f"CUDA graphs for refresh steps of up to {rows} rows, eager for first steps and larger ones"
 
 
 def _kv_bytes_per_position(config: VllmConfig) -> int:

@@ -1,9 +1,10 @@
-"""Layers that take a row's stored output in place of computing it, for requests whose policy keeps layer outputs.
+"""A forward pass whose layers compute a part of its rows, for requests whose policy keeps layer outputs or drops rows.
 
 A layer's output of a row is what attention and MLP together add to the residual stream. The first layer computes every
 row of the step; a later one the rows that are not marked, and of the marked ones those whose values changed most. All
-other marked rows add what the layer has stored for them. Shadows (ops/shadow_attention.py) stand behind the rows of the
-text and are always computed. No vLLM here: a layer is whatever has the interface below.
+other marked rows add what the layer has stored for them. Rows that have left (row_exits.py) are in no layer. Shadows
+(ops/shadow_attention.py) stand behind the rows of the text and are always computed. No vLLM here: a layer is whatever
+has the interface below.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from vllm_d2cache.attention.capture import TensorParallel
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.value_change import cosine, least_similar, similarity_parts, swap_values
 from vllm_d2cache.records import StoredRows
+from vllm_d2cache.row_exits import RowGate
+from vllm_d2cache.row_store import RowStore
 
 
 class Layer(Protocol):
@@ -34,47 +37,35 @@ class Layer(Protocol):
         """[n, kv heads, head size] of rows [n, d] before the layer. May overwrite its arguments."""
 
 
-class OutputStore:
-    """What the layers have stored of the running requests: slot -> [layers - 1, rows, d]."""
-
-    def __init__(self) -> None:
-        self._outputs: dict[int, torch.Tensor] = {}
-
-    def of(self, slot: int, layers: int, rows: int, like: torch.Tensor) -> torch.Tensor:
-        """The outputs of a slot, made when its request's first step asks for them."""
-        if slot not in self._outputs:
-            self._outputs[slot] = like.new_zeros(layers, rows, like.shape[1])
-        return self._outputs[slot]
-
-    def drop(self, slot: int) -> None:
-        """Forget a request."""
-        self._outputs.pop(slot, None)
-
-
 @dataclass
 class PartialForward:
     """Runs the layers of one forward pass.
 
     Attributes:
-        rows: which rows are stored, compared and kept.
+        rows: which rows are stored, compared and kept; None where no policy stores outputs.
+        gate: lets rows leave; None where no policy drops rows.
         slots: of the requests.
         layout: of all rows of the step.
         use_layout: tells attention whose rows the next layer has.
         tensor_parallel: None on a single rank.
     """
 
-    rows: StoredRows
+    rows: StoredRows | None
+    gate: RowGate | None
     slots: list[int]
     layout: PagedLayout
     use_layout: Callable[[PagedLayout], None]
-    store: OutputStore
+    store: RowStore
     tensor_parallel: TensorParallel | None = None
 
     def run(self, layers: Sequence[Layer], positions: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[N, d] embeddings -> hidden and residual [N, d] behind the last layer."""
+        """[N, d] embeddings -> hidden and residual [N, d] behind the last; those of rows that left say nothing."""
         hidden, residual = layers[0](positions, hidden, None)
-        for number, layer in enumerate(layers[1:]):
-            hidden, residual = self._layer(layer, number, len(layers) - 1, positions, hidden, residual)
+        for number, layer in enumerate(layers):
+            if number > 0:
+                hidden, residual = self._layer(layer, number, len(layers), positions, hidden, residual)
+            if self.gate is not None:
+                self.gate.pass_layer(number, hidden, residual)
         self.use_layout(self.layout)
         return hidden, residual
 
@@ -88,31 +79,47 @@ class PartialForward:
         residual: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         computed = self._computed(layer, hidden, residual)
-        index = computed.nonzero().flatten()
+        counts = self._counts(number)
+        shadows = hidden.shape[0] - self.layout.slots.shape[0]
+        index = computed.nonzero_static(size=sum(counts) + shadows).flatten()
         fresh, stream = hidden[index], residual[index]
-        outputs = torch.zeros_like(hidden)
+        before = fresh.float() + stream.float() if self.rows is not None else None
         if len(index):
-            before = fresh.float() + stream.float()
-            in_text = index[index < self.layout.slots.shape[0]]
-            self.use_layout(replace(self.layout, counts=self.rows.computed, slots=self.layout.slots[in_text]))
+            in_text = index[: sum(counts)]
+            self.use_layout(replace(self.layout, counts=counts, slots=self.layout.slots[in_text]))
             fresh, stream = layer(positions[index], fresh, stream)
-            outputs[index] = (fresh.float() + stream.float() - before).to(hidden.dtype)
 
         residual = residual + hidden
         hidden = torch.zeros_like(hidden)
-        for r, (mine, place) in self.rows.kept.items():
-            stored = self.store.of(self.slots[r], num_layers, self.rows.capacity[r], hidden)[number]
-            stored[place] = torch.where(computed[mine].unsqueeze(1), outputs[mine], stored[place])
-            hidden[mine] = stored[place]
+        if self.rows is not None and before is not None:
+            outputs = torch.zeros_like(hidden)
+            outputs[index] = (fresh.float() + stream.float() - before).to(hidden.dtype)
+            for r, (mine, place) in self.rows.kept.items():
+                stored = self.store.of(self.slots[r], num_layers - 1, self.rows.capacity[r], hidden)[number - 1]
+                stored[place] = torch.where(computed[mine].unsqueeze(1), outputs[mine], stored[place])
+                hidden[mine] = stored[place]
         # Rows that were computed keep the layer's own split of the stream: other requests get what they always get.
         hidden[index], residual[index] = fresh, stream
         return hidden, residual
+
+    def _counts(self, number: int) -> list[int]:
+        """Rows of each request that this layer computes, known before which."""
+        counts = self.layout.counts
+        if self.rows is not None:
+            counts = list(map(min, counts, self.rows.computed))
+        if self.gate is not None:
+            counts = list(map(min, counts, self.gate.rows.staying[number - 1]))
+        return counts
 
     def _computed(self, layer: Layer, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """[N] bool: the rows that this layer computes. Writes the values of the compared ones."""
         rows = self.rows
         computed = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
-        computed[: rows.stored.shape[0]] = ~rows.stored
+        if self.gate is not None:
+            computed[: self.gate.present.shape[0]] = self.gate.present
+        if rows is None:
+            return computed
+        computed[: rows.stored.shape[0]] &= ~rows.stored
         if len(rows.compared):
             index = rows.compared
             value = layer.values(hidden[index], residual[index])

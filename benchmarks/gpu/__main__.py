@@ -1,151 +1,156 @@
-"""GPU benchmark, one command: correctness, then the card's ceilings, then kernels, then engine steps.
+"""GPU benchmark, one command: correctness, then the card's ceilings, then kernels, then engine steps and a profile.
 
-``python -m benchmarks.gpu`` prints a short table last and writes JSON and a plot to --out. It measures nothing if the
-kernels' tests fail. ``--dry-run`` runs the same code in Triton's interpreter at tiny shapes, without a GPU: its numbers
-mean nothing.
+``python -m benchmarks.gpu`` prints a short table last, writes JSON and a plot to --out, and a profile of one step into
+docs/performance.md. It measures nothing if a test fails on the GPU. ``--dry-run`` runs the same code at tiny shapes
+without a GPU, and its numbers mean nothing: kernels in Triton's interpreter, the engine (``--parts engine``) on CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-if "--dry-run" in sys.argv:
+if "--dry-run" in sys.argv and "engine" not in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import torch
+from tqdm import tqdm
 
-from benchmarks.gpu.kernels import FAMILIES, TINY, Bench, Line
+from benchmarks.gpu import engine as engines
+from benchmarks.gpu.kernels import FAMILIES, TINY, Bench
+from benchmarks.gpu.report import Results
 from benchmarks.gpu.timing import Ceilings, Clock, ceilings, facts
+from tools.test_gpu import fingerprint, passed_before
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-
-
-def correct() -> bool:
-    """Run the kernels' tests on the GPU."""
-    command = [sys.executable, "-m", "pytest", "tests/triton", "-q", "-p", "no:cacheprovider"]
-    return subprocess.run(command, check=False).returncode == 0
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "benchmarks/results/gpu.json"
+PAGE = ROOT / "docs/performance.md"
 
 
-def engine_steps(args: argparse.Namespace, limits: Ceilings) -> list[Any]:
-    """Batch 1 at every length, then every concurrency at one length; full recompute and d2cache."""
-    from benchmarks.gpu.engine import CONFIGS, Engine, served
+def correct(kernels_alone: bool) -> bool:
+    """Run the GPU tests, unless they have passed with this source on this device."""
+    if passed_before(torch.cuda.get_device_name(), kernels_alone):
+        print(f"tests of source {fingerprint()} have passed on this device", flush=True)
+        return True
+    command = [sys.executable, "tools/test_gpu.py", *(["--no-engine"] if kernels_alone else [])]
+    return subprocess.run(command, check=False, cwd=ROOT).returncode == 0
 
-    steps = []
-    for family in CONFIGS:
-        if not served(family):
-            print(f"{family}: this version of the plugin does not serve it", flush=True)
+
+def measure_kernels(args: argparse.Namespace, clock: Clock, results: Results) -> None:
+    """Every kernel, and other tile sizes where asked."""
+    bench = Bench(clock, results.limits, twins=not args.no_twins)
+    families, lengths, batches = (TINY, [40], [2]) if args.dry_run else (FAMILIES, args.lengths, [1, 16])
+    with torch.no_grad():
+        results.kernels += tqdm(bench.run(families, lengths, batches), desc="kernels", unit=" lines", mininterval=1)
+        if args.tiles:
+            results.tiles += [t for f in families for t in tqdm(bench.tiles(f, lengths[-1]), desc="tiles")]
+    results.left_out += bench.left_out
+
+
+def started(args: argparse.Namespace, results: Results) -> Iterator[engines.Engine]:
+    """One engine after the other: families, backends, eager and graphs."""
+    from vllm_d2cache.ops.backends import BackendError
+
+    for family in args.families:
+        if not engines.served(family):
+            results.left_out.append(f"{family}: this version of the plugin does not serve it")
             continue
-        with tempfile.TemporaryDirectory() as directory:
-            engine = Engine(family, args.backend, Path(directory), max(args.lengths), max(args.concurrency))
-            for policy in ("full", "d2cache"):
-                cases = [(1, length) for length in args.lengths]
-                cases += [(n, args.concurrency_length) for n in args.concurrency if n > 1]
-                for requests, length in cases:
-                    steps.append(engine.measure(policy, requests, length, limits))
-                    print(steps[-1], flush=True)
-            del engine
-            torch.cuda.empty_cache()
-    return steps
+        config = engines.TINY[family] if args.dry_run else engines.CONFIGS[family]
+        for backend in ["torch"] if args.dry_run else args.backends:
+            for execution in args.execution:
+                eager, dtype = execution == "eager", "float32" if args.dry_run else "bfloat16"
+                longest = max(*args.lengths, 800 + max(args.canvases))
+                with tempfile.TemporaryDirectory() as folder:
+                    try:
+                        llm = engines.start(config, Path(folder), backend, eager, longest, max(args.concurrency), dtype)
+                    except BackendError as error:
+                        results.left_out.append(f"{family} with {backend}: {error}")
+                        continue
+                    engine = engines.Engine(family, backend, llm)
+                    if engine.execution == execution:
+                        yield engine
+                    else:
+                        results.left_out.append(f"{family} with {execution}: this version runs {engine.execution}")
+                    engines.close(llm)
+                    del engine, llm
 
 
-def report(lines: list[Line], steps: list[Any], limits: Ceilings, machine: dict[str, Any]) -> None:
-    """A short table."""
-    print(f"\n{machine}")
-    print(f"ceilings: copy {limits.bytes_per_s / 1e9:.0f} GB/s, bf16 product {limits.flops_per_s / 1e12:.0f} TFLOP/s")
-    print(f"{'kernel':24}{'family':10}{'reqs':>5}{'rows':>6}{'T':>7}{'ms':>9}{'x floor':>9}{'twin ms':>9}  other")
-    for x in lines:
-        twin = "" if x.twin_ms is None else f"{x.twin_ms:.3f}"
-        other = "" if x.other_ms is None else f"{x.other} {x.other_ms:.3f}"
-        print(
-            f"{x.kernel:24}{x.family:10}{x.requests:5}{x.rows:6}{x.length:7}{x.ms:9.3f}{x.ratio:9.2f}{twin:>9}  {other}"
-        )
-    if steps:
-        print(
-            f"\n{'step':10}{'policy':9}{'reqs':>5}{'T':>6}{'rows':>8}{'ms':>8}{'x floor':>9}{'outside':>9}{'tok/s':>8}"
-        )
-    for s in steps:
-        print(
-            f"{s.family:10}{s.policy:9}{s.running:5}{s.length:6}{s.rows:8.0f}{s.step_ms:8.2f}{s.ratio:9.2f}"
-            f"{s.outside:9.1%}{s.tokens_per_s:8.0f}"
-        )
+def measure_engine(args: argparse.Namespace, results: Results) -> None:
+    """Every case with every engine, until the time is over."""
+    cases = engines.cases(args.policies, args.lengths, args.concurrency, args.workloads, args.canvases)
+    end = time.monotonic() + 60 * args.minutes
+    for engine in started(args, results):
+        label = f"{engine.family} {engine.backend} {engine.execution}"
+        for case in tqdm(cases, desc=label, unit=" cases"):
+            if time.monotonic() > end:
+                results.left_out.append(f"{label}: {case.policy}, {case.workload}, {len(case.prompts)}: --minutes over")
+                continue
+            results.steps.append(engine.measure(case, results.limits, args.steps))
+        if not results.profile:
+            typical = engines.Case("d2cache", "", [min(1024, *args.lengths) - args.canvases[0]], args.canvases[0])
+            results.profile = engine.profile(typical)
 
 
-def plot(lines: list[Line], steps: list[Any], path: Path) -> None:
-    """Time over floor: kernels left, engine steps right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 0.18 * max(len(lines), 20)))
-    left.barh([f"{x.kernel} {x.family} {x.requests}x{x.rows}/{x.length}" for x in lines], [x.ratio for x in lines])
-    left.set_xscale("log")
-    left.set_xlabel("time / floor")
-    left.tick_params(axis="y", labelsize=5)
-    left.invert_yaxis()
-    right.barh([f"{s.family} {s.policy} {s.requests}x{s.length}" for s in steps], [s.ratio for s in steps])
-    right.set_xlabel("step / max(weight bytes / bandwidth, flops / rate)")
-    right.tick_params(axis="y", labelsize=6)
-    right.invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def arguments() -> argparse.Namespace:
+    """From the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=("kernels", "engine"), default=["kernels", "engine"])
+    add("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="T at batch 1")
+    add("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    add("--workloads", nargs="+", choices=("gsm8k", "humaneval"), default=["gsm8k", "humaneval"])
+    add("--canvases", type=int, nargs="+", default=[256, 512])
+    add("--families", nargs="+", choices=tuple(engines.CONFIGS), default=list(engines.CONFIGS))
+    add("--policies", nargs="+", default=["full", "d2cache", "dual", "dllm_cache"])
+    add("--backends", nargs="+", choices=("triton", "xformers", "torch"), default=["triton"])
+    add("--execution", nargs="+", choices=("eager", "graphs"), default=["graphs", "eager"])
+    add("--steps", type=int, default=20, help="measured in each case")
+    add("--minutes", type=float, default=60, help="no further engine case begins after this time")
+    add("--no-twins", action="store_true", help="do not time the PyTorch twins")
+    add("--tiles", action="store_true", help="also time other tile sizes of the attention kernels")
+    add("--out", type=Path, default=OUT)
+    add("--dry-run", action="store_true", help="tiny shapes on CPU; nothing is written")
+    args = parser.parse_args()
+    if args.dry_run:
+        args.lengths, args.concurrency, args.canvases, args.steps = [48, 64], [1, 3], [16, 32], 2
+        args.families, args.execution = ["LLaDA-8B"], ["eager"]
+        if args.parts == ["kernels", "engine"]:
+            args.parts = ["kernels"]
+    return args
 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="T at batch 1")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--concurrency-length", type=int, default=1152, help="T of every request there")
-    parser.add_argument("--backend", default="triton", choices=("triton", "xformers", "torch"))
-    parser.add_argument("--no-engine", action="store_true", help="kernels alone: needs no vLLM")
-    parser.add_argument("--no-twins", action="store_true", help="do not time the PyTorch twins")
-    parser.add_argument("--tiles", action="store_true", help="also time other tile sizes of the attention kernels")
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes in the interpreter; nothing is written")
-    args = parser.parse_args()
-
+    args = arguments()
     if not args.dry_run and not torch.cuda.is_available():
         sys.exit("no GPU: nothing to measure (--dry-run shows that the code runs)")
-    if not args.dry_run and not correct():
-        sys.exit("the kernels' tests fail on this GPU: no number is worth printing")
+    if not args.dry_run and not correct(args.parts == ["kernels"]):
+        sys.exit("tests fail on this GPU: no number is worth printing")
     device = torch.device("cpu" if args.dry_run else "cuda")
     clock = Clock(device, dry=args.dry_run)
-    limits, machine = ceilings(clock), facts(device)
-    bench = Bench(clock, limits, twins=not args.no_twins)
-    families, lengths, batches = (TINY, [40], [2]) if args.dry_run else (FAMILIES, args.lengths, [1, 16])
-    lines = []
-    with torch.no_grad():
-        for line in bench.run(families, lengths, batches):
-            lines.append(line)
-            print(line, flush=True)
-        tiles = [t for f in families for t in bench.tiles(f, lengths[-1])] if args.tiles else []
-    for tile in tiles:
-        print("tile", *tile)
-    steps = [] if args.no_engine or args.dry_run else engine_steps(args, limits)
-    report(lines, steps, limits, machine)
+    limits: Ceilings = ceilings(clock)
+    results = Results({**facts(device), "source": fingerprint()}, limits)
+    if "kernels" in args.parts:
+        measure_kernels(args, clock, results)
+    if "engine" in args.parts:
+        del clock  # and what it flushes the cache with
+        measure_engine(args, results)
+    if not args.dry_run:
+        results.write(args.out)
+        results.plot(args.out.with_suffix(".png"))
+        if results.profile:
+            results.document(PAGE)
+    results.show()
     if args.dry_run:
         print("dry run: these numbers mean nothing, nothing written")
-        return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "machine": machine,
-        "ceilings": asdict(limits),
-        "kernels": [asdict(x) for x in lines],
-        "tiles": tiles,
-        "steps": [asdict(s) for s in steps],
-    }
-    args.out.write_text(json.dumps(content, indent=1) + "\n")
-    plot(lines, steps, args.out.with_suffix(".png"))
-    print(f"written to {args.out} and {args.out.with_suffix('.png')}")
+    else:
+        print(f"written to {args.out} and {args.out.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import triton
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.timing import Ceilings, Clock
-from vllm_d2cache.ops import density, paged_attention, rollout, row_stats
+from vllm_d2cache.ops import density, paged_attention, rollout, row_stats, xformers_attention
+from vllm_d2cache.ops.backends import AttentionShape
 from vllm_d2cache.ops.paged_attention import AttentionMaps, MapPlan, PagedLayout, read_kv
 from vllm_d2cache.ops.rollout import LayerRecord
 from vllm_d2cache.ops.row_stats import RowParams
@@ -85,10 +86,11 @@ class Batch:
         self.lse = torch.empty(n, family.heads, device=device)
         self.scale = family.head_size**-0.5
 
-    def maps(self, kept: bool) -> AttentionMaps:
+    def maps(self, kept: bool, keep_lse: bool = True) -> AttentionMaps:
         """Memory for the maps of all requests, or none."""
         plan = MapPlan.pack([(self.rows, self.length) if kept else None] * self.requests)
-        return AttentionMaps(plan, torch.zeros(plan.elements, device=self.query.device), self.lse)
+        memory = torch.zeros(plan.elements, device=self.query.device)
+        return AttentionMaps(plan, memory, self.lse if keep_lse else None)
 
     @property
     def key_bytes(self) -> int:
@@ -112,6 +114,7 @@ class Bench:
 
     def __init__(self, clock: Clock, limits: Ceilings, twins: bool = True) -> None:
         self.clock, self.limits, self.twins = clock, limits, twins
+        self.left_out: list[str] = []  # what cannot run here, and why
 
     def line(
         self,
@@ -179,6 +182,23 @@ class Bench:
             twin=lambda: paged_attention.write_kv(b.cache, key, value, slots),
         )
 
+    def xformers(self, b: Batch) -> Iterator[Line]:
+        """The same through xformers' paged attention, without maps and with them."""
+        f = b.family
+        shape = AttentionShape(f.heads, f.kv_heads, f.head_size, BLOCK_SIZE, b.dtype)
+        reasons = xformers_attention.prepare(self.clock.device, shape)
+        if reasons:
+            self.left_out.append(f"xformers for {f.name}: {'; '.join(reasons)}")
+            return
+        for name, maps in (("xformers output", b.maps(False, False)), ("xformers output and map", b.maps(True))):
+            moved = 2 * b.key_bytes + 2 * b.query.nbytes
+            again = b.key_bytes + b.query.nbytes + maps.memory.nbytes if maps.plan.elements else 0
+
+            def call(maps: AttentionMaps = maps) -> None:
+                xformers_attention.paged_attention(b.query, b.cache, b.layout, b.scale, b.output, maps)
+
+            yield self.line(name, b, call, moved + again, (3 if again else 2) * b.half_flops)
+
     def rollout(self, b: Batch, kept: bool) -> Line:
         """The chain through all layers: from kept maps, or from queries (a request's first step)."""
         attention_kernels.attend(b.query, b.cache, b.layout, b.scale, None, b.lse)
@@ -244,6 +264,8 @@ class Bench:
                 for requests in batches:
                     batch = Batch(family, requests, refreshed_rows(length), length, device)
                     yield from self.attention(batch)
+                    if length == lengths[-1]:
+                        yield from self.xformers(batch)
                     yield self.rollout(batch, kept=True)
                 first = Batch(family, 1, length, length, device)
                 yield self.rollout(first, kept=False)

@@ -59,6 +59,40 @@ class Clock:
         return statistics.median(times)
 
 
+class Stopwatch:
+    """Time of what runs inside it, on the device where there is one: a context manager."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = None
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._times = [0.0, 0.0]
+
+    def _mark(self, which: int) -> None:
+        if self._events is not None:
+            self._events[which].record()
+        else:
+            self._times[which] = time.perf_counter()
+
+    def __enter__(self) -> None:
+        self._mark(0)
+
+    def __exit__(self, *error: object) -> None:
+        self._mark(1)
+
+    def ms(self) -> float:
+        """Of the last time; the device must be synchronised."""
+        if self._events is not None:
+            return self._events[0].elapsed_time(self._events[1])
+        return 1e3 * (self._times[1] - self._times[0])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, if it is one that can be waited for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def ceilings(clock: Clock) -> Ceilings:
     """Device copy of 1 GiB, bf16 product of two 8192 x 8192 matrices."""
     size, side = (1 << 16, 64) if clock.dry else (1 << 30, 8192)

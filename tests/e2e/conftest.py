@@ -44,6 +44,13 @@ class Engine:
 
         A request has prompt, max_tokens, optional sampling fields, and ``options`` by plain option name.
         """
+        return [(list(o.outputs[0].token_ids), self.trace(o.request_id)) for o in self._generate(requests)]
+
+    def tokens(self, requests: list[dict[str, Any]]) -> list[list[int]]:
+        """Output tokens alone, of an engine that may be without traces."""
+        return [list(o.outputs[0].token_ids) for o in self._generate(requests)]
+
+    def _generate(self, requests: list[dict[str, Any]]) -> list[Any]:
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": r["prompt"]} for r in requests]
@@ -56,8 +63,7 @@ class Engine:
             )
             for r in requests
         ]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return [(list(o.outputs[0].token_ids), self.trace(o.request_id)) for o in outputs]
+        return self.llm.generate(prompts, params, use_tqdm=False)
 
     def trace(self, request_id: str) -> list[dict[str, Any]]:
         """The lines of a request's trace."""
@@ -128,6 +134,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"policy": "sparse_dllm", "window": 8, "keep_ratio": 0.3},
     {"policy": "dllm_cache", "kp": 7, "kr": 3, "rou": 0.3, "window": 8},
     {"policy": "entropy", "entropy_tau": 3.0, "entropy_k": 3, "score": "entropy"},
+    {"policy": "es", "window": 12, "prompt_update_freq": 9, "block_update_freq": 4, "tokens_per_step": 2},
     {"policy": "elastic", "elastic_beta": 5, "elastic_gamma": 0.995},
 ]
 
@@ -203,6 +210,6 @@ def assert_golden_logits(engine: Engine, family: str, row: int) -> None:
     finally:
         model.forward = stock
     with torch.inference_mode():
-        logits = model.lm_logits(hidden[0])
+        logits = model.lm_logits(hidden[0]).cpu()
     want = torch.from_numpy(golden["logits_masked_batch"][row, padding:])
     torch.testing.assert_close(logits, want, rtol=0, atol=1e-4)

@@ -80,3 +80,25 @@ def test_preempted_requests_start_over_and_end_the_same(engine: Engine, requests
             break
     for i in chosen:
         assert outputs[f"again-{i}"] == alone[i][0], f"request {i}"
+
+
+def test_requests_that_wait_for_memory_end_the_same(
+    engine: Engine, requests: list[Any], alone: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As much as the largest request holds: it runs while no other holds anything."""
+    scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
+    held, schedule = scheduler._held, scheduler.schedule
+    limits, wanted, sums = [0], [0], []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        limits.append(max([0, *held.values()]))
+        wanted.append(sum(held.values()))
+        scheduler._memory = max(limits)
+        output = schedule(*args, **kwargs)
+        sums.append(sum(held[r.request_id] for r in scheduler.running))
+        return output
+
+    monkeypatch.setattr(scheduler, "schedule", watched)
+    monkeypatch.setattr(scheduler, "_memory", 0)
+    assert_same(engine.run(requests), alone)
+    assert 0 < max(sums) <= max(limits) < max(wanted)

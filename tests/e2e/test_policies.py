@@ -11,6 +11,7 @@ from tests.e2e.conftest import OPTIONS, Engine, runner_of
 from tests.reference.llada import DenseLlada
 from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
+from vllm_d2cache import row_exits
 from vllm_d2cache.attention import capture, drift
 from vllm_d2cache.ops import rollout as rollout_op
 from vllm_d2cache.policies import POLICY_CLASSES
@@ -79,3 +80,35 @@ def test_drift_is_measured_for_those_who_read_it(engine: Engine, monkeypatch: py
     layers = len(runner_of(engine).model.layers)
     assert len(looking) == layers * len(trace[1:-1]), "once a step and layer, of the request that reads it"
     assert max(looking) == 3, "in the first step too"
+
+
+def test_rows_leave_for_those_who_drop_them(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the layer of the exit a quarter of the window is computed, and those rows alone meet the head."""
+    passed: list[int] = []
+    stock = row_exits.RowGate.pass_layer
+
+    def counted(self: Any, layer: int, hidden: torch.Tensor, residual: torch.Tensor) -> None:
+        passed.append(layer)
+        stock(self, layer, hidden, residual)
+
+    monkeypatch.setattr(row_exits.RowGate, "pass_layer", counted)
+    frugal = [options for options in OPTIONS if not POLICY_CLASSES[options.get("policy", "d2cache")].drops_rows]
+    engine.run([request(options, seed) for seed, options in enumerate(frugal)])
+    assert passed == []
+    model, mlp_rows, head_rows = runner_of(engine).model, [], []
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda _, args, number=number: mlp_rows.append((number, len(args[0]))))
+        for number, layer in enumerate(model.layers)
+    ]
+    lm_logits = model.lm_logits
+    monkeypatch.setattr(model, "lm_logits", lambda hidden: head_rows.append(len(hidden)) or lm_logits(hidden))
+    ((_, trace),) = engine.run([request({"policy": "es", "window": 24, "block_update_freq": 3}, 0)])
+    for hook in hooks:
+        hook.remove()
+    layers, steps = len(model.layers), len(trace[1:-1])
+    assert passed == list(range(layers)) * steps
+    # The exit is behind layer 1 of four. Steps 0, 3, 6 ... let all pass.
+    want = [(44,) * 4, *((24, 24, 6, 6) if step % 3 else (24,) * 4 for step in range(1, steps))]
+    assert mlp_rows == [(number, n) for rows in want for number, n in enumerate(rows)]
+    assert len(head_rows) == steps
+    assert all(n <= rows[-1] for n, rows in zip(head_rows, want, strict=True))

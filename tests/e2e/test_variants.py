@@ -51,3 +51,21 @@ def test_asynchronous_scheduling_changes_nothing(
         assert_same(other.run(requests), alone)
     finally:
         other.close()
+
+
+def test_the_compiled_network_changes_nothing(requests: list[Any], alone: list[Any], tmp_path: Path) -> None:
+    """Compiled once, at start-up, for any number of rows; forward passes of stored outputs go layer by layer."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    other = Engine(tmp_path, max_model_len=512, compilation_config={"mode": 3})
+    try:
+        network = counters["stats"]["calls_captured"]
+        assert counters["stats"]["unique_graphs"] == 1
+        assert network > 100
+        assert_same(other.run(requests), alone)
+        # vLLM may compile single small operations of those layers, but nothing of the network again.
+        assert counters["stats"]["calls_captured"] - network < network / 10
+        assert not counters["graph_break"]
+    finally:
+        other.close()

@@ -45,7 +45,7 @@ def streamed_answer(url: str) -> str:
 
 
 def kill(server: Server, process: str) -> None:
-    """Kill a process of the server; requests under way must end as errors, and the server itself with one."""
+    """Kill a process of the server; requests under way must end as errors, and then the server itself."""
     processes = tree(server.process.pid)
     (victim,) = (pid for pid, name in processes.items() if name == process)
     with ThreadPoolExecutor(2) as pool:
@@ -60,7 +60,8 @@ def kill(server: Server, process: str) -> None:
         code = server.process.wait(60)
     except subprocess.TimeoutExpired:
         pytest.fail("the server goes on without an engine: a supervisor would not restart it")
-    assert code != 0
+    # As vLLM ends it, whatever the model: docs/deploy.md tells operators to restart always, not on failure alone.
+    assert code == 0
     assert not server.healthy
     assert "EngineDeadError" in server.log or "died" in server.log
     deadline = time.monotonic() + 30

@@ -55,25 +55,29 @@ class DenseModel:
         h = self.w["embed"][ids]
         maps = []
         for i in range(self.num_layers):
-            x = self._norm(h, f"{i}.norm1")
-            q = self._linear(x, f"{i}.q").view(-1, self.heads, self.head_dim)
-            k = self._linear(x, f"{i}.k").view(-1, self.kv_heads, self.head_dim)
-            if f"{i}.qnorm" in self.w:
-                q, k = self._norm(q, f"{i}.qnorm"), self._norm(k, f"{i}.knorm")
-            q, k = self._rope(q, positions), self._rope(k, positions)
-            v = self._linear(x, f"{i}.v").view(-1, self.kv_heads, self.head_dim)
-            self.keys[i][positions], self.values[i][positions] = k, v
-            group = self.heads // self.kv_heads
-            seen = self._seen(i, q)
-            keys = self.keys[i][seen].repeat_interleave(group, 1)
-            values = self.values[i][seen].repeat_interleave(group, 1)
-            weights = (torch.einsum("qhd,thd->hqt", q, keys) * self.head_dim**-0.5).softmax(-1)
-            maps.append(weights.mean(0))
-            out = torch.einsum("hqt,thd->qhd", weights, values).reshape(len(ids), -1)
-            h = h + self._linear(out, f"{i}.o")
-            x = self._norm(h, f"{i}.norm2")
-            h = h + self._mlp(x, i)
+            h, attention = self.layer(i, h, positions)
+            maps.append(attention)
         return self._norm(h, "norm"), maps
+
+    def layer(self, i: int, h: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Layer ``i``: hidden states [n, d] of the rows -> the same behind it, and the attention map."""
+        x = self._norm(h, f"{i}.norm1")
+        q = self._linear(x, f"{i}.q").view(-1, self.heads, self.head_dim)
+        k = self._linear(x, f"{i}.k").view(-1, self.kv_heads, self.head_dim)
+        if f"{i}.qnorm" in self.w:
+            q, k = self._norm(q, f"{i}.qnorm"), self._norm(k, f"{i}.knorm")
+        q, k = self._rope(q, positions), self._rope(k, positions)
+        v = self._linear(x, f"{i}.v").view(-1, self.kv_heads, self.head_dim)
+        self.keys[i][positions], self.values[i][positions] = k, v
+        group = self.heads // self.kv_heads
+        seen = self._seen(i, q)
+        keys = self.keys[i][seen].repeat_interleave(group, 1)
+        values = self.values[i][seen].repeat_interleave(group, 1)
+        weights = (torch.einsum("qhd,thd->hqt", q, keys) * self.head_dim**-0.5).softmax(-1)
+        out = torch.einsum("hqt,thd->qhd", weights, values).reshape(len(h), -1)
+        h = h + self._linear(out, f"{i}.o")
+        x = self._norm(h, f"{i}.norm2")
+        return h + self._mlp(x, i), weights.mean(0)
 
     def _seen(self, layer: int, q: torch.Tensor) -> torch.Tensor | slice:
         """Positions the layer's rows attend to. rivals.md, section 2, in loops."""

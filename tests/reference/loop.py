@@ -11,6 +11,7 @@ import torch
 from tests.reference.dense import DenseModel
 from tests.reference.dllm import DLLMCache
 from tests.reference.elastic import DriftLoop
+from tests.reference.es import EarlySkip
 from tests.reference.oracle import SERVER
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions, parse_server_options
@@ -32,6 +33,7 @@ class Job:
     masked_left: int = -1
     layers: DLLMCache | None = None  # of the policy dllm_cache
     drift: DriftLoop = field(default_factory=DriftLoop)
+    skips: EarlySkip | None = None  # of the policy es
 
 
 def run_jobs(
@@ -43,7 +45,7 @@ def run_jobs(
     """Denoise all jobs in one batch; job i joins at step ``start_at[i]``. One model (cache) a job."""
     server = server or parse_server_options(SERVER)
     config = models[0].config
-    traits = FamilyTraits(config["mask_token_id"], models[0].logit_shift)
+    traits = FamilyTraits(config["mask_token_id"], models[0].logit_shift, num_layers=models[0].num_layers)
     max_len = max(len(j.prompt) + j.canvas_length for j in jobs)
     denoiser = Denoiser(len(jobs), max_len, torch.device("cpu"), traits, server)
     start_at = start_at or [0] * len(jobs)
@@ -57,6 +59,10 @@ def run_jobs(
                 models[i].reset(len(job.prompt) + job.canvas_length)
                 if options.policy == "dllm_cache":
                     job.layers = DLLMCache(models[i], len(job.prompt), **options.policy_options)
+                if options.policy == "es":
+                    window = options.window_length(job.canvas_length)
+                    shape = (len(job.prompt), job.canvas_length, window)
+                    job.skips = EarlySkip(models[i], *shape, **options.policy_options)
                 running.append(i)
         if running:
             _step(denoiser, models, jobs, running)
@@ -75,13 +81,17 @@ def _is_done(job: Job) -> bool:
 def _step(denoiser: Denoiser, models: list[DenseModel], jobs: list[Job], running: list[int]) -> None:
     rows = denoiser.begin(torch.tensor(running), running)
     hidden, importance = [], torch.zeros(len(running), rows.view.num_positions)
+    present = torch.ones(len(rows.request), dtype=torch.bool)
     similarity, attended = torch.zeros(len(running)), torch.zeros(importance.shape, dtype=torch.bool)
     offset = 0
     for r, (i, count) in enumerate(zip(running, rows.counts, strict=True)):
         positions = rows.positions[offset : offset + count]
         models[i].visible, models[i].choice = rows.keys[r], rows.choices[r]
-        cache = jobs[i].layers
-        if cache is not None:
+        cache, skips = jobs[i].layers, jobs[i].skips
+        if skips is not None:
+            out, here = skips.forward(rows.input_ids[offset : offset + count].long(), positions.tolist())
+            present[offset : offset + count], maps = torch.isin(positions, torch.tensor(here)), []
+        elif cache is not None:
             total = len(jobs[i].prompt) + jobs[i].canvas_length
             out, maps = cache.forward(denoiser.canvas.tokens[i, :total].long())[positions], []
         else:
@@ -97,6 +107,7 @@ def _step(denoiser: Denoiser, models: list[DenseModel], jobs: list[Job], running
             found = jobs[i].drift.step(maps, positions.tolist(), watched.positions.tolist(), known)
             similarity[r], attended[r, found[1]] = found[0], True
         offset += count
+    rows, _ = rows.without(present)
     stats = denoiser.row_stats(rows, torch.cat(hidden)[rows.logits_rows], models[0].lm_head)
     result = denoiser.finish(rows, stats, importance, Drift(similarity, attended))
     offset = 0
@@ -105,6 +116,11 @@ def _step(denoiser: Denoiser, models: list[DenseModel], jobs: list[Job], running
         positions = rows.positions[offset : offset + rows.counts[r]].tolist()
         offset += rows.counts[r]
         slots = result.committed[r].nonzero().flatten().tolist()
+        skips = job.skips
+        if skips is not None:
+            mine = rows.predicted_index[0] == r
+            predicted = zip(rows.predicted_index[1][mine].tolist(), stats.confidence[mine].tolist(), strict=True)
+            skips.note(dict(predicted), slots)
         tokens = denoiser.canvas.tokens[i, len(job.prompt) :]
         job.steps.append((None if rows.full[r] else positions, [(s, int(tokens[s])) for s in slots]))
         job.output += result.tokens[r, : int(result.num_tokens[r])].tolist()

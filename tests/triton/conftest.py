@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif not INTERPRETED and not torch.cuda.is_available():
             # Kernels bind to the interpreter or the compiler when they are defined: too late to change it here.
             item.add_marker(pytest.mark.skip(reason="no GPU, and TRITON_INTERPRET is not set (make kernels)"))
-        elif INTERPRETED and "gpu" in item.keywords:
+        elif INTERPRETED and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="real shapes need a GPU"))
 
 

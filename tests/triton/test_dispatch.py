@@ -180,4 +180,7 @@ def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--dry-run"])
     benchmark.main()
-    assert "nothing written" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "attention map" in printed
+    assert "not measured: xformers for tiny: " in printed
+    assert "nothing written" in printed

@@ -17,8 +17,11 @@ from vllm_d2cache.grammar import GrammarState, Matcher
 from vllm_d2cache.logprobs import EmittedLogprobs, LogprobRecorder
 from vllm_d2cache.policies import row_budget
 from vllm_d2cache.records import Drift, FamilyTraits, SamplingSpec, StepResult, StepRows
+from vllm_d2cache.row_exits import RowGate
+from vllm_d2cache.row_store import RowStore
 
 VOCAB, MASK = 13, 5
+LAYERS = 8  # as many as a policy that treats them differently may ask about
 # A table of corpus frequencies for this vocabulary.
 FREQUENCIES = str(Path(__file__).with_name("token_freq_13.npy"))
 
@@ -76,6 +79,12 @@ class FakeJob:
         logits[:, MASK] += 3  # would often win
         return logits, torch.rand(self.total, generator=generator) ** 3 + 1e-3
 
+    def states(self, layer: int) -> torch.Tensor:
+        """[T, 3] hidden states behind a layer, with more or less of the last step in them."""
+        seeds = [7000 * self.noise + LAYERS * number + layer for number in (len(self.steps), len(self.steps) - 1)]
+        now, last = (torch.randn(self.total, 3, generator=torch.Generator().manual_seed(abs(s))) for s in seeds)
+        return last + now * torch.arange(self.total).remainder(5).unsqueeze(1) / 4
+
 
 def drift_of(rows: StepRows, columns: list[torch.Tensor]) -> Drift | None:
     """A drift made of each request's importance [T]: NaN for those who read none."""
@@ -113,9 +122,10 @@ class Batch:
         self.max_steps = max_steps
         longest = max(job.total for job in jobs)
         # One slot more than jobs, and longer than any of them.
-        traits = FamilyTraits(MASK, shift)
+        traits = FamilyTraits(MASK, shift, num_layers=LAYERS)
         self.denoiser = Denoiser(len(jobs) + 1, longest + 3, torch.device("cpu"), traits, self.server)
         self.logprobs = LogprobRecorder(self.denoiser.canvas)
+        self.exit_states = RowStore()  # by job
 
     def slot(self, i: int) -> int:
         return (2 * i + 1) % len(self.jobs) if len(self.jobs) % 2 else len(self.jobs) - i
@@ -173,6 +183,7 @@ class Batch:
         for i, count in zip(running, rows.shadows, strict=True):
             logits.append(self.jobs[i].numbers(shadow=True)[0][rows.positions[offset : offset + count]])
             offset += count
+        rows = self._without_left(running, rows)
         hidden = torch.cat(logits)[rows.logits_rows]
         stats = denoiser.row_stats(rows, hidden, torch.clone)
         result = denoiser.finish(rows, stats, importance, drift_of(rows, columns))
@@ -180,6 +191,18 @@ class Batch:
         self._record(running, rows, result)
         if emitted is not None:
             self._record_logprobs(running, emitted)
+
+    def _without_left(self, running: list[int], rows: StepRows) -> StepRows:
+        """Run the gate, if there is one, and see that as many rows stay as was said."""
+        if rows.exiting is None:
+            return rows
+        gate = RowGate.open(rows.exiting, running, self.exit_states)
+        parts = rows.positions[: len(rows.request)].split(rows.counts)
+        for layer in range(LAYERS):
+            hidden = torch.cat([self.jobs[i].states(layer)[p] for i, p in zip(running, parts, strict=True)])
+            gate.pass_layer(layer, hidden / 4, hidden * 3 / 4)
+            assert [int(p.sum()) for p in gate.present.split(rows.counts)] == rows.exiting.staying[layer]
+        return rows.without(gate.present)[0]
 
     def _record(self, running: list[int], rows: StepRows, result: StepResult) -> None:
         offset = 0

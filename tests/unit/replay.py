@@ -13,7 +13,7 @@ from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.ops.row_stats import RowStats
-from vllm_d2cache.records import Drift, FamilyTraits, KeyChoice, SamplingSpec, StoredRows, WatchedRows
+from vllm_d2cache.records import Drift, ExitingRows, FamilyTraits, KeyChoice, SamplingSpec, StoredRows, WatchedRows
 
 MASK = 370
 
@@ -27,6 +27,7 @@ class Replayed:
     keys: list[int] | None  # positions the rows attend to; None = all
     choice: KeyChoice | None
     stored: StoredRows | None
+    exiting: ExitingRows | None
     watched: WatchedRows | None
 
 
@@ -38,6 +39,9 @@ def replay(
     shift: int = 0,
     entropies: Sequence[float] | None = None,
     drifts: Sequence[tuple[float, list[int]]] | None = None,
+    num_layers: int = 2,
+    confidences: Sequence[Sequence[float]] | None = None,
+    left: Sequence[list[int]] | None = None,
 ) -> list[Replayed]:
     """Run a request whose step i commits ``moves[i]``: slot -> token.
 
@@ -45,16 +49,22 @@ def replay(
         options: by plain name.
         shift: logit shift of the family.
         entropies: of every row in step i, in nats.
+        num_layers: of the network.
+        confidences: in step i, of each canvas slot; those committed must be at least 0.5 and all others below. The
+            default is 1 and 0.
+        left: in step i, positions whose rows have left.
         drifts: in step i, the similarity to the step before and the most attended positions.
     """
     # A threshold between the two confidences below commits exactly what is asked for.
     chosen = ServerOptions({}).resolve({"sigma": 0.0, "threshold": 0.5, **options})
-    traits = FamilyTraits(MASK, shift)
+    traits = FamilyTraits(MASK, shift, num_layers=num_layers)
     denoiser = Denoiser(3, prompt_len + canvas_len + 2, torch.device("cpu"), traits, ServerOptions({}))
     denoiser.add(1, Request("r", prompt_len, canvas_len, chosen, SamplingSpec()), np.ones(prompt_len, dtype=np.int64))
     steps = []
     for i, move in enumerate(moves):
         rows = denoiser.begin(torch.tensor([1]), [1])
+        if left is not None:
+            rows, _ = rows.without(~torch.isin(rows.positions, torch.tensor(left[i])))
         slots = rows.predicted_index[1]
         wanted = torch.tensor([int(s) in move for s in slots])
         token = torch.tensor([move.get(int(s), 0) for s in slots])
@@ -64,7 +74,8 @@ def replay(
             attended = torch.zeros(1, rows.view.num_positions, dtype=torch.bool)
             attended[0, drifts[i][1]] = True
             drift = Drift(torch.tensor([drifts[i][0]]), attended)
-        result = denoiser.finish(rows, RowStats(token, wanted.float(), None, entropy), None, drift)
+        confidence = wanted.float() if confidences is None else torch.tensor(confidences[i])[slots]
+        result = denoiser.finish(rows, RowStats(token, confidence, None, entropy), None, drift)
         got = result.committed[0].nonzero().flatten().tolist()
         assert got == sorted(move), f"step {i} cannot commit {sorted(move)}: candidates are {slots.tolist()}"
         candidates = rows.candidates[0].nonzero().flatten().tolist()
@@ -76,6 +87,7 @@ def replay(
                 None if keys is None else keys.tolist(),
                 rows.choices[0],
                 rows.stored,
+                rows.exiting,
                 rows.watched[0],
             )
         )

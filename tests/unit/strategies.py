@@ -89,6 +89,11 @@ POLICIES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "kernel_size": st.sampled_from([1, 2, 3, 10**30]),
     },
     "streaming": {"suffix_window": st.sampled_from([0, 1, 5, 10**30])},
+    "es": {
+        "prompt_update_freq": st.sampled_from([1, 3, 8, 10**30]),
+        "block_update_freq": st.sampled_from([1, 2, 5, 10**30]),
+        "importance_score_alpha": st.sampled_from([0, 0.5, 1]),
+    },
     "elastic": {
         "elastic_beta": st.sampled_from([1, 2, 6, 10**30]),
         "elastic_gamma": st.sampled_from([0, 0.5, 0.9, 1]),

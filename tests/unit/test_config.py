@@ -9,6 +9,7 @@ import pytest
 from vllm_d2cache.config import (
     DECODER_OPTIONS,
     REQUEST_FIELDS,
+    SERVER_ONLY_FIELDS,
     OptionError,
     RequestOptions,
     ServerOptions,
@@ -234,7 +235,9 @@ def test_pc_needs_a_table() -> None:
             parse_server_options(server).resolve(parse_request_options(request))
 
 
-@pytest.mark.parametrize("name", ["trace_dir", "refresh_budget", "token_frequencies", "attention_backend"])
+@pytest.mark.parametrize(
+    "name", ["trace_dir", "refresh_budget", "token_frequencies", "attention_backend", "graph_rows"]
+)
 def test_server_only_keys_in_a_request_say_so(name: str) -> None:
     with pytest.raises(OptionError, match="server-wide only"):
         parse_request_options({f"d2cache_{name}": 1})
@@ -244,8 +247,15 @@ def test_server_only_fields() -> None:
     options = parse_server_options({"trace_dir": "traces", "refresh_budget": 64})
     assert (options.trace_dir, options.refresh_budget) == ("traces", 64)
     assert parse_server_options({"token_frequencies": "t.npy"}).token_frequencies == "t.npy"
-    empty = parse_server_options({"trace_dir": None, "refresh_budget": None})
+    empty = parse_server_options(dict.fromkeys(SERVER_ONLY_FIELDS))
     assert empty == parse_server_options(None) == parse_server_options({}) == ServerOptions({})
+
+
+@pytest.mark.parametrize("value", [-1, True, "512", 1.5])
+def test_bad_graph_rows(value: Any) -> None:
+    assert [parse_server_options({"graph_rows": n}).graph_rows for n in (0, 96)] == [0, 96]
+    with pytest.raises(OptionError, match=r"graph_rows.*0 = no CUDA graphs"):
+        parse_server_options({"graph_rows": value})
 
 
 @pytest.mark.parametrize("value", ["", 3, True, ["a"]])

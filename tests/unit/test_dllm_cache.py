@@ -18,7 +18,8 @@ from vllm_d2cache.attention.capture import TensorParallel
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.value_change import similarity_parts
 from vllm_d2cache.records import StoredRows
-from vllm_d2cache.stored_outputs import OutputStore, PartialForward
+from vllm_d2cache.row_store import RowStore
+from vllm_d2cache.stored_outputs import PartialForward
 
 P, G = 3, 8
 ALL, CANVAS = list(range(11)), list(range(3, 11))
@@ -110,16 +111,16 @@ def stored_rows(stored: list[int], compared: list[int], count: int, computed: in
     return StoredRows(flags, torch.tensor(compared), request, torch.tensor([count]), [computed], kept, {0: 5})
 
 
-def forward(layers: list[ToyLayer], rows: StoredRows, embedding: torch.Tensor, store: OutputStore, **more: Any) -> Any:
+def forward(layers: list[ToyLayer], rows: StoredRows, embedding: torch.Tensor, store: RowStore, **more: Any) -> Any:
     layouts: list[PagedLayout] = []
     layout = PagedLayout([6], [6], torch.zeros(1, 1, dtype=torch.int32), [0], torch.arange(6))
-    run = PartialForward(rows, [7], layout, layouts.append, store, **more)
+    run = PartialForward(rows, None, [7], layout, layouts.append, store, **more)
     hidden, residual = run.run(layers, torch.arange(6), embedding)
     return hidden + residual, layouts
 
 
 def test_stored_rows_add_what_their_layer_added_last() -> None:
-    layers, store = [ToyLayer(), ToyLayer(), ToyLayer()], OutputStore()
+    layers, store = [ToyLayer(), ToyLayer(), ToyLayer()], RowStore()
     everything, _ = forward(layers, stored_rows([], [], 0, 6), torch.zeros(6, 4), store)
     assert everything[:, 0].tolist() == [0.0, 30.0, 60.0, 90.0, 120.0, 150.0]
     for layer in layers:
@@ -143,11 +144,11 @@ def test_stored_rows_add_what_their_layer_added_last() -> None:
 
 def test_shadows_of_mates_are_always_computed() -> None:
     """Two rows behind the text, in no page: every layer computes them, and lays out the text alone."""
-    layers, store = [ToyLayer(), ToyLayer()], OutputStore()
+    layers, store = [ToyLayer(), ToyLayer()], RowStore()
     forward(layers, stored_rows([], [], 0, 6), torch.zeros(6, 4), store)
     layout = PagedLayout([6], [6], torch.zeros(1, 1, dtype=torch.int32), [0], torch.arange(6))
     layouts: list[PagedLayout] = []
-    run = PartialForward(stored_rows([1, 2, 3, 4, 5], [], 0, 1), [7], layout, layouts.append, store)
+    run = PartialForward(stored_rows([1, 2, 3, 4, 5], [], 0, 1), None, [7], layout, layouts.append, store)
     hidden, residual = run.run(layers, torch.tensor([0, 1, 2, 3, 4, 5, 8, 9]), torch.zeros(8, 4))
     assert layers[1].seen[-1] == [0, 8, 9]
     assert [(at.counts, at.slots.tolist()) for at in layouts] == [([1], [0]), ([6], list(range(6)))]
@@ -173,7 +174,7 @@ def test_ranks_with_different_heads_agree() -> None:
         layer = ToyLayer()
         layer.pages = torch.zeros(1, 1, 16, 2 * new[:, part].shape[1])
         layer.pages[0, 0, :2, new[:, part].shape[1] :] = old[:, part]
-        run = PartialForward(rows, [0], layout, lambda _: None, OutputStore(), ranks)
+        run = PartialForward(rows, None, [0], layout, lambda _: None, RowStore(), ranks)
         computed = run._computed(layer, new[:, part], torch.zeros_like(new[:, part]))
         return computed.nonzero().flatten().tolist()
 
@@ -185,7 +186,7 @@ def test_ranks_with_different_heads_agree() -> None:
 
 
 def test_a_layer_without_rows_is_not_called() -> None:
-    layers, store = [ToyLayer(), ToyLayer()], OutputStore()
+    layers, store = [ToyLayer(), ToyLayer()], RowStore()
     forward(layers, stored_rows([], [], 0, 6), torch.zeros(6, 4), store)
     got, layouts = forward(layers, stored_rows([0, 1, 2, 3, 4, 5], [], 0, 0), torch.zeros(6, 4), store)
     assert [len(layer.seen) for layer in layers] == [2, 1]
@@ -195,7 +196,7 @@ def test_a_layer_without_rows_is_not_called() -> None:
 
 @pytest.mark.parametrize("slot_reused", [False, True])
 def test_a_slot_forgets_its_request(slot_reused: bool) -> None:
-    store = OutputStore()
+    store = RowStore()
     like = torch.zeros(1, 4)
     store.of(3, 2, 5, like).fill_(1.0)
     if slot_reused:

@@ -28,6 +28,7 @@ EVERYTHING: dict[str, dict[str, Any]] = {
     "dllm_cache": {"kp": 1, "kr": 1},
     "sparse_dllm": {"keep_ratio": 0, "window": 1},
     "streaming": {"suffix_window": 100, "window": 1},
+    "es": {"prompt_update_freq": 1, "window": 0},
     "elastic": {"elastic_beta": 100, "elastic_gamma": 1.0},
 }
 

@@ -20,7 +20,7 @@ def test_dream_without_keys_is_the_published_one() -> None:
     shape = config.shape()
     assert (shape.hidden_size, shape.num_layers, shape.head_size, shape.kv_size) == (3584, 28, 128, 512)
     assert (shape.qkv_bias, shape.rope_in_fp32, shape.tied_head) == (True, False, False)
-    assert config.traits() == FamilyTraits(151666, logit_shift=1, step_schedule="timestep")
+    assert config.traits() == FamilyTraits(151666, logit_shift=1, step_schedule="timestep", num_layers=28)
 
 
 @pytest.mark.parametrize("cls", [DreamConfig, LLaDAMoEConfig])
@@ -47,7 +47,7 @@ def test_the_architecture_tells_llada_moe_from_llada() -> None:
     assert (shape.num_experts, shape.experts_per_token, shape.intermediate_size, shape.qk_norm) == (8, 2, 32, True)
     assert type(LLaDAConfig.from_dict({"architectures": ["LLaDAModelLM"]})) is LLaDAConfig
     unnamed = {key: value for key, value in MOE.items() if key != "mask_token_id"}
-    assert LLaDAConfig.from_dict(unnamed).traits() == FamilyTraits(156895)
+    assert LLaDAConfig.from_dict(unnamed).traits() == FamilyTraits(156895, num_layers=3)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,25 @@ import torch
 
 from vllm_d2cache.canvas import CanvasStates, state_bytes
 from vllm_d2cache.config import parse_server_options
+from vllm_d2cache.models.shape import TransformerShape
 from vllm_d2cache.records import FamilyTraits
 from vllm_d2cache.startup_log import plan_lines
 
 LAYERS, KV_HEADS, HEAD, LENGTH, SLOTS, BLOCK = 4, 2, 32, 1024, 8, 16
+
+
+SHAPE = TransformerShape(
+    hidden_size=8 * HEAD,
+    num_layers=LAYERS,
+    num_heads=8,
+    num_kv_heads=2 * KV_HEADS,
+    intermediate_size=512,
+    vocab_size=1000,
+    embedding_size=1000,
+    max_positions=LENGTH,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+)
 
 
 def config() -> Any:
@@ -25,12 +40,14 @@ def config() -> Any:
         get_num_layers=lambda parallel: LAYERS,
         get_num_kv_heads=lambda parallel: KV_HEADS,
         get_head_size=lambda: HEAD,
+        hf_config=SimpleNamespace(shape=lambda: SHAPE),
     )
     return SimpleNamespace(
         model_config=model,
         scheduler_config=SimpleNamespace(max_num_seqs=SLOTS, max_num_batched_tokens=2048, async_scheduling=True),
         parallel_config=SimpleNamespace(tensor_parallel_size=2),
         cache_config=SimpleNamespace(block_size=BLOCK),
+        device_config=SimpleNamespace(device_type="cuda"),
     )
 
 
@@ -44,9 +61,25 @@ def test_ten_lines_with_the_numbers() -> None:
     assert by_name["batch"] == "8 requests and 2048 rows a step at most"
     kv = 2 * LAYERS * KV_HEADS * HEAD * 2 * 640 * BLOCK / 2**20
     assert f"640 blocks of 16, 10240 positions: 10 requests of the longest kind; {kv:.1f} MiB" in by_name["KV cache"]
-    assert by_name["attention maps"] == f"{LAYERS * 256 * 1024 * 4 / 2**20:.1f} MiB at most for one request"
+    rows = 32 + 1 + 77  # current_k, a commit, a tenth of 768 positions
+    held = LAYERS * rows * 768 * 4 * 1.25 / 2**20
+    running = by_name["memory of running requests"]
+    assert running.startswith(
+        f"2048.0 MiB for maps and stored outputs, of which one of 512 + 256 positions takes {held:.1f}"
+    )
+    queries = LAYERS * 2048 * 4 * (HEAD * 2 + 4) / 2**20
+    step = by_name["memory of a step, beside the forward pass"]
+    assert step.startswith(f"queries {queries:.1f} MiB, copies of rows ")
+    assert ", then statistics " in step
     assert by_name["execution"] == "eager"
     assert by_name["scheduling"] == "asynchronous"
+    on_gpu = config()
+    on_gpu.model_config.enforce_eager = False
+    (execution,) = (x for x in plan_lines(on_gpu, parse_server_options(None), 1) if x.startswith("execution: "))
+    assert execution == (
+        "execution: CUDA graphs for refresh steps of up to 512 rows, eager for first steps and larger ones"
+    )
+    assert "execution: eager" in plan_lines(on_gpu, parse_server_options({"graph_rows": 0}), 1)
     assert by_name["traces"] == "off"
 
 
@@ -57,7 +90,7 @@ def test_what_the_operator_chose() -> None:
     assert chosen.startswith("policy full, ")
     assert {"threshold=0.9", "window=32"} <= set(chosen.split(", "))
     assert "refresh_budget=32" in by_name["budget"]
-    assert by_name["attention maps"] == "none by default"
+    assert "positions takes 0.0 MiB" in by_name["memory of running requests"]
     assert by_name["traces"].startswith("/x ")
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.config import VllmConfig
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.reference.oracle import ORACLE
+from vllm_d2cache import config_hook
+from vllm_d2cache.config import parse_server_options
 from vllm_d2cache.config_hook import DEFAULT_MAX_MODEL_LEN
 
 pytestmark = pytest.mark.vllm
@@ -94,3 +98,78 @@ def test_other_variants_of_dream_are_refused(checkpoint: Path, key: str, value: 
 def test_what_cannot_work_is_refused_by_name(checkpoint: Path, settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         configured(checkpoint, **settings)
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as our hook asks, the platform is CUDA."""
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
+
+
+def raw_config(**compilation: Any) -> Any:
+    """What the hook reads to decide how steps are executed, before vLLM has filled in defaults."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(enforce_eager=False),
+        parallel_config=SimpleNamespace(data_parallel_size=1),
+        scheduler_config=SimpleNamespace(scheduler_cls=None),
+        compilation_config=SimpleNamespace(**{"mode": None, "cudagraph_mode": None, **compilation}),
+    )
+
+
+def test_on_a_gpu_the_graphs_are_ours(on_cuda: None) -> None:
+    raw = raw_config()
+    config_hook._set_execution(raw)
+    assert raw.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+    assert raw.compilation_config.mode == CompilationMode.NONE
+    assert not raw.model_config.enforce_eager, "what the operator says: the worker goes by it"
+    raw.scheduler_config.scheduler_cls = config_hook.SCHEDULER
+    assert config_hook._without_graphs(raw, parse_server_options(None)) == {}, "a configuration built anew"
+
+
+@pytest.mark.parametrize("mode", [CompilationMode.VLLM_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE])
+def test_the_network_is_compiled_where_the_operator_says_so(on_cuda: None, mode: CompilationMode) -> None:
+    raw = raw_config(mode=mode)
+    for _ in range(2):  # vLLM builds a configuration again from one that has been here
+        config_hook._set_execution(raw)
+        assert raw.compilation_config.mode == mode
+        assert raw.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+
+
+def test_compilation_on_a_cpu(checkpoint: Path) -> None:
+    assert configured(checkpoint).compilation_config.mode == CompilationMode.NONE
+    chosen = configured(checkpoint, compilation_config={"mode": CompilationMode.VLLM_COMPILE})
+    assert not chosen.model_config.enforce_eager
+    assert chosen.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE, "what vLLM makes of it on a CPU"
+    with pytest.raises(ValueError, match="vllm_compile compiles the layers"):
+        configured(checkpoint, compilation_config={"mode": CompilationMode.STOCK_TORCH_COMPILE})
+
+
+@pytest.mark.parametrize(
+    ("section", "compilation", "want"),
+    [
+        ({}, {}, {}),
+        ({"attention_backend": "triton"}, {}, {}),
+        ({"attention_backend": "torch"}, {}, {"graph_rows": 0}),
+        ({"attention_backend": "xformers"}, {}, {"graph_rows": 0}),
+        ({}, {"cudagraph_mode": CUDAGraphMode.NONE}, {"graph_rows": 0}),
+        ({"graph_rows": 0}, {"cudagraph_mode": CUDAGraphMode.NONE}, {}),
+    ],
+)
+def test_what_leaves_no_graphs(
+    on_cuda: None, section: dict[str, Any], compilation: dict[str, Any], want: dict[str, int]
+) -> None:
+    assert config_hook._without_graphs(raw_config(**compilation), parse_server_options(section)) == want
+
+
+def test_a_cpu_stays_eager(checkpoint: Path) -> None:
+    assert configured(checkpoint).model_config.enforce_eager
+
+
+@pytest.mark.parametrize(
+    "wish", [{"cudagraph_capture_sizes": [64]}, {"max_cudagraph_capture_size": 64}], ids=["sizes", "largest"]
+)
+def test_sizes_of_vllms_own_graphs_are_refused(checkpoint: Path, wish: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="graph_rows"):
+        configured(checkpoint, compilation_config=wish)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import ModelConfig
 from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -17,6 +18,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_d2cache.compat import front_end
+from vllm_d2cache.models.configs import LLaDAConfig
 
 pytestmark = pytest.mark.vllm
 OURS = frozenset({"LLaDAModelLM"})
@@ -91,10 +93,18 @@ def admitted(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> tuple[SimpleName
     model = SimpleNamespace(
         architectures=["LLaDAModelLM"],
         max_model_len=100,
-        hf_config=SimpleNamespace(mask_token_id=40),
+        hf_config=LLaDAConfig(
+            d_model=64, n_layers=2, n_heads=4, mlp_hidden_size=128, vocab_size=41, mask_token_id=40, rms_norm_eps=1e-5
+        ),
+        dtype=torch.float32,
         get_vocab_size=lambda: 41,
     )
-    engine = SimpleNamespace(scheduler_config=SimpleNamespace(policy="fcfs"), additional_config={})
+    engine = SimpleNamespace(
+        model_config=model,
+        scheduler_config=SimpleNamespace(policy="fcfs"),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        additional_config={},
+    )
     return request, SimpleNamespace(model_config=model, vllm_config=engine)
 
 

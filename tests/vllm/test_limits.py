@@ -7,15 +7,31 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_d2cache.compat import front_end
 from vllm_d2cache.config_hook import _known_quantisation, _refusals
+from vllm_d2cache.models.shape import TransformerShape
 from vllm_d2cache.request_check import check_sampling_params
 
 pytestmark = pytest.mark.vllm
+
+MAX_LEN = 20_000
+SHAPE = TransformerShape(
+    hidden_size=64,
+    num_layers=8,
+    num_heads=4,
+    num_kv_heads=4,
+    intermediate_size=128,
+    vocab_size=41,
+    embedding_size=41,
+    max_positions=MAX_LEN,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+)
 
 
 def admit(monkeypatch: pytest.MonkeyPatch, canvas: int, additional: Any) -> Any:
@@ -28,11 +44,17 @@ def admit(monkeypatch: pytest.MonkeyPatch, canvas: int, additional: Any) -> Any:
     front_end.install_request_check(frozenset({"LLaDAModelLM"}))
     model = SimpleNamespace(
         architectures=["LLaDAModelLM"],
-        max_model_len=1000,
-        hf_config=SimpleNamespace(mask_token_id=40),
+        max_model_len=MAX_LEN,
+        hf_config=SimpleNamespace(mask_token_id=40, shape=lambda: SHAPE),
+        dtype=torch.bfloat16,
         get_vocab_size=lambda: 41,
     )
-    config = SimpleNamespace(additional_config=additional, scheduler_config=SimpleNamespace(policy="fcfs"))
+    config = SimpleNamespace(
+        additional_config=additional,
+        scheduler_config=SimpleNamespace(policy="fcfs"),
+        model_config=model,
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+    )
     return InputProcessor.process_inputs(SimpleNamespace(model_config=model, vllm_config=config))
 
 
@@ -42,7 +64,16 @@ def test_the_operators_longest_canvas(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(VLLMValidationError, match="max_tokens: this server allows canvases of 1 to 300 positions"):
         admit(monkeypatch, 301, limited)
     for unlimited in ({}, {"d2cache": {}}, None):
-        assert admit(monkeypatch, 998, unlimited).sampling_params.max_tokens == 998
+        assert admit(monkeypatch, MAX_LEN - 2, unlimited).sampling_params.max_tokens == MAX_LEN - 2
+
+
+def test_a_request_that_takes_more_memory_than_all_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    limited = {"d2cache": {"request_memory": 0.01, "policy": "dllm_cache"}}
+    fits = int(0.01 * 2**30) // (7 * 64 * 2) - 1  # layers but the first, width, bytes: of canvas and one position more
+    assert admit(monkeypatch, fits, limited).sampling_params.max_tokens == fits
+    with pytest.raises(VLLMValidationError, match=r"max_tokens: with d2cache_policy 'dllm_cache', 2 prompt tokens and"):
+        admit(monkeypatch, fits + 1, limited)
+    assert admit(monkeypatch, fits + 1, {"d2cache": {"request_memory": 0.01, "policy": "full"}})
 
 
 def test_stop_tokens() -> None:
@@ -64,6 +95,7 @@ def test_sleep_mode_is_refused_at_start_up() -> None:
         speculative_config=None,
         lora_config=None,
         cache_config=SimpleNamespace(cache_dtype="auto"),
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=None, max_cudagraph_capture_size=None, mode=None),
         model_config=SimpleNamespace(
             enable_sleep_mode=True, dtype="torch.bfloat16", logprobs_mode="raw_logprobs", quantization=None
         ),

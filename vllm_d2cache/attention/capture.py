@@ -30,11 +30,11 @@ class MapPool:
 
     def take(self, layer: int, elements: int, device: torch.device) -> torch.Tensor:
         """Flat float32 memory of the layer, at least that long; contents undefined."""
-        memory = self._memory.get(layer)
+        memory = self._memory.pop(layer, None)
         if memory is None or memory.numel() < elements:
-            # Rounded up so that a slowly growing need does not allocate in every step.
-            memory = torch.empty(elements + elements // 4, device=device)
-            self._memory[layer] = memory
+            del memory  # makes room for its successor
+            memory = torch.empty(with_slack(elements), device=device)
+        self._memory[layer] = memory
         return memory
 
 
@@ -59,7 +59,8 @@ class ImportanceCapture:
     layers: list[LayerRecord] = field(default_factory=list)
 
     @cached_property
-    def _plan(self) -> MapPlan:
+    def plan(self) -> MapPlan:
+        """Which requests keep their maps in this step."""
         layout = self.layout
         kept = [w and keeps_map(b, t) for w, b, t in zip(self.wanted, self._bounds, layout.lengths, strict=True)]
         shapes = zip(layout.counts, layout.lengths, kept, strict=True)
@@ -72,11 +73,11 @@ class ImportanceCapture:
     @cached_property
     def _replays(self) -> bool:
         """Whether some request leaves queries instead of maps."""
-        return any(w and shape is None for w, shape in zip(self.wanted, self._plan.shapes, strict=True))
+        return any(w and shape is None for w, shape in zip(self.wanted, self.plan.shapes, strict=True))
 
     def start_layer(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> AttentionMaps:
         """Register a layer; returns where the attention op is to leave its maps."""
-        plan = self._plan
+        plan = self.plan
         lse = None
         if self._replays and chosen(query.device) != "torch":
             lse = query.new_empty(query.shape[:2], dtype=torch.float32)
@@ -90,8 +91,11 @@ class ImportanceCapture:
         """[R, num_positions] float32 rollout of the requests that want it (0 elsewhere); None if none does."""
         if not any(self.wanted):
             return None
-        layers = [self._at_full_rows(layer) for layer in self.layers]
-        return batched_rollout(self.positions, layers, self.layout, self.wanted, num_positions, self.tensor_parallel)
+        for i, layer in enumerate(self.layers):
+            self.layers[i] = self._at_full_rows(layer)  # one at a time: the queries of all layers are large
+        return batched_rollout(
+            self.positions, self.layers, self.layout, self.wanted, num_positions, self.tensor_parallel
+        )
 
     def _at_full_rows(self, layer: LayerRecord) -> LayerRecord:
         """The layer as if it had computed all rows of the step: some policies of mates leave rows out of a layer."""
@@ -115,6 +119,11 @@ def keeps_map(bound: int, length: int) -> bool:
     return bound * _MAP_SHARE <= length
 
 
-def most_map_bytes(num_layers: int, length: int) -> int:
-    """Bytes of all layers' maps that one request of ``length`` positions can leave in a step, at most."""
-    return num_layers * (length // _MAP_SHARE) * length * torch.float32.itemsize
+def map_bytes(num_layers: int, bound: int, length: int) -> int:
+    """Bytes that the pool takes for the maps of a request of ``length`` positions that can need ``bound`` rows."""
+    return num_layers * with_slack(bound * length) * torch.float32.itemsize if keeps_map(bound, length) else 0
+
+
+def with_slack(elements: int) -> int:
+    """Rounded up so that a slowly growing need does not allocate in every step."""
+    return elements + elements // 4

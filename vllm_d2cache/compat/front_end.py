@@ -195,6 +195,7 @@ def install_request_check(architectures: frozenset[str]) -> None:
                 raise _does_not_fit("max_tokens", params.max_tokens, room)
             _check_options(self.vllm_config.additional_config, params, room)
             _check_fit(params, self.model_config)
+            _check_memory(params, self.vllm_config, len(request.prompt_token_ids))
             _as_validation_error(snapshot_stream.check_listener, params.extra_args)
         return request
 
@@ -233,6 +234,12 @@ def _check_admission(request: Any, scheduling_policy: str) -> None:
 
 def _check_fit(params: Any, model_config: Any) -> None:
     _as_validation_error(check_fit, params, model_config.get_vocab_size(), model_config.hf_config.mask_token_id)
+
+
+def _check_memory(params: Any, config: Any, prompt_len: int) -> None:
+    from vllm_d2cache.memory_plan import check_memory
+
+    _as_validation_error(check_memory, params, config, prompt_len)
 
 
 def _as_validation_error(check: Callable[..., None], *args: Any) -> None:

@@ -6,11 +6,12 @@ the tensors, and its configuration the sizes and switches (shape.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
 import torch
 from torch import nn
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
@@ -179,6 +180,27 @@ class TransformerLayer(nn.Module):
         return self.self_attn.attn.kv_cache
 
 
+@support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden": 0})
+class LayerStack(nn.Module):
+    """The layers one after the other and the last norm: what torch.compile gets, where the operator chooses it.
+
+    The model owns both; forward passes in which layers differ in their rows (stored_outputs.py) call them themselves.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layers: nn.ModuleList, norm: RMSNorm) -> None:
+        super().__init__()
+        self._parts = (layers, norm)  # not as submodules: their tensors have one name each
+
+    def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, d] embeddings -> [N, d] final hidden states."""
+        layers, norm = self._parts
+        residual = None
+        for layer in layers:
+            hidden, residual = layer(positions, hidden, residual)
+        hidden, _ = norm(hidden, residual)
+        return hidden
+
+
 class DiffusionLM(nn.Module):
     """A masked diffusion language model; subclasses name the tensors of their checkpoints."""
 
@@ -207,6 +229,7 @@ class DiffusionLM(nn.Module):
             for i in range(shape.num_layers)
         )
         self.norm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+        self.stack = LayerStack(vllm_config=vllm_config, layers=self.layers, norm=self.norm)
         self.lm_head = ParallelLMHead(
             shape.embedding_size,
             shape.hidden_size,
@@ -221,6 +244,8 @@ class DiffusionLM(nn.Module):
         self.head_in_sampler = False
         # Likewise, where a request's policy stores outputs of layers: runs the layers in place of the plain loop.
         self.partial_forward: PartialForward | None = None
+        # Likewise, where a CUDA graph does the step: replays it, its inputs being in place.
+        self.replay: Callable[[], torch.Tensor] | None = None
 
     @staticmethod
     def tensor_shapes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
@@ -246,13 +271,12 @@ class DiffusionLM(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[N] token ids at [N] absolute positions, in any order -> [N, d] final hidden states."""
+        if self.replay is not None:
+            return self.replay()
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        residual = None
-        if self.partial_forward is not None:
-            hidden, residual = self.partial_forward.run(self.layers, positions, hidden)
-        else:
-            for layer in self.layers:
-                hidden, residual = layer(positions, hidden, residual)
+        if self.partial_forward is None:
+            return self.stack(positions, hidden)
+        hidden, residual = self.partial_forward.run(self.layers, positions, hidden)
         hidden, _ = self.norm(hidden, residual)
         return hidden
 

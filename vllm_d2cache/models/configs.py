@@ -109,7 +109,7 @@ class LLaDAConfig(DiffusionLMConfig):
 
     def traits(self) -> FamilyTraits:
         """A canvas slot reads the logits of its own position."""
-        return FamilyTraits(self.mask_token_id)
+        return FamilyTraits(self.mask_token_id, num_layers=self.n_layers)
 
     def shape(self) -> TransformerShape:
         """No bias anywhere; the published model rotates in fp32 (rope_full_precision)."""
@@ -216,7 +216,7 @@ class LLaDAMoEConfig(HubConfig):
 
     def traits(self) -> FamilyTraits:
         """A canvas slot reads the logits of its own position."""
-        return FamilyTraits(self.mask_token_id)
+        return FamilyTraits(self.mask_token_id, num_layers=self.num_hidden_layers)
 
     def shape(self) -> TransformerShape:
         """Experts in every layer, norms over the heads of q and k, no bias."""
@@ -257,7 +257,9 @@ class DreamConfig(HubConfig):
 
     def traits(self) -> FamilyTraits:
         """Made from an autoregressive model: a position predicts the token to its right."""
-        return FamilyTraits(self.mask_token_id, logit_shift=1, step_schedule="timestep")
+        return FamilyTraits(
+            self.mask_token_id, logit_shift=1, step_schedule="timestep", num_layers=self.num_hidden_layers
+        )
 
     def shape(self) -> TransformerShape:
         """Biases on q, k and v alone; q and k are rotated in the model's dtype."""

@@ -37,6 +37,15 @@ class PagedLayout:
     # Of each request: [n] int64 positions its rows attend to, None = all of them. The default is None for everyone.
     keys: list[torch.Tensor | None] | None = None
 
+    def read_on_device(self, row_starts: torch.Tensor, text_lengths: torch.Tensor) -> None:
+        """Have kernels read these two, which may change; ``counts`` and ``lengths`` are then no more than capacities.
+
+        Args:
+            row_starts: [R + 1] int32.
+            text_lengths: [R] int32.
+        """
+        self.__dict__.update(row_starts=row_starts, text_lengths=text_lengths)
+
     # For kernels, on the device; made once a step, when the first layer asks.
 
     @cached_property
@@ -88,6 +97,10 @@ class MapPlan:
             starts.append(offset if shape else -1)
             offset += shape[0] * shape[1] if shape else 0
         return cls(shapes, starts, offset)
+
+    def read_on_device(self, starts: torch.Tensor) -> None:
+        """Have kernels read ``starts`` [R] int64, which may change; those of the host are then no more than room."""
+        self.__dict__["_starts"] = starts
 
     def starts_on(self, device: torch.device) -> torch.Tensor:
         """[R] int64: ``starts`` on the device."""

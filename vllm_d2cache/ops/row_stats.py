@@ -10,13 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_d2cache.ops.dispatch import dispatched
+from vllm_d2cache.ops.dispatch import chosen, dispatched
 from vllm_d2cache.ops.logit_edits import RowEdits
 
 # Rows whose logits exist at one time: bounds the transient to ROWS_PER_TILE x vocabulary, whatever the batch.
 ROWS_PER_TILE = 64
-# On a GPU each tile reads the LM head (1 GB for 8B models) again: more rows, so that this is not what takes the time.
-CUDA_ROWS_PER_TILE = 256
+# On a GPU each tile reads the LM head (1 GB for 8B models) again: more rows where a kernel takes the statistics from
+# the logits as they come, so that this is not what takes the time.
+KERNEL_ROWS_PER_TILE = 256
+# Bytes that a logit takes at most in a tile of ROWS_PER_TILE rows: itself, and what filters, statistics, edits and
+# readers make of it (tests/unit/test_memory_plan.py).
+_BYTES_PER_LOGIT = 64
 
 TileReader = Callable[[int, int, torch.Tensor], None]
 """Called with (i, j, logits) for rows i to j: [j - i, vocab] fp32, scaled and filtered; it may change them in place."""
@@ -89,13 +93,14 @@ def row_stats(
         readers: called with the logits of each tile before their statistics are taken.
     """
     tiles = []
-    step = CUDA_ROWS_PER_TILE if hidden.device.type == "cuda" else ROWS_PER_TILE
+    # Readers and edits see the logits as they are chosen from; without them one pass does it all.
+    scaled = bool(readers) or params.edits is not None
+    by_kernel = chosen(hidden.device) != "torch" and not scaled
+    step = KERNEL_ROWS_PER_TILE if by_kernel else ROWS_PER_TILE
     for i in range(0, hidden.shape[0], step):
         j = min(i + step, hidden.shape[0])
         part = params.tile(i, j)
         logits = lm_head(hidden[i:j])
-        # Readers and edits see the logits as they are chosen from; without them one pass does it all.
-        scaled = bool(readers) or part.edits is not None
         if scaled:
             logits = scaled_logits(logits, part, mask_token_id)
         for read in readers:
@@ -112,6 +117,11 @@ def row_stats(
         torch.cat([t.margin for t in tiles]) if want_margin else None,
         torch.cat([t.entropy for t in tiles]) if want_entropy else None,
     )
+
+
+def statistics_bytes(vocab_size: int, itemsize: int) -> int:
+    """Bytes that :func:`row_stats` takes for logits of ``itemsize`` bytes, at most; gathered logits exist twice."""
+    return vocab_size * max(KERNEL_ROWS_PER_TILE * 2 * itemsize, ROWS_PER_TILE * _BYTES_PER_LOGIT)
 
 
 def token_probability(

@@ -21,7 +21,8 @@ class CachePolicy(ABC):
     """Decides the refresh set of each step for the requests that chose it.
 
     A policy works on all its requests of a step at once and must not let one influence another. What it remembers
-    is slot-indexed and overwritten in ``first_plan``.
+    is slot-indexed and overwritten in ``first_plan``. Making one only allocates: the
+    engine learns how much by making each on torch's meta device.
 
     Args:
         num_slots: requests that can run at a time.
@@ -47,6 +48,12 @@ class CachePolicy(ABC):
     """Whether the plans say which positions are visible; without it, rows attend to all."""
     stores_outputs: ClassVar[bool] = False
     """Whether the engine must keep the outputs of layers for the canvas of this policy's requests."""
+    drops_rows: ClassVar[bool] = False
+    """Whether rows of this policy's requests leave the network behind some layers (records.RowExits)."""
+    exit_layers: ClassVar[int] = 0
+    """Of such a policy: behind how many layers rows may leave at most; hidden states are remembered there."""
+    num_layers: int = 1
+    """Of the network; the engine sets it before the first request."""
 
     def __init__(
         self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None

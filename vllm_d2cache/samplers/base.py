@@ -86,6 +86,8 @@ class Decoder(ABC):
     """Whether its part of a step waits for nothing and minds no padding among the predicted rows (slot G)."""
     verifies: ClassVar[bool] = False
     """Whether committed slots of the window are asked about and may be taken back."""
+    keeps_hidden: ClassVar[bool] = False
+    """Whether it keeps the final hidden state of each canvas slot."""
     option_names: ClassVar[tuple[str, ...]] = ()
     """Numbers of RequestOptions that it reads by slot, as ``self.number(name, slots)``."""
 

@@ -31,6 +31,7 @@ class KlassDecoder(Decoder):
 
     name = "klass"
     observes_all = True
+    keeps_hidden = True
     option_names = ("kl_threshold", "kl_history_length")
 
     def __init__(self, resources: DecoderResources) -> None:

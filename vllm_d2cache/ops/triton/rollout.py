@@ -131,8 +131,10 @@ def batched_rollout(
     """See ops.rollout. Sums run in a fixed order: the result is the same in every run and beside any mates."""
     device, num_requests = positions.device, len(wanted)
     column = torch.arange(num_positions, device=device)
-    wants = upload(wanted, torch.bool, device)
-    v = ((column < layout.text_lengths.unsqueeze(1)) & wants.unsqueeze(1)).float()
+    inside = column < layout.text_lengths.unsqueeze(1)
+    if not all(wanted):
+        inside &= upload(wanted, torch.bool, device).unsqueeze(1)
+    v = inside.float()
     if not layers or not layout.counts or positions.shape[0] == 0:
         return v
     plan = layers[0].maps.plan
@@ -141,13 +143,13 @@ def batched_rollout(
     keep = None
     if replayed or tensor_parallel is not None:
         keep = _kept_share(positions, layout, v)
-    indices = upload(replayed, torch.int64, device)
+    indices = upload(replayed, torch.int64, device) if replayed else None
     for layer in reversed(layers):
         # Requests without a map keep their line; the replayed ones are written below.
         out = v.clone() if tensor_parallel is None else torch.zeros_like(v)
         if plan.elements:
             _map_product(out, v, layer, layout, positions, own=tensor_parallel is None)
-        if replayed:
+        if indices is not None:
             product = _replay(v, indices, layer, layout, positions)
             own = 0.0 if tensor_parallel is not None or keep is None else (keep * v)[indices]
             out[indices] = product + own

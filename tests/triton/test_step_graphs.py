@@ -1,0 +1,154 @@
+"""Graphs of refresh steps, recorded by the emulator: replayed on other batches they give what eager steps give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from tests.graph_emulator import Emulator
+from tests.triton.loop import PAGE, Loop
+from vllm_d2cache.graph_check import GraphError, Pages, check_graphs
+from vllm_d2cache.ops import dispatch
+from vllm_d2cache.ops.paged_attention import PagedLayout
+from vllm_d2cache.step_graphs import GraphSize, StepBuffers, StepGraphs, graph_sizes
+
+pytestmark = pytest.mark.skipif("torch.cuda.is_available()", reason="a GPU records graphs itself (test_cuda_graphs.py)")
+
+TEXTS = [(44, 12), (20, 4), (75, 5)]
+OPTIONS: list[dict[str, Any]] = [
+    {"current_k": 4, "rollout_p": 0.05},
+    {"policy": "full"},
+    {"current_k": 2, "rollout_p": 0.1, "tokens_per_step": 2},
+]
+SIZES = [GraphSize(16, 1), GraphSize(32, 2), GraphSize(64, 3)]
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
+    monkeypatch.setitem(dispatch._chosen, device.type, "triton")
+    return
+
+
+def with_graphs(loop: Loop, sizes: list[GraphSize] = SIZES) -> tuple[Loop, Emulator]:
+    emulator = Emulator()
+    buffers = StepBuffers(sizes[-1], 96, PAGE, loop.device)
+    loop.graphs = StepGraphs(sizes, buffers, loop.forward, emulator.record)
+    loop.graphs.capture()
+    return loop, emulator
+
+
+def test_replays_of_other_batches_decide_what_eager_steps_decide(device: torch.device) -> None:
+    eager, (graphed, emulator) = Loop(device, OPTIONS, texts=TEXTS), with_graphs(Loop(device, OPTIONS, texts=TEXTS))
+    assert emulator.graphs == len(SIZES)
+    assert emulator.launches >= 8, "two layers, each pages, attention, maps and rollout"
+    for loop in (eager, graphed):
+        loop.step(padded=False)
+    # The same graphs serve different companies, in any order of rows.
+    for slots in ([0], [0, 1, 2], [2, 0], [2], [1, 2], [1]):
+        want, got = eager.step(padded=False, slots=slots), graphed.step(slots=slots)
+        assert torch.equal(got.committed, want.committed), slots
+        assert torch.equal(got.tokens, want.tokens), slots
+        assert torch.equal(graphed.denoiser.canvas.refresh, eager.denoiser.canvas.refresh), slots
+    assert graphed.graph_steps == 6
+    for got_cache, want_cache in zip(graphed.caches, eager.caches, strict=True):
+        torch.testing.assert_close(got_cache, want_cache, rtol=1e-5, atol=1e-6)
+
+
+class Frozen(StepBuffers):
+    """Planted fault: the graph reads lengths into which nobody copies those of the batch."""
+
+    def layout(self, size: GraphSize) -> PagedLayout:
+        layout = super().layout(size)
+        if not hasattr(self, "frozen"):
+            self.frozen = self.text_lengths.clone()
+        layout.__dict__["text_lengths"] = self.frozen[: size.requests + 1]
+        return layout
+
+
+class Reads(StepBuffers):
+    """Planted fault: the host looks at the device to set up the graph's work."""
+
+    def layout(self, size: GraphSize) -> PagedLayout:
+        assert min(self.text_lengths.tolist()) >= 0
+        return super().layout(size)
+
+
+class Uploads(StepBuffers):
+    """Planted fault: a list of the host is uploaded while the graph is recorded."""
+
+    def layout(self, size: GraphSize) -> PagedLayout:
+        layout = super().layout(size)
+        del layout.__dict__["row_starts"]
+        return layout
+
+
+def differs(device: torch.device, buffers: type[StepBuffers]) -> bool:
+    eager, graphed = Loop(device, OPTIONS[0]), Loop(device, OPTIONS[0])
+    made = buffers(SIZES[-1], 96, PAGE, device)
+    graphed.graphs = StepGraphs(SIZES[-1:], made, graphed.forward, Emulator().record)
+    graphed.graphs.capture()
+    for loop in (eager, graphed):
+        loop.step(padded=False)
+        loop.step()
+    return any(not torch.equal(a, b) for a, b in zip(eager.caches, graphed.caches, strict=True))
+
+
+@pytest.mark.parametrize(("buffers", "wrong"), [(StepBuffers, False), (Frozen, True)])
+def test_a_frozen_number_shows(device: torch.device, buffers: type[StepBuffers], wrong: bool) -> None:
+    assert differs(device, buffers) is wrong
+
+
+@pytest.mark.parametrize(("buffers", "complaint"), [(Reads, "tolist"), (Uploads, "torch.tensor while")])
+def test_what_a_capture_cannot_hold_is_refused(
+    device: torch.device, buffers: type[StepBuffers], complaint: str
+) -> None:
+    with pytest.raises(AssertionError, match=complaint):
+        differs(device, buffers)
+
+
+@pytest.mark.parametrize("blocks", [40, 4], ids=["room", "little-room"])
+def test_the_check_at_start_up_passes_sound_graphs(device: torch.device, blocks: int) -> None:
+    loop, _ = with_graphs(Loop(device, OPTIONS[0], texts=[(80, 16)]), SIZES[:2])
+    loop.caches = [torch.full((blocks, *c.shape[1:]), torch.nan) for c in loop.caches]
+    assert loop.graphs is not None
+    loop.graphs.capture()
+    check_graphs(loop.graphs, Pages(blocks, PAGE), 29, device)
+
+
+def test_the_check_at_start_up_refuses_others(device: torch.device) -> None:
+    loop = Loop(device, OPTIONS[0], texts=[(80, 16)])
+    loop.caches = [torch.full((9, *c.shape[1:]), torch.nan) for c in loop.caches]
+    loop.graphs = StepGraphs(SIZES[:1], Frozen(SIZES[0], 96, PAGE, device), loop.forward, Emulator().record)
+    loop.graphs.capture()
+    with pytest.raises(GraphError, match=r"16 rows differs .* --enforce-eager"):
+        check_graphs(loop.graphs, Pages(9, PAGE), 29, device)
+
+
+def test_the_smallest_graph_with_room_is_taken(device: torch.device) -> None:
+    buffers = StepBuffers(SIZES[-1], 96, PAGE, device)
+    graphs = StepGraphs(SIZES, buffers, lambda *args: torch.empty(0), lambda step: step)
+    assert graphs.fitting([16], [80], [True]) == SIZES[0]
+    assert graphs.fitting([9, 8], [80, 80], [True, True]) == SIZES[1]
+    assert graphs.fitting([2, 2], [80, 80], [True, True]) == SIZES[1], "two requests"
+    assert graphs.fitting([1] * 4, [80] * 4, [True] * 4) is None, "four requests"
+    assert graphs.fitting([33, 32], [90, 90], [False, False]) is None, "too many rows"
+    assert graphs.fitting([8], [97], [False]) is None, "too long"
+    assert graphs.fitting([21], [80], [True]) is None, "more rows than a map may have"
+    assert graphs.fitting([21], [80], [False]) == SIZES[1]
+
+
+def test_padding_is_at_most_an_eighth() -> None:
+    sizes = graph_sizes(512, 256)
+    assert sizes[0] == GraphSize(16, 1)
+    assert sizes[-1].rows == 512
+    assert len(sizes) < 30
+    for small, large in pairwise(sizes):
+        assert large.rows - small.rows - 1 < max(16, large.rows / 8)
+        assert large.requests >= small.requests
+    assert all(size.requests <= 3 for size in graph_sizes(512, 3))
+    assert [size.rows for size in graph_sizes(40, 8)] == [16, 32, 40]
+    assert graph_sizes(0, 8) == []
