@@ -1,4 +1,4 @@
-"""A checkpoint that brings code of its own: nothing of it runs, whether the operator trusts it or not."""
+"""A checkpoint that brings code of its own: its configuration and model never run, whatever the operator trusts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-def test_nothing_of_it_runs(checkpoint: Path, trusted: bool) -> None:
+def test_configuration_and_model_are_ours(checkpoint: Path, trusted: bool) -> None:
     register_all()
     config = ModelConfig(model=str(checkpoint), trust_remote_code=trusted)
     assert type(config.hf_config) is LLaDAConfig
@@ -47,5 +47,11 @@ def test_nothing_of_it_runs(checkpoint: Path, trusted: bool) -> None:
     module, _, name = ARCHITECTURES["LLaDAModelLM"].partition(":")
     cls, _ = config.registry.resolve_model_cls(["LLaDAModelLM"], config)
     assert (cls.__module__, cls.__name__) == (module, name)
-    assert cached_tokenizer_from_config(config).encode("abc")
+    assert not (checkpoint.parent / "ran").exists()
+
+
+def test_nothing_of_it_runs_for_the_tokenizer_either(checkpoint: Path) -> None:
+    """With --trust-remote-code it would: transformers reads tokenizers."""
+    register_all()
+    assert cached_tokenizer_from_config(ModelConfig(model=str(checkpoint))).encode("abc")
     assert not (checkpoint.parent / "ran").exists()
