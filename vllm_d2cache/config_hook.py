@@ -17,12 +17,14 @@ from vllm_d2cache.generation_defaults import read_generation_defaults
 from vllm_d2cache.samplers.frequencies import load_frequencies
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, StructuredOutputsConfig, VllmConfig
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 REQUEST_CHECK = "vllm_d2cache.request_check:RequestCheck"
 SCHEDULER = "vllm_d2cache.scheduler.D2CacheScheduler"
+# The engines of structured output that are tested.
+GRAMMAR_BACKENDS = ("xgrammar", "guidance")
 # Longest request, prompt and canvas, unless --max-model-len says otherwise: a first step computes all of it at once,
 # and vLLM measures and reserves memory for that. Dream's config.json promises 131072 positions.
 DEFAULT_MAX_MODEL_LEN = 8192
@@ -115,6 +117,9 @@ def _refusals(config: VllmConfig) -> list[str]:
         f"--logprobs-mode {config.model_config.logprobs_mode} (only raw_logprobs)": (
             config.model_config.logprobs_mode != "raw_logprobs"
         ),
+        f"structured output backend {config.structured_outputs_config.backend} (xgrammar or guidance)": (
+            config.structured_outputs_config.backend not in ("auto", *GRAMMAR_BACKENDS)
+        ),
         "VLLM_COMPUTE_NANS_IN_LOGITS, VLLM_RAISE_ON_LOGIT_NANS (the sampler is not vLLM's)": (
             envs.VLLM_COMPUTE_NANS_IN_LOGITS or envs.VLLM_RAISE_ON_LOGIT_NANS
         ),
@@ -166,6 +171,7 @@ def _configure(config: VllmConfig) -> None:
         _log_change(change, "a request's first step computes all of its positions, up to max_model_len, at once")
         scheduler.max_num_batched_tokens = max_len
     scheduler.scheduler_cls = SCHEDULER
+    _configure_grammars(config.structured_outputs_config)
     _set_execution(config)
 
 
@@ -189,6 +195,17 @@ def _set_execution(config: VllmConfig) -> None:
     if not config.model_config.enforce_eager:
         _log_change("execution is eager", f"there are no CUDA graphs on {current_platform.device_type}")
     config.model_config.enforce_eager = True
+
+
+def _configure_grammars(config: StructuredOutputsConfig) -> None:
+    if config.backend == "auto":
+        # With auto each request chooses its backend, but an engine has one, that of its first request: what another one
+        # was chosen for would be ignored.
+        config.backend = GRAMMAR_BACKENDS[0]
+        _log_change(f"structured output is by {GRAMMAR_BACKENDS[0]}, not auto", "an engine has one backend for all")
+    if not config.disable_any_whitespace:
+        config.disable_any_whitespace = True
+        _log_change("structured output is JSON without spare whitespace", "whitespace without end would fill a canvas")
 
 
 def _without_graphs(config: VllmConfig, options: ServerOptions) -> dict[str, int]:

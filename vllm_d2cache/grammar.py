@@ -10,12 +10,15 @@ with the request. Nothing here imports vLLM.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+from vllm_d2cache.config import OptionError
 
 
 class Matcher(Protocol):
@@ -26,6 +29,18 @@ class Matcher(Protocol):
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
         """Go on by these tokens; False if one of them may not come next."""
+
+
+class DeadEnd:
+    """A grammar that allows nothing."""
+
+    def fill_bitmask(self, bitmask: torch.Tensor, idx: int) -> None:
+        """See :class:`Matcher`."""
+        bitmask[idx] = 0
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        """See :class:`Matcher`."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -45,19 +60,17 @@ class GrammarState:
     Args:
         matcher: at its start.
         bitmask: [1, W] int32 on the host, of the matcher's own width; bit b of word w stands for token 32 w + b.
-        never: tokens that are not chosen whatever the grammar says.
+        never: [W] int32, the tokens that are not chosen whatever the grammar says, but for those that end the text.
         stop_token_ids: tokens that end the text.
     """
 
     def __init__(
-        self, matcher: Matcher, bitmask: torch.Tensor, never: Collection[int], stop_token_ids: Sequence[int]
+        self, matcher: Matcher, bitmask: torch.Tensor, never: np.ndarray, stop_token_ids: Sequence[int]
     ) -> None:
         self._matcher = matcher
         self._bitmask = bitmask
         self._stop_token_ids = stop_token_ids
-        self._choosable = np.full(bitmask.shape[1], -1, dtype=np.int32)
-        for token in set(never) - set(stop_token_ids):
-            self._choosable[token >> 5] &= ~_bit(token)
+        self._choosable = ~never | bits_of(stop_token_ids, len(never))
         self.ended = False
         self._look()
 
@@ -121,9 +134,77 @@ class GrammarState:
         return None if word & (word - 1) else 32 * int(words[0]) + word.bit_length() - 1
 
 
+def bits_of(tokens: Collection[int], width: int) -> np.ndarray:
+    """[width] int32 with the bits of these tokens set."""
+    ids = np.fromiter(tokens, dtype=np.int64, count=len(tokens))
+    words = np.zeros(width, dtype=np.uint32)
+    np.bitwise_or.at(words, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
+    return words.view(np.int32)
+
+
 def _bit(token: int) -> np.int32:
     """The bit of ``token`` in its word."""
     return np.uint32(1 << (token & 31)).astype(np.int32)
+
+
+def check_schema(schema: Any, backend: str) -> None:
+    """Refuse a JSON schema with a keyword that the backend would ignore.
+
+    Raises:
+        OptionError: names it.
+    """
+    if backend == "xgrammar" and (found := _keyword(json.loads(schema) if isinstance(schema, str) else schema)):
+        raise OptionError(
+            f"structured_outputs: the JSON schema has {found!r}, which backend xgrammar would ignore (as it would "
+            f"{', '.join(sorted(_IGNORED - {found}))}); say it otherwise, or start the server with "
+            '--structured-outputs-config \'{"backend": "guidance"}\''
+        )
+
+
+def _keyword(schema: Any) -> str | None:
+    """A keyword of this schema, or of one inside it, that is ignored."""
+    if isinstance(schema, list):
+        return next((found for item in schema if (found := _keyword(item))), None)
+    if not isinstance(schema, dict):
+        return None
+    if found := next((name for name in schema if name in _IGNORED), None):
+        return found
+    inner = [schema.get(name) for name in _SCHEMAS]
+    # The keys of these are names, not keywords.
+    inner += [list(named.values()) for name in _NAMED_SCHEMAS if isinstance(named := schema.get(name), dict)]
+    return _keyword(inner)
+
+
+_IGNORED = frozenset(
+    {"not", "if", "dependentRequired", "dependentSchemas", "dependencies", "uniqueItems", "contains", "multipleOf"}
+)
+_SCHEMAS = (
+    *("items", "prefixItems", "unevaluatedItems", "additionalProperties", "unevaluatedProperties", "propertyNames"),
+    *("anyOf", "oneOf", "allOf"),
+)
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+
+
+def without_spare_whitespace(structural_tag: str) -> str:
+    """The same with one character of whitespace at most between the parts of its JSON, where it says nothing else.
+
+    For backend xgrammar. The older form of structural tags cannot say it, and stays as it is.
+    """
+    tag = json.loads(structural_tag)
+    if "structures" in tag:
+        return structural_tag
+    _limit_whitespace(tag)
+    return json.dumps(tag)
+
+
+def _limit_whitespace(tag: Any) -> None:
+    parts = tag if isinstance(tag, list) else [tag] if isinstance(tag, dict) else []
+    for part in parts:
+        if isinstance(part, dict) and part.get("type") == "json_schema":
+            part.setdefault("max_whitespace_cnt", 1)
+        elif isinstance(part, dict):
+            for value in part.values():
+                _limit_whitespace(value)
 
 
 def is_constrained(sampling_params: Any) -> bool:

@@ -23,6 +23,7 @@ from vllm_d2cache.config import (
     parse_request_options,
     parse_server_options,
 )
+from vllm_d2cache.grammar import is_constrained
 from vllm_d2cache.ops.row_stats import statistics_bytes
 from vllm_d2cache.policies import POLICY_CLASSES, row_budget
 from vllm_d2cache.samplers import DECODER_CLASSES, DecoderResources
@@ -132,7 +133,8 @@ def check_memory(params: Any, config: Any, prompt_len: int) -> None:
     """
     additional = config.additional_config
     server = parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
-    options, network = server.resolve(parse_request_options(params.extra_args)), Network.of(config)
+    options = server.resolve(parse_request_options(params.extra_args), is_constrained(params))
+    network = Network.of(config)
     needed = network.request_bytes(options, prompt_len, params.max_tokens, server.refresh_budget)
     limit = request_memory(server, network, config.model_config.max_model_len)
     if needed > limit:

@@ -27,10 +27,12 @@ from vllm_d2cache.attention.capture import ImportanceCapture, MapPool, TensorPar
 from vllm_d2cache.attention.drift import DriftMeter, FocusBySlot
 from vllm_d2cache.attention.eviction import KeptBySlot, LayerKeys
 from vllm_d2cache.canvas import Request
+from vllm_d2cache.compat.grammars import Grammars
 from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
 from vllm_d2cache.config import SECTION, parse_request_options, parse_server_options
 from vllm_d2cache.cuda_graphs import record_graphs
 from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.grammar import GrammarState, is_constrained
 from vllm_d2cache.infill import parse_canvas
 from vllm_d2cache.logprobs import LogprobRecorder
 from vllm_d2cache.memory_plan import Rehearsal, plan_memory
@@ -85,6 +87,7 @@ class D2CacheModelState(ModelState):
         self._slots: dict[str, int] = {}
         self._first_block: dict[int, int] = {}
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
+        self._grammars: Grammars | None = None  # made for the first request that has one
         self.graphs: StepGraphs | None = None
         self._wants_graphs = (
             device.type == "cuda" and self.options.graph_rows > 0 and not vllm_config.model_config.enforce_eager
@@ -107,7 +110,7 @@ class D2CacheModelState(ModelState):
             return
         prompt, text = new_req_data.prompt_token_ids, new_req_data.prefill_token_ids
         assert prompt is not None and text is not None
-        options = self.options.resolve(parse_request_options(params.extra_args))
+        options = self.options.resolve(parse_request_options(params.extra_args), is_constrained(params))
         canvas_len = params.max_tokens  # behind it, the text may hold room for shadows
         assert canvas_len is not None
         seed = self.vllm_config.model_config.seed
@@ -120,6 +123,7 @@ class D2CacheModelState(ModelState):
             row_budget(options, len(prompt), canvas_len, self.options.refresh_budget),
             parse_canvas(params.extra_args),
             len(text),
+            self._start_grammar(params),
         )
         mask = self.denoiser.traits.mask_token_id
         canvas = np.asarray(text[len(prompt) :])
@@ -136,6 +140,14 @@ class D2CacheModelState(ModelState):
         self._unsettled[req_index] = emitted
         if self.tracer:
             self.tracer.start(req_index, request, list(prompt))
+
+    def _start_grammar(self, params: SamplingParams) -> GrammarState | None:
+        if not is_constrained(params):
+            return None
+        if self._grammars is None:
+            all_reduce = None if self._tensor_parallel is None else self._tensor_parallel.all_reduce
+            self._grammars = Grammars(self.vllm_config, self.denoiser.canvas.device, all_reduce)
+        return self._grammars.start(params)
 
     def remove_request(self, req_id: str) -> None:
         """Forget a finished, aborted or preempted request."""

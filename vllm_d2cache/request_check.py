@@ -12,8 +12,9 @@ import torch
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 
-from vllm_d2cache.config import REPORT, parse_request_options
+from vllm_d2cache.config import CANVAS, REPORT, parse_request_options
 from vllm_d2cache.figures import wants_report
+from vllm_d2cache.grammar import is_constrained
 from vllm_d2cache.infill import parse_canvas
 from vllm_d2cache.snapshots import snapshot_interval
 
@@ -27,12 +28,19 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (None,),
     "prompt_logprob_token_ids": (None,),
     "logprob_token_ids": (None,),
-    "structured_outputs": (None,),
     "repetition_detection": (None,),
     "thinking_token_budget": (None,),
     "trace_decode_token_ids": (None, []),
 }
 
+
+# Field -> why it cannot be had together with a grammar.
+_NOT_WITH_GRAMMAR: dict[str, str] = {
+    "ignore_eos": "the text ends where the grammar does",
+    "min_tokens": "where the grammar is complete only the end may follow",
+    "bad_words": "the grammar may leave no other token",
+    "allowed_token_ids": "the grammar may leave none of them",
+}
 
 # The worker holds as many for every slot as the request with the most.
 _MOST_STOP_TOKENS = 128
@@ -62,10 +70,22 @@ def check_sampling_params(params: SamplingParams) -> None:
         raise ValueError(f"seed: must be an integer of 64 bits, got {params.seed}")
     # Whether the options go together depends on the server's as well: compat/front_end.py asks that.
     parse_request_options(params.extra_args)
-    parse_canvas(params.extra_args)
+    canvas = parse_canvas(params.extra_args)
+    if is_constrained(params):
+        _check_with_grammar(params, bool(canvas))
     snapshot_interval(params.extra_args)
     if wants_report(params.extra_args) and (params.n > 1 or params.output_kind == RequestOutputKind.DELTA):
         raise ValueError(f"{REPORT}: comes with a whole answer; not with stream, and not with n > 1")
+
+
+def _check_with_grammar(params: SamplingParams, canvas: bool) -> None:
+    """Refuse what could leave a grammar without a token to go on with."""
+    what = "structured output (response_format, tool_choice 'required' or a named tool)"
+    for field, reason in _NOT_WITH_GRAMMAR.items():
+        if value := getattr(params, field):
+            raise ValueError(f"{field}: does not go with {what}: {reason}; got {value!r}, leave it out")
+    if canvas:
+        raise ValueError(f"{CANVAS}: does not go with {what}: given tokens would have to fit the grammar; leave it out")
 
 
 class RequestCheck(LogitsProcessor):

@@ -43,7 +43,7 @@ def check_fields(values: Mapping[str, Any], defaults: Mapping[str, Any], unknown
     for field in sorted(set(unknown) - BOOKKEEPING):
         if unknown[field] is None or unknown[field] is False:
             continue
-        raise OptionError(f"{field}: no such field; plugin options go into vllm_xargs, structured output is refused")
+        raise OptionError(f"{field}: no such field; plugin options go into vllm_xargs")
     xargs = values.get("vllm_xargs") or {}
     prompt = values.get("prompt")
     for option in (REPORT, SNAPSHOTS):

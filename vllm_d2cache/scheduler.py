@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
@@ -50,6 +50,7 @@ class D2CacheScheduler(AsyncScheduler):
         self.num_sampled_tokens_per_step = 0
         self._most_active = self.max_num_active_reqs
         self._budgets: dict[str, int] = {}
+        self._admitted: set[str] = set()  # waiting requests that the step being scheduled may admit
         self._network = Network.of(self.vllm_config)
         self._memory = request_memory(self.options, self._network, self.vllm_config.model_config.max_model_len)
         self._held: dict[str, int] = {}  # bytes of this memory that a request takes while it runs
@@ -63,7 +64,7 @@ class D2CacheScheduler(AsyncScheduler):
         """Append the canvas and work out the row budget."""
         params = request.sampling_params
         assert params is not None
-        options = self.options.resolve(parse_request_options(params.extra_args))
+        options = self.options.resolve(parse_request_options(params.extra_args), request.use_structured_output)
         # Shadows are rows without a place in the text: they are reserved behind it.
         shadows = options.shadow_length(request.max_tokens)
         append_canvas(request, self.mask_token_id, request.max_tokens + shadows)
@@ -80,27 +81,39 @@ class D2CacheScheduler(AsyncScheduler):
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """Stock scheduling, admitting only as many requests as can all get their rows from now on."""
-        self.max_num_active_reqs = min(self._most_active, len(self.running) + self._admissible())
+        """Stock scheduling, admitting only requests that can all get their rows from now on."""
+        self._admitted = self._admissible()
+        self.max_num_active_reqs = min(self._most_active, len(self.running) + len(self._admitted))
         return super().schedule(throttle_prefills)
 
-    def _admissible(self) -> int:
-        """How many waiting requests, in queue order, fit the token budget now and in every later step, and the memory.
+    def _admissible(self) -> set[str]:
+        """The waiting requests, in queue order, that fit the token budget now and in every later step, and the memory.
 
-        A running request's rows must never be cut short, so what it will need is counted, not what it needs now.
+        A running request's rows must never be cut short, so what it will need is counted, not what it needs now. Who
+        waits for a grammar to be compiled lets others pass.
         """
         later = now = sum(self._budgets[r.request_id] for r in self.running)
         held = sum(self._held[r.request_id] for r in self.running)
         limit = self.max_num_scheduled_tokens
-        count = 0
+        admitted: set[str] = set()
         for request in islice(self.waiting, self._most_active):
+            if not super()._handle_blocked_waiting_request(request):
+                continue
             later += self._budgets[request.request_id]
             now += request.num_tokens
             held += self._held[request.request_id]
             if later > limit or now > limit or held > self._memory:
                 break
-            count += 1
-        return count
+            admitted.add(request.request_id)
+        return admitted
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        # A grammar may be ready since; then its request has not been counted.
+        return request.request_id in self._admitted
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """The worker follows the grammar of a request itself (grammar.py); what it emits is checked here by vLLM."""
+        return None
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         # AsyncScheduler would add placeholders for sampled tokens; a step here emits any number of tokens or none.

@@ -63,6 +63,14 @@ def test_openai_async_client(server: Server) -> None:
     assert "Count from 12 to 34 by 2. -> 12,14,16,18,20,22,24,26,28,30,32,34." in lines
 
 
+def test_structured_output(server: Server) -> None:
+    lines = example("structured_output.py", f"{server.url}/v1").splitlines()
+    assert re.fullmatch(r"a class: +Sum\(left=\d+, right=\d+, sure=(True|False)\)", lines[0])
+    assert re.fullmatch("choice: +(up|down|stay where you are)", lines[1])
+    assert re.fullmatch(r"regex: +[a-h]{4}-\d{2}", lines[2])
+    assert re.match("grammar: +[abc](, [abc])*", lines[3])
+
+
 def test_watching_the_canvas(server: Server) -> None:
     """It ends with the answer to the same request without snapshots."""
     lines = example("watch_canvas.py", f"{server.url}/v1").splitlines()

@@ -111,7 +111,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"xargs": {"decoder": "pc"}}, "token_frequencies"),
     ({"xargs": {"steps": 7, "window": 8}}, "d2cache_steps"),
     ({"extra": {"vllm_xargs": {"policy": "full"}}}, "valid options are d2cache_policy"),
-    ({"response_format": {"type": "json_object"}}, "structured_outputs"),
     # Greedy decoding has no use for min_p: vLLM itself sets it to 0 there.
     ({"temperature": 1.0, "extra": {"min_p": 0.1}}, "min_p"),
     ({"extra": {"prompt_logprobs": 1}}, "prompt_logprobs"),

@@ -13,7 +13,7 @@ import torch
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions, parse_request_options, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
-from vllm_d2cache.grammar import GrammarState, Matcher
+from vllm_d2cache.grammar import GrammarState, Matcher, bits_of
 from vllm_d2cache.logprobs import EmittedLogprobs, LogprobRecorder
 from vllm_d2cache.policies import row_budget
 from vllm_d2cache.records import Drift, FamilyTraits, SamplingSpec, StepResult, StepRows
@@ -139,7 +139,7 @@ class Batch:
         request = Request(f"r{i}", length, job.canvas_length, options, job.sampling, rows, job.given)
         if job.grammar is not None:
             bitmask = torch.zeros(1, -(-VOCAB // 32), dtype=torch.int32)
-            request.grammar = GrammarState(job.grammar(), bitmask, [MASK], job.sampling.stop_token_ids)
+            request.grammar = GrammarState(job.grammar(), bitmask, bits_of([MASK], 1), job.sampling.stop_token_ids)
         self.denoiser.add(self.slot(i), request, np.array(job.prompt, dtype=np.int64), job.emitted_before)
         self.logprobs.add(self.slot(i), request)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.unit.batches import MASK, Batch, FakeJob, run_alone
 from tests.unit.edits import NEVER, edited
 from tests.unit.strategies import DECODING, POLICIES, jobs
 from vllm_d2cache.config import LONGEST_RUN, OptionError, ServerOptions
+from vllm_d2cache.grammar import bits_of, check_schema, without_spare_whitespace
 from vllm_d2cache.records import EditSpec, SamplingSpec
 
 RULES: list[dict[str, Any]] = [
@@ -210,6 +212,45 @@ def test_penalties_and_biases_weigh_what_the_grammar_leaves(
         assert row[chosen] > NEVER
         assert row[chosen] >= max(row[t] for t in allowed) - 1e-5 * max(1.0, abs(row[chosen]))
         text += step.emitted
+
+
+IGNORED: list[dict[str, Any]] = [
+    {"type": "integer", "not": {"const": 3}},
+    {"properties": {"a": {"items": {"uniqueItems": True}}}},
+    {"$defs": {"x": {"anyOf": [{"type": "null"}, {"multipleOf": 3}]}}},
+    {"items": {"if": {"required": ["a"]}}},
+]
+
+
+@pytest.mark.parametrize("schema", IGNORED, ids=str)
+def test_a_keyword_that_would_be_ignored_is_refused(schema: dict[str, Any]) -> None:
+    for given_as in (schema, json.dumps(schema)):
+        with pytest.raises(OptionError, match=r"^structured_outputs: .* has '(not|uniqueItems|multipleOf|if)', which"):
+            check_schema(given_as, "xgrammar")
+        check_schema(given_as, "guidance")
+
+
+def test_names_are_no_keywords() -> None:
+    names = {name: {"type": "string", "enum": ["not", "if"]} for name in ("not", "if", "contains")}
+    check_schema({"type": "object", "properties": names, "$defs": names, "const": {"not": 1}}, "xgrammar")
+    check_schema(True, "xgrammar")
+
+
+def test_json_in_structural_tags_has_no_spare_whitespace() -> None:
+    free = {"type": "json_schema", "json_schema": {"items": {"type": "json_schema"}}}
+    bounded = {"type": "json_schema", "max_whitespace_cnt": 3}
+    tag = {"type": "structural_tag", "format": {"type": "sequence", "elements": [{"content": free}, bounded]}}
+    limited = json.loads(without_spare_whitespace(json.dumps(tag)))
+    assert limited["format"]["elements"] == [{"content": {**free, "max_whitespace_cnt": 1}}, bounded]
+    older = json.dumps({"structures": [{"begin": "<a>", "schema": free, "end": "</a>"}], "triggers": ["<a>"]})
+    assert without_spare_whitespace(older) == older
+
+
+@given(st.sets(st.integers(0, 99)), st.integers(4, 6))
+def test_bits_are_those_of_the_tokens(tokens: set[int], width: int) -> None:
+    words = torch.from_numpy(bits_of(tokens, width))
+    bits = (words.unsqueeze(1) >> torch.arange(32, dtype=torch.int32)) & 1
+    assert bits.flatten().nonzero().flatten().tolist() == sorted(tokens)
 
 
 @pytest.mark.parametrize("options", [{"decoder": "wino", "policy": "full"}, {"decoder": "eb"}, {"decoder": "credit"}])

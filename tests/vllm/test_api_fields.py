@@ -29,7 +29,6 @@ REFUSED: dict[str, Any] = {
     "prompt_logprobs": 1,
     "repetition_detection": {"max_pattern_size": 4, "min_count": 3},
     "thinking_token_budget": 16,
-    "structured_outputs": {"regex": "a+"},
     "use_beam_search": True,
     "length_penalty": 0.0,
     "watermarking": True,
@@ -147,6 +146,32 @@ def test_supported_fields_pass(kind: str) -> None:
         stop_token_ids=[4],
         vllm_xargs={"d2cache_window": 4},
     )
+
+
+GRAMMARS: list[dict[str, Any]] = [
+    {"structured_outputs": {"regex": "a+"}},
+    {"structured_outputs": {"choice": ["a", "b"]}},
+    {"response_format": {"type": "json_object"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}},
+]
+WITHOUT_GRAMMAR: dict[str, Any] = {
+    "ignore_eos": True,
+    "min_tokens": 2,
+    "bad_words": ["x"],
+    "allowed_token_ids": [1, 2],
+    "vllm_xargs": {"d2cache_canvas": [-1, 5, -1]},
+}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("grammar", GRAMMARS, ids=str)
+def test_what_may_leave_a_grammar_no_token_is_refused_by_name(grammar: dict[str, Any], kind: str) -> None:
+    submit(kind, **grammar, n=2, seed=1, logit_bias={"5": 2.0}, presence_penalty=0.5, stop=["x"], stop_token_ids=[4])
+    for field, value in WITHOUT_GRAMMAR.items():
+        submit(kind, **{field: value})
+        name = "d2cache_canvas" if field == "vllm_xargs" else field
+        with pytest.raises((VLLMValidationError, ValueError), match=f"{name}: does not go with structured output"):
+            submit(kind, **grammar, **{field: value})
 
 
 def test_a_given_canvas_sets_the_length_of_a_chat() -> None:

@@ -88,12 +88,20 @@ def test_other_variants_of_dream_are_refused(checkpoint: Path, key: str, value: 
         configured(checkpoint)
 
 
+def test_an_engine_has_one_grammar_backend(checkpoint: Path) -> None:
+    config = configured(checkpoint).structured_outputs_config
+    assert (config.backend, config.disable_any_whitespace) == ("xgrammar", True)
+    chosen = configured(checkpoint, structured_outputs_config={"backend": "guidance"}).structured_outputs_config
+    assert (chosen.backend, chosen.disable_any_whitespace) == ("guidance", True)
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"pipeline_parallel_size": 2}, "pipeline-parallel-size"),
         ({"enable_lora": True}, "enable-lora"),
         ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype"),
+        ({"structured_outputs_config": {"backend": "outlines"}}, "structured output backend outlines"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(checkpoint: Path, settings: dict[str, Any], named: str) -> None:

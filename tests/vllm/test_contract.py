@@ -109,7 +109,7 @@ def test_no_sampling_field_is_unknown_to_us() -> None:
     """Fails when vLLM adds a sampling parameter: decide whether it is honoured, harmless or refused."""
     honoured = {"n", "temperature", "top_p", "top_k", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens"}
     honoured |= {"logprobs", "min_tokens", "logit_bias", "allowed_token_ids", "bad_words"}
-    honoured |= {"presence_penalty", "frequency_penalty", "repetition_penalty"}
+    honoured |= {"presence_penalty", "frequency_penalty", "repetition_penalty", "structured_outputs"}
     of_the_front_end = {
         "detokenize",
         "skip_special_tokens",

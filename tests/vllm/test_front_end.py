@@ -14,7 +14,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_d2cache.compat import front_end
@@ -155,6 +155,46 @@ def test_wino_needs_room_and_a_canvas_of_holes(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(VLLMValidationError, match=r"d2cache_decoder: 'wino' .* does not go with d2cache_canvas"):
         InputProcessor.process_inputs(processor)
     request.sampling_params.extra_args = canvas
+    assert InputProcessor.process_inputs(processor) is request
+
+
+def test_a_grammar_does_not_wait_for_reasoning(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammar = StructuredOutputsParams(regex="a+")
+    request, processor = admitted(monkeypatch, params={"structured_outputs": grammar})
+    config = SimpleNamespace(reasoning_parser="", enable_in_reasoning=False)
+    processor.vllm_config.structured_outputs_config = config
+    assert InputProcessor.process_inputs(processor) is request
+    config.reasoning_parser = "qwen3"
+    with pytest.raises(VLLMValidationError, match=r"^structured_outputs: .*--reasoning-parser qwen3"):
+        InputProcessor.process_inputs(processor)
+    config.enable_in_reasoning = True
+    assert InputProcessor.process_inputs(processor) is request
+
+
+def test_json_is_what_the_backend_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(reasoning_parser="", enable_in_reasoning=False, backend="xgrammar")
+    unread = StructuredOutputsParams(json={"type": "integer", "not": {"const": 3}})
+    request, processor = admitted(monkeypatch, params={"structured_outputs": unread})
+    processor.vllm_config.structured_outputs_config = config
+    with pytest.raises(VLLMValidationError, match=r"^structured_outputs: the JSON schema has 'not'"):
+        InputProcessor.process_inputs(processor)
+    config.backend = "guidance"
+    assert InputProcessor.process_inputs(processor) is request
+    tag = '{"type": "structural_tag", "format": {"type": "json_schema", "json_schema": {}}}'
+    for backend, limited in (("guidance", False), ("xgrammar", True)):
+        config.backend = backend
+        request.sampling_params.structured_outputs = StructuredOutputsParams(structural_tag=tag)
+        assert InputProcessor.process_inputs(processor) is request
+        assert ("max_whitespace_cnt" in request.sampling_params.structured_outputs.structural_tag) == limited
+
+
+def test_the_decoder_of_a_grammar_may_be_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    request, processor = admitted(monkeypatch, params={"structured_outputs": StructuredOutputsParams(regex="a+")})
+    processor.vllm_config.structured_outputs_config = SimpleNamespace(reasoning_parser="", enable_in_reasoning=False)
+    processor.vllm_config.additional_config = {"d2cache": {"decoder": "eb"}}
+    with pytest.raises(VLLMValidationError, match=r"d2cache_decoder: with structured output.* got 'eb'"):
+        InputProcessor.process_inputs(processor)
+    request.sampling_params.extra_args = {"d2cache_decoder": "confidence"}
     assert InputProcessor.process_inputs(processor) is request
 
 

@@ -22,6 +22,7 @@ from vllm_d2cache.config import (
     parse_server_options,
 )
 from vllm_d2cache.generation_defaults import UNSUPPORTED_DEFAULTS
+from vllm_d2cache.grammar import check_schema, is_constrained, without_spare_whitespace
 from vllm_d2cache.request_fields import WITHOUT_EFFECT, check_fields
 from vllm_d2cache.request_fit import check_fit
 
@@ -190,6 +191,8 @@ def install_request_check(architectures: frozenset[str]) -> None:
         params = request.sampling_params
         if params is not None and not architectures.isdisjoint(self.model_config.architectures):
             _check_admission(request, self.vllm_config.scheduler_config.policy)
+            if is_constrained(params):
+                _check_grammar(params.structured_outputs, self.vllm_config.structured_outputs_config)
             room = self.model_config.max_model_len - len(request.prompt_token_ids)
             if params.max_tokens > room:
                 raise _does_not_fit("max_tokens", params.max_tokens, room)
@@ -210,7 +213,7 @@ def _check_options(additional_config: Any, params: Any, room: int) -> None:
     server = parse_server_options(additional_config.get(SECTION) if isinstance(additional_config, dict) else None)
     try:
         server.check_canvas_length(params.max_tokens)
-        options = server.resolve(parse_request_options(params.extra_args))
+        options = server.resolve(parse_request_options(params.extra_args), is_constrained(params))
         given = (params.extra_args or {}).get(CANVAS) is not None
         options.check_canvas(params.max_tokens, room, given)
     except OptionError as error:
@@ -229,6 +232,23 @@ def _check_admission(request: Any, scheduling_policy: str) -> None:
         raise VLLMValidationError(
             f"priority: has no effect without --scheduling-policy priority, got {request.priority}; leave it out (0)",
             parameter="priority",
+        )
+
+
+def _check_grammar(wanted: Any, config: Any) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    if wanted.json is not None:
+        _as_validation_error(check_schema, wanted.json, config.backend)
+    if wanted.structural_tag is not None and config.backend == "xgrammar":
+        # disable_any_whitespace, which the config hook sets, does not reach it.
+        wanted.structural_tag = without_spare_whitespace(wanted.structural_tag)
+    if config.reasoning_parser and not config.enable_in_reasoning:
+        raise VLLMValidationError(
+            "structured_outputs: a grammar holds from the first token on, and this server expects reasoning before it "
+            f"(--reasoning-parser {config.reasoning_parser}) unless it is started with --structured-outputs-config "
+            "'{\"enable_in_reasoning\": true}'",
+            parameter="structured_outputs",
         )
 
 

@@ -105,8 +105,10 @@ def _keep(logits: torch.Tensor, ids: torch.Tensor) -> None:
 def _keep_bits(logits: torch.Tensor, bitmask: torch.Tensor) -> None:
     """Set all tokens of each row to -inf whose bits are not set in ``bitmask`` [n, W] int32."""
     bit = torch.arange(32, dtype=torch.int32, device=bitmask.device)
-    kept = (bitmask.unsqueeze(2) >> bit) & 1
-    logits.masked_fill_(kept.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
+    # A bit takes four bytes on the way: a few rows at a time.
+    for rows, words in zip(logits.split(16), bitmask.split(16), strict=True):
+        kept = (words.unsqueeze(2) >> bit) & 1
+        rows.masked_fill_(kept.flatten(1)[:, : rows.shape[1]] == 0, -torch.inf)
 
 
 def _filled(ids: torch.Tensor) -> torch.Tensor:
