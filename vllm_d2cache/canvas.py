@@ -52,7 +52,8 @@ class CanvasStates:
         self.visible = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by position
         # By position: 1 where layers may take their stored outputs, 2 where values are compared as well.
         self.stored = torch.zeros(num_slots, max_len, dtype=torch.int8, device=device)
-        self.stored_count = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.stored_count = torch.zeros(num_slots, traits.num_layers - 1, dtype=torch.int64, device=device)
+        self.proxy_rank = torch.zeros(num_slots, dtype=torch.int64, device=device)
         # Rows that stay behind each layer, and by position what speaks for them (records.RowExits).
         self.exit_keep = torch.zeros(num_slots, traits.num_layers, dtype=torch.int64, device=device)
         self.exit_bias = torch.zeros(num_slots, max_len, device=device)

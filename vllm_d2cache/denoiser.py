@@ -314,7 +314,7 @@ class Denoiser:
         """The policy of that name; made when the first request asks for it, as its state takes memory."""
         if name not in self._policies:
             self._policies[name] = POLICY_CLASSES[name](*self._policy_args)
-            self._policies[name].num_layers = self.traits.num_layers
+            self._policies[name].traits = self.traits
         return self._policies[name]
 
     def _plan(self, view: CanvasView, outcome: StepOutcome, names: list[str]) -> None:
@@ -339,6 +339,7 @@ class Denoiser:
             kind = plan.stored.rows.to(torch.int8) + plan.stored.compared.to(torch.int8)
             self.canvas.stored[view.slots, : kind.shape[1]] = kind
             self.canvas.stored_count[view.slots] = plan.stored.count
+            self.canvas.proxy_rank[view.slots] = 0 if plan.stored.proxy_rank is None else plan.stored.proxy_rank
         if plan.exits is not None:
             self.canvas.exit_keep[view.slots] = plan.exits.keep
             self.canvas.exit_bias[view.slots, : plan.exits.bias.shape[1]] = plan.exits.bias

@@ -49,6 +49,7 @@ from vllm_d2cache.snapshots import snapshot_interval
 from vllm_d2cache.step_graphs import GraphSize, GraphStep, StepGraphs
 from vllm_d2cache.stored_outputs import PartialForward
 from vllm_d2cache.trace import TraceRecorder
+from vllm_d2cache.value_directions import ValueDirections
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -83,6 +84,7 @@ class D2CacheModelState(ModelState):
         self.gate: RowGate | None = None  # where some request of the step drops rows
         self._outputs = RowStore()
         self._exit_states = RowStore()
+        self._directions = ValueDirections(self._tensor_parallel)
         self.watched: set[int] = set()  # slots of requests that want snapshots
         self._slots: dict[str, int] = {}
         self._first_block: dict[int, int] = {}
@@ -235,7 +237,14 @@ class D2CacheModelState(ModelState):
             self.gate = RowGate.open(rows.exiting, rows.slots, self._exit_states)
         if rows.stored is not None or self.gate is not None:
             self.model.partial_forward = PartialForward(
-                rows.stored, self.gate, rows.slots, layout, metadata.use_layout, self._outputs, self._tensor_parallel
+                rows.stored,
+                self.gate,
+                rows.slots,
+                layout,
+                metadata.use_layout,
+                self._outputs,
+                self._directions,
+                self._tensor_parallel,
             )
         return dict.fromkeys((name for g in kv_cache_config.kv_cache_groups for name in g.layer_names), metadata)
 

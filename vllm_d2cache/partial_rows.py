@@ -36,14 +36,22 @@ def stored_rows(
     stores[storing] = True
     kind = canvas.stored[view.slots[request], positions] * stores[request]
     count = canvas.stored_count[view.slots]
-    computed = torch.zeros_like(count).index_add_(0, request, (kind == 0).long())
-    compared = torch.zeros_like(count).index_add_(0, request, (kind == 2).long())
+    computed, compared = torch.zeros(2, len(requests), 1, dtype=torch.int64, device=canvas.device)
+    computed.index_add_(0, request, (kind == 0).long().unsqueeze(1))
+    compared.index_add_(0, request, (kind == 2).long().unsqueeze(1))
+    index = (kind == 2).nonzero().flatten()
+    proxied = None
+    if any(POLICY_CLASSES[requests[r].options.policy].compares_proxies for r in storing):
+        rank = canvas.proxy_rank[view.slots[request[index]]]
+        some = rank.nonzero().flatten()
+        proxied = (some, rank[some])
     return StoredRows(
         stored=kind > 0,
-        compared=(kind == 2).nonzero().flatten(),
+        compared=index,
         request=request,
         count=count,
-        computed=(computed + torch.minimum(compared, count)).tolist(),
+        computed=(computed + torch.minimum(compared, count)).t().tolist(),
+        proxied=proxied,
         kept=_canvas_rows(view, storing, counts, request, positions),
         capacity={r: requests[r].canvas_len + 1 for r in storing},
     )

@@ -29,6 +29,7 @@ BUILT_IN = {
     "window_diffusion": "vllm_d2cache.policies.window_diffusion:WindowDiffusionPolicy",
     "streaming": "vllm_d2cache.policies.streaming:StreamingPolicy",
     "dllm_cache": "vllm_d2cache.policies.dllm_cache:DLLMCachePolicy",
+    "spa": "vllm_d2cache.policies.spa:SPAPolicy",
     "sparse_dllm": "vllm_d2cache.policies.sparse_dllm:SparseDLLMPolicy",
     "es": "vllm_d2cache.policies.es:ESPolicy",
     "elastic": "vllm_d2cache.policies.elastic:ElasticPolicy",
@@ -107,6 +108,8 @@ def _problem(name: str, cls: object) -> str | None:
         return "reads drift and hides keys: attention is measured over all positions"
     if cls.reads_drift and cls.stores_outputs:
         return "reads drift and stores outputs: a row that a layer leaves out has no attention to measure"
+    if cls.compares_proxies and not cls.stores_outputs:
+        return "compares proxies and stores no outputs: there is nothing to decide by them"
     if cls.drops_rows and (cls.reads_drift or cls.reads_importance or cls.stores_outputs or cls.hides_keys):
         return "drops rows and asks for something else of the layers: both would need rows that are not there"
     for option, spec in cls.options.items():

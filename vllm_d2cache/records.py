@@ -8,6 +8,18 @@ from typing import NamedTuple
 import torch
 
 
+class DepthCurve(NamedTuple):
+    """Two half Gaussians that meet in a peak of height 1, over the depth of a network: from 0 to 1 (rivals.md, 4)."""
+
+    peak: float  # depth
+    first: float  # height at depth 0
+    last: float  # height at depth 1
+
+
+# As published for LLaDA-8B-Instruct.
+_LLADA_DRIFT = DepthCurve(0.75, 0.03 / 0.25, 0.13 / 0.25)
+
+
 @dataclass(frozen=True)
 class FamilyTraits:
     """What the decoding loop must know of a model family (d2cache.md, section 9).
@@ -18,12 +30,14 @@ class FamilyTraits:
         step_schedule: what the option ``steps`` means (samplers/schedule.py): ``even`` as LLaDA's code has it,
             ``timestep`` as Dream's.
         num_layers: of the network, for policies that treat its layers differently.
+        drift_by_depth: where in it representations change most from step to step.
     """
 
     mask_token_id: int
     logit_shift: int = 0
     step_schedule: str = "even"
     num_layers: int = 1
+    drift_by_depth: DepthCurve = _LLADA_DRIFT
 
 
 @dataclass(frozen=True)
@@ -167,12 +181,20 @@ class StepOutcome:
         )
 
 
+# Highest rank of proxies that a request may ask for: each layer keeps so many directions.
+MOST_DIRECTIONS = 256
+
+
 class StoredOutputs(NamedTuple):
     """Refreshed rows that layers behind the first one need not compute, as they have stored an output for them."""
 
     rows: torch.Tensor  # [R, T] bool, positions from the one before the canvas on
     compared: torch.Tensor  # [R, T] bool, of these: their values are recomputed in every layer, and
-    count: torch.Tensor  # [R] int64, so many of them, whose values changed most, are computed after all
+    # [R, layers - 1] int64: so many of them, whose values changed most, are computed after all by each layer.
+    count: torch.Tensor
+    # [R] int64, of policies with ``compares_proxies``: compared are the components of the values along so many leading
+    # directions of their projection, and K is renewed with V; 0 = the values, and V alone. None = 0 for all.
+    proxy_rank: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -182,8 +204,11 @@ class StoredRows:
     stored: torch.Tensor  # [N] bool
     compared: torch.Tensor  # [m] int64 ascending rows
     request: torch.Tensor  # [N] int64, row of the batch each belongs to
-    count: torch.Tensor  # [R] int64
-    computed: list[int]  # rows of each request that a layer behind the first one computes
+    count: torch.Tensor  # [R, layers - 1] int64
+    computed: list[list[int]]  # of each layer behind the first one: rows of each request that it computes
+    # Of the compared rows, those compared by proxies: [m] int64 into ``compared``, and the rank of each. None where no
+    # policy compares proxies.
+    proxied: tuple[torch.Tensor, torch.Tensor] | None
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]]  # request -> its rows whose outputs are kept, and their places
     capacity: dict[int, int]  # request -> places
 

@@ -17,10 +17,11 @@ import torch
 
 from vllm_d2cache.attention.capture import TensorParallel
 from vllm_d2cache.ops.paged_attention import PagedLayout
-from vllm_d2cache.ops.value_change import cosine, least_similar, similarity_parts, swap_values
+from vllm_d2cache.ops.value_change import cosine, least_similar, similarity_parts, swap_values, write_keys
 from vllm_d2cache.records import StoredRows
 from vllm_d2cache.row_exits import RowGate
 from vllm_d2cache.row_store import RowStore
+from vllm_d2cache.value_directions import ValueDirections, leading
 
 
 class Layer(Protocol):
@@ -36,6 +37,14 @@ class Layer(Protocol):
     def values(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """[n, kv heads, head size] of rows [n, d] before the layer. May overwrite its arguments."""
 
+    def keys_and_values(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two of [n, kv heads, head size], the keys as the cache has them. May overwrite its arguments."""
+
+    def value_projection(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """See value_directions.Projects."""
+
 
 @dataclass
 class PartialForward:
@@ -47,6 +56,7 @@ class PartialForward:
         slots: of the requests.
         layout: of all rows of the step.
         use_layout: tells attention whose rows the next layer has.
+        directions: of the layers' values, for rows that are compared by proxies.
         tensor_parallel: None on a single rank.
     """
 
@@ -56,6 +66,7 @@ class PartialForward:
     layout: PagedLayout
     use_layout: Callable[[PagedLayout], None]
     store: RowStore
+    directions: ValueDirections
     tensor_parallel: TensorParallel | None = None
 
     def run(self, layers: Sequence[Layer], positions: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -78,7 +89,7 @@ class PartialForward:
         hidden: torch.Tensor,
         residual: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        computed = self._computed(layer, hidden, residual)
+        computed = self._computed(layer, number, positions, hidden, residual)
         counts = self._counts(number)
         shadows = hidden.shape[0] - self.layout.slots.shape[0]
         index = computed.nonzero_static(size=sum(counts) + shadows).flatten()
@@ -106,12 +117,14 @@ class PartialForward:
         """Rows of each request that this layer computes, known before which."""
         counts = self.layout.counts
         if self.rows is not None:
-            counts = list(map(min, counts, self.rows.computed))
+            counts = list(map(min, counts, self.rows.computed[number - 1]))
         if self.gate is not None:
             counts = list(map(min, counts, self.gate.rows.staying[number - 1]))
         return counts
 
-    def _computed(self, layer: Layer, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def _computed(
+        self, layer: Layer, number: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
         """[N] bool: the rows that this layer computes. Writes the values of the compared ones."""
         rows = self.rows
         computed = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
@@ -122,9 +135,29 @@ class PartialForward:
         computed[: rows.stored.shape[0]] &= ~rows.stored
         if len(rows.compared):
             index = rows.compared
-            value = layer.values(hidden[index], residual[index])
-            parts = similarity_parts(value, swap_values(layer.pages, value, self.layout.slots[index]))
-            if self.tensor_parallel is not None:
-                parts = self.tensor_parallel.all_reduce(parts)
-            computed[index] = least_similar(cosine(parts), rows.request[index], rows.count)
+            similarity = self._similarity(layer, number, positions[index], hidden[index], residual[index])
+            computed[index] = least_similar(similarity, rows.request[index], rows.count[:, number - 1])
         return computed
+
+    def _similarity(
+        self, layer: Layer, number: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """[n] float32, of the values of the compared rows to those in their pages, which they replace."""
+        assert self.rows is not None
+        slots, proxied = self.layout.slots[self.rows.compared], self.rows.proxied
+        if proxied is None:
+            value = layer.values(hidden, residual)
+        else:
+            key, value = layer.keys_and_values(positions, hidden, residual)
+            write_keys(layer.pages, key[proxied[0]], slots[proxied[0]])
+        old = swap_values(layer.pages, value, slots)
+        similarity = cosine(self._all_reduce(similarity_parts(value, old)))
+        if proxied is not None:
+            some, rank = proxied
+            pair = self.directions.components(number, layer, torch.stack([value[some], old[some]]))
+            similarity[some] = cosine(similarity_parts(*leading(self._all_reduce(pair), rank)))
+        return similarity
+
+    def _all_reduce(self, own_heads: torch.Tensor) -> torch.Tensor:
+        """The sum over all heads; ranks hold different ones."""
+        return own_heads if self.tensor_parallel is None else self.tensor_parallel.all_reduce(own_heads)

@@ -133,6 +133,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"policy": "streaming", "window": 8, "suffix_window": 6, "tokens_per_step": 2},
     {"policy": "sparse_dllm", "window": 8, "keep_ratio": 0.3},
     {"policy": "dllm_cache", "kp": 7, "kr": 3, "rou": 0.3, "window": 8},
+    {"policy": "spa", "refresh_steps": 9, "refresh_gen_steps": 4, "max_update_ratio": 0.5, "proxy_rank": 8},
     {"policy": "entropy", "entropy_tau": 3.0, "entropy_k": 3, "score": "entropy"},
     {"policy": "es", "window": 12, "prompt_update_freq": 9, "block_update_freq": 4, "tokens_per_step": 2},
     {"policy": "elastic", "elastic_beta": 5, "elastic_gamma": 0.995},

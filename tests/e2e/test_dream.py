@@ -10,8 +10,17 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Engine, assert_golden_logits, assert_same, assert_traces, mixed_requests, steps_of
+from tests.e2e.conftest import (
+    OPTIONS,
+    Engine,
+    assert_golden_logits,
+    assert_same,
+    assert_traces,
+    mixed_requests,
+    steps_of,
+)
 from tests.reference.dream import DenseDream
+from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
 from tests.reference.published import denoise
 from tests.unit.test_published import random_case
@@ -45,6 +54,19 @@ def test_engine_follows_the_specification(dream: Engine) -> None:
         wanted, final = denoise(DenseDream(ORACLE / "dream"), prompt, canvas, ServerOptions({}).resolve(options))
         assert steps == wanted, options
         assert tokens == final, options
+
+
+def test_layers_that_compute_a_part_of_the_rows(dream: Engine) -> None:
+    """A row left of the canvas, biased values and budgets of Dream's own, in one batch as in the reference."""
+    policies = [options for options in OPTIONS if options.get("policy") in ("dllm_cache", "spa", "es")]
+    assert len(policies) == 3
+    requests = [{"prompt": [7, 8 + seed, 9], "max_tokens": 24, "options": o} for seed, o in enumerate(policies)]
+    for wanted, (tokens, trace) in zip(requests, dream.run(requests), strict=True):
+        job = Job(wanted["prompt"], wanted["max_tokens"], wanted["options"])
+        run_jobs([DenseDream(ORACLE / "dream")], [job])
+        commits = [[tuple(pair) for pair in line["committed"]] for line in trace[1:-1]]
+        assert commits == [moves for _, moves in job.steps], wanted["options"]
+        assert tokens == job.output
 
 
 def test_a_batch_changes_nothing(dream: Engine) -> None:

@@ -11,7 +11,7 @@ from tests.e2e.conftest import OPTIONS, Engine, runner_of
 from tests.reference.llada import DenseLlada
 from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
-from vllm_d2cache import row_exits
+from vllm_d2cache import row_exits, value_directions
 from vllm_d2cache.attention import capture, drift
 from vllm_d2cache.ops import rollout as rollout_op
 from vllm_d2cache.policies import POLICY_CLASSES
@@ -80,6 +80,21 @@ def test_drift_is_measured_for_those_who_read_it(engine: Engine, monkeypatch: py
     layers = len(runner_of(engine).model.layers)
     assert len(looking) == layers * len(trace[1:-1]), "once a step and layer, of the request that reads it"
     assert max(looking) == 3, "in the first step too"
+
+
+def test_directions_are_found_for_those_who_compare_by_them(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each layer but the first, whatever the number of requests and steps."""
+    state = runner_of(engine).model_state
+    monkeypatch.setattr(state, "_directions", value_directions.ValueDirections())
+    sizes: list[tuple[int, ...]] = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: sizes.append(tuple(matrix.shape)) or eigh(matrix))
+    frugal = [options for options in OPTIONS if not POLICY_CLASSES[options.get("policy", "d2cache")].compares_proxies]
+    engine.run([request(options, seed) for seed, options in enumerate(frugal)])
+    assert sizes == []
+    engine.run([request({"policy": "spa", "proxy_rank": rank}, seed) for seed, rank in enumerate((3, 200))])
+    shape = runner_of(engine).model.shape
+    assert sizes == [(shape.hidden_size, shape.hidden_size)] * (shape.num_layers - 1)
 
 
 def test_rows_leave_for_those_who_drop_them(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,12 @@ from tests.reference.dllm import DLLMCache
 from tests.reference.elastic import DriftLoop
 from tests.reference.es import EarlySkip
 from tests.reference.oracle import SERVER
+from tests.reference.spa import BUDGETS, SPACache
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.ops.rollout import push_back_map, rollout
-from vllm_d2cache.records import Drift, FamilyTraits, SamplingSpec
+from vllm_d2cache.records import DepthCurve, Drift, FamilyTraits, SamplingSpec
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Job:
     steps: list[tuple[list[int] | None, list[tuple[int, int]]]] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     masked_left: int = -1
-    layers: DLLMCache | None = None  # of the policy dllm_cache
+    layers: DLLMCache | None = None  # of the policies dllm_cache and spa
     drift: DriftLoop = field(default_factory=DriftLoop)
     skips: EarlySkip | None = None  # of the policy es
 
@@ -45,7 +46,10 @@ def run_jobs(
     """Denoise all jobs in one batch; job i joins at step ``start_at[i]``. One model (cache) a job."""
     server = server or parse_server_options(SERVER)
     config = models[0].config
-    traits = FamilyTraits(config["mask_token_id"], models[0].logit_shift, num_layers=models[0].num_layers)
+    shift = models[0].logit_shift
+    peak, first, top, last = BUDGETS["dream" if shift else "llada"]
+    curve = DepthCurve(peak, first / top, last / top)
+    traits = FamilyTraits(config["mask_token_id"], shift, num_layers=models[0].num_layers, drift_by_depth=curve)
     max_len = max(len(j.prompt) + j.canvas_length for j in jobs)
     denoiser = Denoiser(len(jobs), max_len, torch.device("cpu"), traits, server)
     start_at = start_at or [0] * len(jobs)
@@ -59,6 +63,8 @@ def run_jobs(
                 models[i].reset(len(job.prompt) + job.canvas_length)
                 if options.policy == "dllm_cache":
                     job.layers = DLLMCache(models[i], len(job.prompt), **options.policy_options)
+                if options.policy == "spa":
+                    job.layers = SPACache(models[i], len(job.prompt), **options.policy_options)
                 if options.policy == "es":
                     window = options.window_length(job.canvas_length)
                     shape = (len(job.prompt), job.canvas_length, window)

@@ -92,8 +92,9 @@ def load_case(name: str) -> OracleCase:
         refreshed = None if active is None else sorted(active[0])
         if "dllm_layers" in step and not step["dllm_layers"][1]["refresh_prompt"]:
             # The published code carries the prompt's rows along, where no layer behind the first one computes them.
-            canvas = len(raw["input_ids"][0])
-            refreshed = list(range(canvas, canvas + length))
+            # Dream's first slot is read from the prompt's last row, which goes on with stored outputs.
+            prompt = len(raw["input_ids"][0])
+            refreshed = list(range(prompt - (raw["family"] == "dream"), prompt + length))
         steps.append((refreshed, sorted(pairs)))
     return OracleCase(name, raw["input_ids"][0], length, options, steps, raw["final_tokens"][0])
 

@@ -39,7 +39,7 @@ def replay(
     shift: int = 0,
     entropies: Sequence[float] | None = None,
     drifts: Sequence[tuple[float, list[int]]] | None = None,
-    num_layers: int = 2,
+    num_layers: int = 3,
     confidences: Sequence[Sequence[float]] | None = None,
     left: Sequence[list[int]] | None = None,
 ) -> list[Replayed]:

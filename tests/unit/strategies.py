@@ -84,6 +84,14 @@ POLICIES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "kr": st.sampled_from([1, 2, 3, 10**30]),
         "rou": st.sampled_from([0, 0.1, 0.3, 1]),
     },
+    "spa": {
+        "refresh_steps": st.sampled_from([1, 2, 7, 10**30]),
+        "refresh_gen_steps": st.sampled_from([1, 2, 3, 10**30]),
+        "n_warmup_steps": st.sampled_from([0, 2]),
+        "max_update_ratio": st.sampled_from([0.01, 0.3, 1]),
+        "update_ratio_dist": st.sampled_from(["gaussian", "uniform"]),
+        "proxy_rank": st.sampled_from([1, 256]),
+    },
     "sparse_dllm": {
         "keep_ratio": st.sampled_from([0, 0.3, 0.5, 1]),
         "kernel_size": st.sampled_from([1, 2, 3, 10**30]),

@@ -12,7 +12,7 @@ from torch import nn
 from tests.reference.llada import DenseLlada
 from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE, load_case
-from tests.unit.batches import Batch, FakeJob
+from tests.unit.batches import LAYERS, Batch, FakeJob
 from tests.unit.replay import one_by_one, replay
 from vllm_d2cache.attention.capture import TensorParallel
 from vllm_d2cache.ops.paged_attention import PagedLayout
@@ -20,6 +20,7 @@ from vllm_d2cache.ops.value_change import similarity_parts
 from vllm_d2cache.records import StoredRows
 from vllm_d2cache.row_store import RowStore
 from vllm_d2cache.stored_outputs import PartialForward
+from vllm_d2cache.value_directions import ValueDirections
 
 P, G = 3, 8
 ALL, CANVAS = list(range(11)), list(range(3, 11))
@@ -46,20 +47,20 @@ def test_prompt_and_canvas_are_refreshed_by_their_periods() -> None:
     got = run()
     assert [s.refreshed for s in got] == [ALL, CANVAS, CANVAS, CANVAS, ALL, CANVAS, CANVAS, CANVAS]
     # Rows behind the first layer: all, two changed ones (0.3 of 8), all of the canvas, prompt and changed ones.
-    assert [s.stored.computed[0] for s in got] == [11, 2, 2, 8, 3 + 2, 2, 8, 2]
+    assert [s.stored.computed[0][0] for s in got] == [11, 2, 2, 8, 3 + 2, 2, 8, 2]
     assert [len(s.stored.compared) for s in got] == [0, 8, 8, 0, 8, 8, 0, 8]
 
 
 def test_a_share_of_zero_compares_nothing() -> None:
     got = run(rou=0)
-    assert [s.stored.computed[0] for s in got] == [11, 0, 0, 8, 3, 0, 8, 0]
+    assert [s.stored.computed[0][0] for s in got] == [11, 0, 0, 8, 3, 0, 8, 0]
     assert not any(len(s.stored.compared) for s in got)
 
 
 def test_a_shifted_family_carries_the_row_its_first_slot_is_read_from() -> None:
     got = run(shift=1)
     assert [s.refreshed for s in got[:5]] == [ALL, ALL[2:], ALL[2:], ALL[2:], ALL]
-    assert [s.stored.computed[0] for s in got[:5]] == [11, 2, 2, 8, 5]
+    assert [s.stored.computed[0][0] for s in got[:5]] == [11, 2, 2, 8, 5]
     assert got[1].stored.stored.tolist() == [True] * 9
     assert got[1].stored.compared.tolist() == list(range(1, 9)), "its values are not looked at"
     assert got[3].stored.stored.tolist() == [True] + [False] * 8
@@ -75,7 +76,7 @@ def test_rows_of_mates_are_computed_and_nobody_else_pays() -> None:
     assert rows.stored is not None
     first = rows.counts[0]
     assert rows.stored.stored.tolist() == [False] * first + [True] * 6
-    assert rows.stored.computed == [first, 1]
+    assert rows.stored.computed == [[first, 1]] * (LAYERS - 1)
     assert list(rows.stored.kept) == [1]
     batch.denoiser.canvas.stored = torch.empty(0)  # not even looked at
     assert batch.denoiser.begin(torch.tensor(slots[:1]), slots[:1]).stored is None
@@ -108,13 +109,14 @@ def stored_rows(stored: list[int], compared: list[int], count: int, computed: in
     flags[stored] = True
     kept = {0: (torch.arange(1, 6), torch.arange(5))}
     request = torch.zeros(6, dtype=torch.int64)
-    return StoredRows(flags, torch.tensor(compared), request, torch.tensor([count]), [computed], kept, {0: 5})
+    counts = torch.tensor([[count] * 2])
+    return StoredRows(flags, torch.tensor(compared), request, counts, [[computed]] * 2, None, kept, {0: 5})
 
 
 def forward(layers: list[ToyLayer], rows: StoredRows, embedding: torch.Tensor, store: RowStore, **more: Any) -> Any:
     layouts: list[PagedLayout] = []
     layout = PagedLayout([6], [6], torch.zeros(1, 1, dtype=torch.int32), [0], torch.arange(6))
-    run = PartialForward(rows, None, [7], layout, layouts.append, store, **more)
+    run = PartialForward(rows, None, [7], layout, layouts.append, store, ValueDirections(), **more)
     hidden, residual = run.run(layers, torch.arange(6), embedding)
     return hidden + residual, layouts
 
@@ -148,7 +150,9 @@ def test_shadows_of_mates_are_always_computed() -> None:
     forward(layers, stored_rows([], [], 0, 6), torch.zeros(6, 4), store)
     layout = PagedLayout([6], [6], torch.zeros(1, 1, dtype=torch.int32), [0], torch.arange(6))
     layouts: list[PagedLayout] = []
-    run = PartialForward(stored_rows([1, 2, 3, 4, 5], [], 0, 1), None, [7], layout, layouts.append, store)
+    run = PartialForward(
+        stored_rows([1, 2, 3, 4, 5], [], 0, 1), None, [7], layout, layouts.append, store, ValueDirections()
+    )
     hidden, residual = run.run(layers, torch.tensor([0, 1, 2, 3, 4, 5, 8, 9]), torch.zeros(8, 4))
     assert layers[1].seen[-1] == [0, 8, 9]
     assert [(at.counts, at.slots.tolist()) for at in layouts] == [([1], [0]), ([6], list(range(6)))]
@@ -163,8 +167,9 @@ def test_ranks_with_different_heads_agree() -> None:
         torch.ones(2, dtype=torch.bool),
         torch.arange(2),
         torch.zeros(2, dtype=torch.int64),
-        torch.tensor([1]),
-        [1],
+        torch.tensor([[1]]),
+        [[1]],
+        None,
         {},
         {},
     )
@@ -174,8 +179,9 @@ def test_ranks_with_different_heads_agree() -> None:
         layer = ToyLayer()
         layer.pages = torch.zeros(1, 1, 16, 2 * new[:, part].shape[1])
         layer.pages[0, 0, :2, new[:, part].shape[1] :] = old[:, part]
-        run = PartialForward(rows, None, [0], layout, lambda _: None, RowStore(), ranks)
-        computed = run._computed(layer, new[:, part], torch.zeros_like(new[:, part]))
+        run = PartialForward(rows, None, [0], layout, lambda _: None, RowStore(), ValueDirections(), ranks)
+        zero = torch.zeros_like(new[:, part])
+        computed = run._computed(layer, 1, torch.arange(2), new[:, part], zero)
         return computed.nonzero().flatten().tolist()
 
     total = similarity_parts(new.unsqueeze(1), old.unsqueeze(1))

@@ -26,6 +26,7 @@ EVERYTHING: dict[str, dict[str, Any]] = {
     "entropy": {"entropy_tau": 0.0, "confidence_top_p": 1.0},
     "window_diffusion": {"outer_window": 100, "inner_window": 100, "phase_steps": 1},
     "dllm_cache": {"kp": 1, "kr": 1},
+    "spa": {"refresh_steps": 1},
     "sparse_dllm": {"keep_ratio": 0, "window": 1},
     "streaming": {"suffix_window": 100, "window": 1},
     "es": {"prompt_update_freq": 1, "window": 0},

@@ -44,9 +44,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "attention.capture": ("ops",),
     "attention.eviction": ("records", "ops", "attention.capture"),
     "attention.drift": ("records", "ops", "attention.capture"),
+    "value_directions": ("records", "attention.capture"),
     "row_store": (),
     "row_exits": ("records", "ops", "row_store"),
-    "stored_outputs": ("records", "ops", "attention.capture", "row_exits", "row_store"),
+    "stored_outputs": ("records", "ops", "attention.capture", "row_exits", "row_store", "value_directions"),
     "attention": ("ops", "attention.capture", "attention.drift", "attention.eviction"),
     "step_graphs": ("records", "ops", "attention.capture"),
     "graph_check": ("ops", "attention.capture", "step_graphs"),
@@ -60,7 +61,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "records", "config", "ops", "canvas", "policies", "denoiser", "grammar", "trace", "logprobs", "infill",
         "attention", "attention.capture", "attention.drift", "attention.eviction", "runner_sampler", "compat",
         "models.weight_check", "snapshots", "stored_outputs", "row_exits", "row_store", "memory_plan", "step_graphs",
-        "cuda_graphs",
+        "cuda_graphs", "value_directions",
     ),
     "models.weight_check": (),
     "models": ("records", "attention", "stored_outputs"),
@@ -77,7 +78,7 @@ PURE = (
     "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "grammar", "infill", "request_fields",
     "request_fit", "figures", "counters", "attention.capture", "attention.drift", "attention.eviction", "trace_reader",
     "viewer", "models.weight_check", "snapshots", "stored_outputs", "row_exits", "row_store", "partial_rows",
-    "memory_plan", "step_graphs", "graph_check",
+    "memory_plan", "step_graphs", "graph_check", "value_directions",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

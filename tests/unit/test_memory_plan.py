@@ -182,7 +182,7 @@ def test_hidden_states_where_rows_leave(layers: int) -> None:
 def test_state_of_policies_and_decoders() -> None:
     plan = plan_memory(engine_config(), PLAIN)
     with LiveMemory() as live:
-        denoiser = Denoiser(SLOTS, LENGTH, CPU, FamilyTraits(0), PLAIN)
+        denoiser = Denoiser(SLOTS, LENGTH, CPU, FamilyTraits(0, num_layers=LAYERS), PLAIN)
         at_start = live.now
         for name in ("d2cache", "entropy", "window_diffusion", "dllm_cache", "dkv"):
             denoiser._policy(name)

@@ -10,7 +10,7 @@ import pytest
 from tests.reference.llada_moe import CONFIG as MOE
 from tests.reference.oracle import ORACLE
 from vllm_d2cache.models.configs import DreamConfig, LLaDAConfig, LLaDAMoEConfig
-from vllm_d2cache.records import FamilyTraits
+from vllm_d2cache.records import DepthCurve, FamilyTraits
 
 DREAM: dict[str, Any] = json.loads((ORACLE / "dream" / "config.json").read_text())
 
@@ -20,7 +20,9 @@ def test_dream_without_keys_is_the_published_one() -> None:
     shape = config.shape()
     assert (shape.hidden_size, shape.num_layers, shape.head_size, shape.kv_size) == (3584, 28, 128, 512)
     assert (shape.qkv_bias, shape.rope_in_fp32, shape.tied_head) == (True, False, False)
-    assert config.traits() == FamilyTraits(151666, logit_shift=1, step_schedule="timestep", num_layers=28)
+    assert config.traits() == FamilyTraits(
+        151666, logit_shift=1, step_schedule="timestep", num_layers=28, drift_by_depth=DepthCurve(0.5, 1 / 6, 5 / 6)
+    )
 
 
 @pytest.mark.parametrize("cls", [DreamConfig, LLaDAMoEConfig])

@@ -40,6 +40,16 @@ class DriftOfStored(FullPolicy):
     reads_drift = stores_outputs = True
 
 
+class DropsOfStored(FullPolicy):
+    name = "mine"
+    drops_rows = stores_outputs = True
+
+
+class ProxiesOfNothing(FullPolicy):
+    name = "mine"
+    compares_proxies = True
+
+
 class Unfinished:
     name = "mine"
 
@@ -69,6 +79,8 @@ def test_an_unknown_name_is_no_policy() -> None:
         ([f"{__name__}:BadOption"], "option 'x' that is neither a Number nor a Choice"),
         ([f"{__name__}:DriftOfHidden"], "reads drift and hides keys"),
         ([f"{__name__}:DriftOfStored"], "reads drift and stores outputs"),
+        ([f"{__name__}:DropsOfStored"], "drops rows and asks for something else"),
+        ([f"{__name__}:ProxiesOfNothing"], "compares proxies and stores no outputs"),
         ([f"{__name__}:Mine", "elsewhere:Mine"], "claimed by .*elsewhere:Mine.*rename or uninstall one"),
     ],
 )

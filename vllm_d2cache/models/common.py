@@ -33,6 +33,9 @@ from vllm_d2cache.stored_outputs import PartialForward
 # A buffer that some tools save; it follows from config.json.
 _REDUNDANT = "rotary_emb.inv_freq"
 
+# Unit vectors that are projected at one time.
+_UNITS_AT_ONCE = 256
+
 # Three tensors of a checkpoint that are one here.
 QKV = {f".{name}_proj.": (".qkv_proj.", name) for name in "qkv"}
 
@@ -87,6 +90,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """[N, d] -> [N, d]."""
+        out, _ = self.o_proj(self.attn(*self._project(positions, hidden)))
+        return out
+
+    def _project(
+        self, positions: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values [N, heads * head size], ready for attention."""
         qkv, _ = self.qkv_proj(hidden)
         q, k, v = qkv.split(self.sizes, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -96,8 +106,24 @@ class SelfAttention(nn.Module):
             q, k = q32.to(v.dtype), k32.to(v.dtype)
         else:
             q, k = self.rotary_emb(positions, q, k)
-        out, _ = self.o_proj(self.attn(q, k, v))
-        return out
+        return q, k, v
+
+    def keys_and_values(self, positions: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[n, d] normed rows -> two of [n, kv heads, head size], as attention writes them to the cache."""
+        _, key, value = self._project(positions, hidden)
+        shape = (len(hidden), -1, self.attn.head_size)
+        return key.reshape(shape), value.reshape(shape)
+
+    def value_projection(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight [kv heads * head size, d] and bias, float32 (value_directions.Projects).
+
+        The weight is what the projection makes of unit vectors: it does not matter how it is packed or quantised.
+        """
+        projection, size = self.qkv_proj, self.sizes[2]
+        units = torch.eye(projection.input_size, dtype=dtype, device=self.attn.kv_cache.device)
+        parts = [projection.quant_method.apply(projection, rows, None) for rows in units.split(_UNITS_AT_ONCE)]
+        weight = torch.cat([part[:, -size:].float() for part in parts]).t()
+        return weight, weight.new_zeros(size) if projection.bias is None else projection.bias[-size:].float()
 
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, d] normed rows -> [n, kv heads, head size]."""
@@ -173,6 +199,17 @@ class TransformerLayer(nn.Module):
         """[n, kv heads, head size] values of rows [n, d] before the layer (stored_outputs.Layer)."""
         normed, _ = self.input_layernorm(hidden, residual)
         return self.self_attn.values(normed)
+
+    def keys_and_values(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [n, kv heads, head size] of rows [n, d] before the layer (stored_outputs.Layer)."""
+        normed, _ = self.input_layernorm(hidden, residual)
+        return self.self_attn.keys_and_values(positions, normed)
+
+    def value_projection(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the value projection (value_directions.Projects)."""
+        return self.self_attn.value_projection(dtype)
 
     @property
     def pages(self) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from vllm_d2cache.models.shape import TransformerShape
-from vllm_d2cache.records import FamilyTraits
+from vllm_d2cache.records import DepthCurve, FamilyTraits
 
 
 class DiffusionLMConfig(PretrainedConfig):
@@ -258,7 +258,11 @@ class DreamConfig(HubConfig):
     def traits(self) -> FamilyTraits:
         """Made from an autoregressive model: a position predicts the token to its right."""
         return FamilyTraits(
-            self.mask_token_id, logit_shift=1, step_schedule="timestep", num_layers=self.num_hidden_layers
+            self.mask_token_id,
+            logit_shift=1,
+            step_schedule="timestep",
+            num_layers=self.num_hidden_layers,
+            drift_by_depth=DepthCurve(0.5, 1 / 6, 5 / 6),
         )
 
     def shape(self) -> TransformerShape:

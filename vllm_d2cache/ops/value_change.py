@@ -25,6 +25,13 @@ def swap_values(kv_cache: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
     return old
 
 
+def write_keys(kv_cache: torch.Tensor, key: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write fresh keys [n, kv heads, head size] to their pages, in place; arguments as above."""
+    block_size, head_size = kv_cache.shape[2], key.shape[2]
+    block = slots.div(block_size, rounding_mode="floor")
+    kv_cache.permute(0, 2, 1, 3)[..., :head_size][block, slots - block * block_size] = key
+
+
 def similarity_parts(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     """[n, 3] float32: product and squared lengths of new and old values [n, kv heads, head size].
 

@@ -11,7 +11,7 @@ import torch
 from vllm_d2cache.canvas import canvas_to_positions
 from vllm_d2cache.config import RequestOptions
 from vllm_d2cache.option_types import Choice, Number
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.records import CanvasView, FamilyTraits, StepOutcome, StepPlan
 
 # More than any text has positions, and far from overflow.
 _LARGEST = 1 << 40
@@ -52,8 +52,10 @@ class CachePolicy(ABC):
     """Whether rows of this policy's requests leave the network behind some layers (records.RowExits)."""
     exit_layers: ClassVar[int] = 0
     """Of such a policy: behind how many layers rows may leave at most; hidden states are remembered there."""
-    num_layers: int = 1
-    """Of the network; the engine sets it before the first request."""
+    compares_proxies: ClassVar[bool] = False
+    """Whether rows are compared by leading components of their values (records.StoredOutputs.proxy_rank)."""
+    traits: FamilyTraits = FamilyTraits(mask_token_id=-1)
+    """Of the model; the engine sets it before the first request."""
 
     def __init__(
         self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None

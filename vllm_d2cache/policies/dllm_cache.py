@@ -55,16 +55,32 @@ class DLLMCachePolicy(CachePolicy):
 
     def _plan(self, view: CanvasView, step: torch.Tensor) -> StepPlan:
         """Step number ``step`` [R]."""
-        prompt_due = (step % self.option("kp", view) == 0).unsqueeze(1)
-        canvas_due = (step % self.option("kr", view) == 0).unsqueeze(1)
-        share = self.option("rou", view)
+        prompt_due, canvas_due = (due.unsqueeze(1) for due in self._due(view, step))
         canvas = canvas_to_positions(view.in_canvas, view)
         # In a shifted family the first slot is read from a prompt row, which goes on with what its layers stored.
         source = self.read_from(view.in_canvas, view) & ~canvas
         stored = StoredOutputs(
             rows=(canvas & ~canvas_due) | (source & ~prompt_due),
-            compared=canvas & ~canvas_due & (share > 0).unsqueeze(1),
-            count=(share * view.canvas_len).floor().long(),
+            compared=canvas & ~canvas_due & self._compares(view).unsqueeze(1),
+            count=self._count(view),
+            proxy_rank=self._proxy_rank(view),
         )
         refresh = torch.where(prompt_due, view.in_text, canvas | source)
         return StepPlan(refresh, nothing(view), stored=stored)
+
+    def _due(self, view: CanvasView, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two of [R] bool: the prompt is refreshed; the canvas is."""
+        return step % self.option("kp", view) == 0, step % self.option("kr", view) == 0
+
+    def _compares(self, view: CanvasView) -> torch.Tensor:
+        """[R] bool: layers compare the rows of the canvas."""
+        return self.option("rou", view) > 0
+
+    def _count(self, view: CanvasView) -> torch.Tensor:
+        """[R, layers - 1] int64: rows that each layer computes of those it compares."""
+        count = (self.option("rou", view) * view.canvas_len).floor().long()
+        return count.unsqueeze(1).expand(-1, self.traits.num_layers - 1)
+
+    def _proxy_rank(self, view: CanvasView) -> torch.Tensor | None:
+        """[R] int64: compared are so many components of the values; None = the values."""
+        return None

@@ -91,10 +91,10 @@ class ESPolicy(CachePolicy):
         """Who leaves, of the rows ``refresh`` [R, T]; nobody where ``stays`` [R]."""
         alpha = self.option("importance_score_alpha", view).float()
         rows, least = refresh.sum(1), changed.sum(1) + 2
-        keep = rows.new_full((len(rows), self.num_layers), -1)
+        keep = rows.new_full((len(rows), self.traits.num_layers), -1)
         for depth, share in PROPORTION_STEPS:
-            layer = math.ceil(depth * self.num_layers)
-            if layer < self.num_layers - 1:
+            layer = math.ceil(depth * self.traits.num_layers)
+            if layer < self.traits.num_layers - 1:
                 keep[:, layer] = torch.where(stays, rows, torch.maximum((share * rows).floor().long(), least))
 
         masks = view.masked & view.live & view.in_window

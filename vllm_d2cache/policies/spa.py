@@ -1,0 +1,64 @@
+"""SPA-Cache: dLLM-Cache with fresh K, rows compared by a few leading directions, and a budget for each layer.
+
+rivals.md, section 4, and the exact cheaper forms of section 5.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from vllm_d2cache.option_types import Choice, Number
+from vllm_d2cache.policies.dllm_cache import DLLMCachePolicy
+from vllm_d2cache.records import MOST_DIRECTIONS, CanvasView
+
+GAUSSIAN, UNIFORM = DISTRIBUTIONS = ("gaussian", "uniform")
+
+# Least share of the canvas that a layer before the peak computes (min_update_ratio of the published code).
+_LEAST_SHARE = 2**-5
+
+
+class SPAPolicy(DLLMCachePolicy):
+    """Everything every ``refresh_steps`` steps, the canvas every ``refresh_gen_steps``; in between a share of it.
+
+    The share has its peak, ``max_update_ratio``, at the depth where the model family's representations drift most.
+    """
+
+    name = "spa"
+    options: ClassVar = {
+        "refresh_steps": Number(int, 1, note="steps", default=50),
+        "refresh_gen_steps": Number(int, 1, note="steps", default=7),
+        "n_warmup_steps": Number(int, 0, note="steps", default=0),
+        "max_update_ratio": Number(float, 0, 1, open_low=True, note="share of the canvas", default=0.25),
+        "update_ratio_dist": Choice(DISTRIBUTIONS, default=GAUSSIAN),
+        "proxy_rank": Number(int, 1, MOST_DIRECTIONS, note="directions", default=128),
+    }
+    defaults: ClassVar = {"window": 8, "sigma": 0.0}
+    compares_proxies = True
+
+    def _due(self, view: CanvasView, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        everything = (step % self.option("refresh_steps", view) == 0) | (step <= self.option("n_warmup_steps", view))
+        return everything, everything | (step % self.option("refresh_gen_steps", view) == 0)
+
+    def _compares(self, view: CanvasView) -> torch.Tensor:
+        return torch.ones_like(view.slots, dtype=torch.bool)
+
+    def _count(self, view: CanvasView) -> torch.Tensor:
+        largest = self.option("max_update_ratio", view).unsqueeze(1)
+        curve = self.traits.drift_by_depth
+        depth = torch.arange(1, self.traits.num_layers, dtype=torch.float64, device=largest.device)
+        depth = depth / self.traits.num_layers
+        before = depth < curve.peak
+        # A half Gaussian that is 1 at the peak and ``edge`` at the end of the depth is edge^(x^2), x being the distance
+        # from the peak in units of that half.
+        far = torch.where(before, 1 - depth / curve.peak, (depth - curve.peak) / (1 - curve.peak))
+        edge = torch.full_like(depth, curve.last).masked_fill(before, curve.first)
+        share = largest * edge ** far.square()
+        share = torch.where(before, share.clamp(min=_LEAST_SHARE), share)
+        uniform = (self.option("update_ratio_dist", view) == DISTRIBUTIONS.index(UNIFORM)).unsqueeze(1)
+        share = torch.where(uniform, largest, share)
+        return (share * view.canvas_len.unsqueeze(1)).floor().long()
+
+    def _proxy_rank(self, view: CanvasView) -> torch.Tensor:
+        return self.option("proxy_rank", view)
