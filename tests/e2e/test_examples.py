@@ -74,7 +74,7 @@ def test_structured_output(server: Server) -> None:
 def test_watching_the_canvas(server: Server) -> None:
     """It ends with the answer to the same request without snapshots."""
     lines = example("watch_canvas.py", f"{server.url}/v1").splitlines()
-    question = {"messages": [{"role": "user", "content": "Count from 12 to 34 by 2."}], "max_tokens": 64}
+    question = {"messages": [{"role": "user", "content": "Count from 12 to 34 by 2."}], "max_tokens": 48}
     response = httpx.post(f"{server.url}/v1/chat/completions", json=question, timeout=120)
     answer = response.json()["choices"][0]["message"]["content"]
     assert answer.startswith("12,14,16")
