@@ -33,6 +33,7 @@ from vllm_d2cache.records import EditSpec, FamilyTraits, SamplingSpec, StoredRow
 from vllm_d2cache.row_store import RowStore
 from vllm_d2cache.step_graphs import StepBuffers, graph_sizes
 from vllm_d2cache.stored_outputs import PartialForward
+from vllm_d2cache.value_directions import ValueDirections
 
 CPU = torch.device("cpu")
 NETWORK = Network(layers=3, hidden_size=64, heads=4, intermediate_size=96, head_size=16, vocab_size=4001, itemsize=4)
@@ -149,9 +150,11 @@ def test_layers_that_compute_a_part_of_their_rows(width: int) -> None:
     layout = PagedLayout([rows], [rows], torch.zeros(1, 1, dtype=torch.int32), [0], positions)
     kept = {0: (positions, positions)}
     none = torch.empty(0, dtype=torch.int64)
-    stored = StoredRows(positions < 0, none, positions * 0, torch.tensor([0]), [rows], kept, {0: rows})
+    behind = len(layers) - 1
+    count = torch.zeros(1, behind, dtype=torch.int64)
+    stored = StoredRows(positions < 0, none, positions * 0, count, [[rows]] * behind, None, kept, {0: rows})
     store = RowStore()
-    partial = PartialForward(stored, None, [0], layout, lambda layout: None, store)
+    partial = PartialForward(stored, None, [0], layout, lambda layout: None, store, ValueDirections())
     partial.run(layers, positions, embedding)  # makes the store
     with LiveMemory() as live:
         partial.run(layers, positions, embedding)
@@ -224,7 +227,7 @@ def test_what_running_requests_may_hold() -> None:
 def test_a_request_that_can_never_be_admitted() -> None:
     config = engine_config()
     config.additional_config = {"d2cache": {"request_memory": 0.001}}
-    params = SimpleNamespace(extra_args=None, max_tokens=64)
+    params = SimpleNamespace(extra_args=None, max_tokens=64, structured_outputs=None)
     check_memory(params, config, 100)
     with pytest.raises(OptionError, match=r"max_tokens: with d2cache_policy 'd2cache', 900 prompt tokens .* 0.00 GiB"):
         check_memory(params, config, 900)
