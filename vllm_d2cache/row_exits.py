@@ -14,7 +14,7 @@ import torch
 
 from vllm_d2cache.ops.hidden_change import at_most_one, relative_change
 from vllm_d2cache.ops.host import upload
-from vllm_d2cache.ops.value_change import least_similar
+from vllm_d2cache.ops.value_change import most_changed
 from vllm_d2cache.records import ExitingRows
 from vllm_d2cache.row_store import RowStore
 
@@ -60,7 +60,7 @@ class RowGate:
         change = at_most_one(change, request, len(self.slots))
         score = (self.rows.bias[index] + self.rows.weight[index] * change).masked_fill(~present, -torch.inf)
         count = [exits.get(r, 0) for r in range(len(self.slots))]
-        stays = least_similar(-score, request, upload(count, torch.int64, index.device))
+        stays = most_changed(score, request, upload(count, torch.int64, index.device))
         self.present[index] = stays
 
         sizes = [len(place) for _, place in mine]

@@ -17,7 +17,7 @@ import torch
 
 from vllm_d2cache.attention.capture import TensorParallel
 from vllm_d2cache.ops.paged_attention import PagedLayout
-from vllm_d2cache.ops.value_change import cosine, least_similar, similarity_parts, swap_values, write_keys
+from vllm_d2cache.ops.value_change import change_parts, cosine_distance, most_changed, swap_values, write_keys
 from vllm_d2cache.records import StoredRows
 from vllm_d2cache.row_exits import RowGate
 from vllm_d2cache.row_store import RowStore
@@ -135,14 +135,14 @@ class PartialForward:
         computed[: rows.stored.shape[0]] &= ~rows.stored
         if len(rows.compared):
             index = rows.compared
-            similarity = self._similarity(layer, number, positions[index], hidden[index], residual[index])
-            computed[index] = least_similar(similarity, rows.request[index], rows.count[:, number - 1])
+            distance = self._distance(layer, number, positions[index], hidden[index], residual[index])
+            computed[index] = most_changed(distance, rows.request[index], rows.count[:, number - 1])
         return computed
 
-    def _similarity(
+    def _distance(
         self, layer: Layer, number: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
     ) -> torch.Tensor:
-        """[n] float32, of the values of the compared rows to those in their pages, which they replace."""
+        """[n] float32, of the values of the compared rows from those in their pages, which they replace."""
         assert self.rows is not None
         slots, proxied = self.layout.slots[self.rows.compared], self.rows.proxied
         if proxied is None:
@@ -151,12 +151,12 @@ class PartialForward:
             key, value = layer.keys_and_values(positions, hidden, residual)
             write_keys(layer.pages, key[proxied[0]], slots[proxied[0]])
         old = swap_values(layer.pages, value, slots)
-        similarity = cosine(self._all_reduce(similarity_parts(value, old)))
+        distance = cosine_distance(self._all_reduce(change_parts(value, old)))
         if proxied is not None:
             some, rank = proxied
             pair = self.directions.components(number, layer, torch.stack([value[some], old[some]]))
-            similarity[some] = cosine(similarity_parts(*leading(self._all_reduce(pair), rank)))
-        return similarity
+            distance[some] = cosine_distance(change_parts(*leading(self._all_reduce(pair), rank)))
+        return distance
 
     def _all_reduce(self, own_heads: torch.Tensor) -> torch.Tensor:
         """The sum over all heads; ranks hold different ones."""

@@ -43,7 +43,7 @@ class DLLMCache:
         elif self.rou > 0:
             new = model._linear(x[prompt:], f"{layer}.v")
             old = model.values[layer][prompt:].flatten(1)
-            similarity = torch.cosine_similarity(new, old, dim=-1).tolist()
+            similarity = torch.cosine_similarity(new.double(), old.double(), dim=-1).tolist()
             model.values[layer][prompt:] = new.view(total - prompt, model.kv_heads, model.head_dim)
             order = sorted(range(total - prompt), key=lambda g: (similarity[g], g))
             rows += [prompt + g for g in order[: int((total - prompt) * self.rou)]]

@@ -62,7 +62,8 @@ class SPACache(DLLMCache):
         values = model._linear(x[prompt:], f"{layer}.v").view(-1, model.kv_heads, model.head_dim)
         model.keys[layer][prompt:], model.values[layer][prompt:] = model._rope(keys, canvas), values
         assert old is not None
-        similarity = torch.cosine_similarity(proxy, old, dim=-1).tolist()
+        # In fp64: rows that hardly change have cosines next to 1.
+        similarity = torch.cosine_similarity(proxy.double(), old.double(), dim=-1).tolist()
         family = "dream" if model.logit_shift else "llada"
         share = self.largest if self.uniform else budget(family, layer, model.num_layers, self.largest)
         order = sorted(range(total - prompt), key=lambda g: (similarity[g], g))

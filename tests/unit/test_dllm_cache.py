@@ -16,7 +16,7 @@ from tests.unit.batches import LAYERS, Batch, FakeJob
 from tests.unit.replay import one_by_one, replay
 from vllm_d2cache.attention.capture import TensorParallel
 from vllm_d2cache.ops.paged_attention import PagedLayout
-from vllm_d2cache.ops.value_change import similarity_parts
+from vllm_d2cache.ops.value_change import change_parts
 from vllm_d2cache.records import StoredRows
 from vllm_d2cache.row_store import RowStore
 from vllm_d2cache.stored_outputs import PartialForward
@@ -184,7 +184,7 @@ def test_ranks_with_different_heads_agree() -> None:
         computed = run._computed(layer, 1, torch.arange(2), new[:, part], zero)
         return computed.nonzero().flatten().tolist()
 
-    total = similarity_parts(new.unsqueeze(1), old.unsqueeze(1))
+    total = change_parts(new.unsqueeze(1), old.unsqueeze(1))
     assert chosen(slice(0, 4), None) == [1]
     assert chosen(slice(0, 2), None) == [0]
     ranks = TensorParallel(2, lambda _: total)
