@@ -47,7 +47,7 @@ unit: env  ## tests that need neither vLLM nor a GPU, but for the long ones (und
 	$(pytest) -n auto tests/unit tests/ops -m "not hypothesis and not slow and not vllm and not gpu"
 
 kernels: env  ## Triton kernels against their PyTorch twins in Triton's interpreter, and compiled for an H100 (minutes)
-	TRITON_INTERPRET=1 $(pytest) tests/triton --deselect tests/triton/test_compiles_for_hopper.py
+	TRITON_INTERPRET=1 $(pytest) -n auto tests/triton --deselect tests/triton/test_compiles_for_hopper.py
 	$(pytest) -n auto tests/triton/test_compiles_for_hopper.py
 
 test-gpu: env  ## kernels and engine on a GPU, real shapes included (fails if there is one and nothing ran on it)

@@ -32,7 +32,7 @@ if __name__ == "__main__":
     stream = client.chat.completions.create(
         model=client.models.list().data[0].id,
         messages=[{"role": "user", "content": question}],
-        max_tokens=64,
+        max_tokens=48,
         stream=True,
         extra_body={"vllm_xargs": {"d2cache_snapshots": 1}},  # 4 = every fourth step
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.conftest import Engine
+from tests.e2e.conftest import Engine, runner_of
 from tests.reference.llada import DenseLlada
 from tests.reference.oracle import ORACLE
 
@@ -242,3 +242,9 @@ def test_a_report_of_what_a_request_cost(engine: Engine) -> None:
     assert shadows > 0
     assert verified["rows_refreshed"] == len(lines) * (len(PROMPT) + 16) + shadows
     assert (verified["rows_saved"], verified["saved_share"]) == (0, 0.0)
+
+
+def test_snapshots_are_refused_where_no_stream_is(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="d2cache_snapshots: comes with a completion or chat completion"):
+        generate(engine, [{"options": {"snapshots": 1}}])
+    assert not runner_of(engine).model_state.watched

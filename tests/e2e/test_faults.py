@@ -130,6 +130,9 @@ def test_nothing_of_a_prompt_or_an_answer_is_logged(http: httpx.Client, server: 
     assert len(answer) > 3
     refused(http, "/v1/chat/completions", json={**body, "max_tokens": 0})
     refused(http, "/v1/chat/completions", json={**body, "vllm_xargs": {"d2cache_policy": secret}})
+    watching = {**body, "stream": True, "vllm_xargs": {"d2cache_snapshots": 1}}
+    with http.stream("POST", "/v1/chat/completions", json=watching) as stream:
+        assert "d2cache.snapshot" in stream.read().decode()
     with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
         next(stream.iter_lines())  # and hang up
     assert secret not in server.log

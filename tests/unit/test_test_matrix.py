@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-from tools.test_matrix import RELEASES, Result, count, read_junit, table
+from tools.test_matrix import RELEASES, SUITES, Result, count, read_junit, table
 
 JUNIT = """<testsuites><testsuite>
 <testcase name="a" time="1"/>
@@ -43,3 +44,8 @@ def test_releases_are_inside_the_window() -> None:
     (window,) = (Requirement(line).specifier for line in project["optional-dependencies"]["cpu"])
     assert all(window.contains(release) for release in RELEASES)
     assert len({release.rpartition(".")[0] for release in RELEASES}) == len(RELEASES)
+
+
+def test_the_document_has_every_release_and_suite() -> None:
+    lines = re.findall(r"^\| (\S+) +\| (\S+) +\| \d+", Path("docs/versions.md").read_text(), re.MULTILINE)
+    assert lines == [(release, suite) for release in RELEASES for suite in SUITES]

@@ -151,8 +151,12 @@ def test_an_error_of_vllms_generator_is_the_streams() -> None:
         yield "first"
         raise RuntimeError("engine")
 
-    with pytest.raises(RuntimeError, match="engine"):
-        asyncio.run(collect(chunks()))
+    async def run() -> None:
+        with pytest.raises(RuntimeError, match="engine"):
+            await collect(chunks())
+        assert len(asyncio.all_tasks()) == 1  # this one
+
+    asyncio.run(run())
 
 
 # --- vLLM's classes ------------------------------------------------------------------------------------------------

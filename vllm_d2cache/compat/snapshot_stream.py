@@ -8,7 +8,6 @@ known by the task that runs it, not by a request id, which clients may choose: n
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import functools
 import inspect
@@ -189,11 +188,10 @@ async def with_snapshots(
                 assert text is not None
                 yield text
     finally:
-        for task in (chunk, news):
-            if task is not None:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+        left = [task for task in (chunk, news) if task is not None]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
         await chunks.aclose()
 
 

@@ -189,7 +189,7 @@ class LayerStack(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layers: nn.ModuleList, norm: RMSNorm) -> None:
         super().__init__()
-        self._parts = (layers, norm)  # not as submodules: their tensors have one name each
+        self._parts = [layers, norm]  # not as submodules: their tensors have one name each
 
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """[N, d] embeddings -> [N, d] final hidden states."""

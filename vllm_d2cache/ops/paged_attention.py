@@ -291,5 +291,6 @@ def _scratch(device: torch.device, elements: int) -> torch.Tensor:
     """Flat fp32 memory for one tile, kept from call to call: fresh pages cost more than the arithmetic on them."""
     memory = _scratch_memory.get(device)
     if memory is None or memory.numel() < elements:
-        memory = _scratch_memory[device] = torch.empty(elements, device=device)
+        with torch.inference_mode(False):  # an inference tensor could not be used outside that mode later
+            memory = _scratch_memory[device] = torch.empty(elements, device=device)
     return memory
