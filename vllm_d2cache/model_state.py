@@ -223,9 +223,7 @@ class D2CacheModelState(ModelState):
             self.capture = self.graphs.step(self._graph_size, rows, layout)
             self.model.replay = self.capture.replay
             return None  # type: ignore[return-value]  # the graph has its own
-        self.capture = ImportanceCapture(
-            layout, rows.reads_importance, positions, self._pool, self._tensor_parallel, rows.bounds
-        )
+        self.capture = ImportanceCapture(layout, rows.reads_importance, positions, self._pool, self._tensor_parallel)
         layer_keys = None
         if any(rows.choices):
             layer_keys = LayerKeys(layout, rows.choices, rows.slots, self._kept_keys, self._tensor_parallel)

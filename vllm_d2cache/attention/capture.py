@@ -18,7 +18,7 @@ from vllm_d2cache.ops.rollout import LayerRecord, TensorParallel, batched_rollou
 
 __all__ = ["ImportanceCapture", "MapPool", "TensorParallel"]
 
-# A map is kept while a request cannot need more rows than T / _MAP_SHARE.
+# A map is kept while rows * _MAP_SHARE <= T. A graph takes requests whose bound is that low: they keep theirs anyway.
 _MAP_SHARE = 4
 
 
@@ -46,8 +46,7 @@ class ImportanceCapture:
         wanted: for each request of the batch, whether its policy reads importance.
         positions: [N] int64, refreshed position of each row.
         tensor_parallel: None on a single rank.
-        bounds: rows each request can need in this step (StepRows.bounds): with or without padding, a request keeps its
-            map in the same steps. None = as many as it has.
+        bounds: what decides in place of ``layout.counts`` who keeps a map; in a graph those are capacities.
     """
 
     layout: PagedLayout
@@ -121,7 +120,8 @@ def keeps_map(bound: int, length: int) -> bool:
 
 def map_bytes(num_layers: int, bound: int, length: int) -> int:
     """Bytes that the pool takes for the maps of a request of ``length`` positions that can need ``bound`` rows."""
-    return num_layers * with_slack(bound * length) * torch.float32.itemsize if keeps_map(bound, length) else 0
+    most = min(bound, length // _MAP_SHARE)  # with more rows a step keeps none
+    return num_layers * with_slack(most * length) * torch.float32.itemsize
 
 
 def with_slack(elements: int) -> int:
