@@ -201,7 +201,9 @@ def _limit_whitespace(tag: Any) -> None:
     parts = tag if isinstance(tag, list) else [tag] if isinstance(tag, dict) else []
     for part in parts:
         if isinstance(part, dict) and part.get("type") == "json_schema":
-            part.setdefault("max_whitespace_cnt", 1)
+            # vLLM's tool parsers leave a null here, which means without end.
+            if part.get("max_whitespace_cnt") is None:
+                part["max_whitespace_cnt"] = 1
         elif isinstance(part, dict):
             for value in part.values():
                 _limit_whitespace(value)
