@@ -245,6 +245,8 @@ def test_a_report_of_what_a_request_cost(engine: Engine) -> None:
 
 
 def test_snapshots_are_refused_where_no_stream_is(engine: Engine) -> None:
-    with pytest.raises(ValueError, match="d2cache_snapshots: comes with a completion or chat completion"):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="d2cache_snapshots: comes with a completion or chat completion"):
         generate(engine, [{"options": {"snapshots": 1}}])
     assert not runner_of(engine).model_state.watched
