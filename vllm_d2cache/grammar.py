@@ -11,7 +11,8 @@ with the request. Nothing here imports vLLM.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -148,33 +149,46 @@ def _bit(token: int) -> np.int32:
 
 
 def check_schema(schema: Any, backend: str) -> None:
-    """Refuse a JSON schema with a keyword that the backend would ignore.
+    """Refuse a JSON schema with a keyword that the backend would ignore, or that leaves it nothing to write.
 
     Raises:
         OptionError: names it.
     """
-    if backend == "xgrammar" and (found := _keyword(json.loads(schema) if isinstance(schema, str) else schema)):
-        raise OptionError(
-            f"structured_outputs: the JSON schema has {found!r}, which backend xgrammar would ignore (as it would "
-            f"{', '.join(sorted(_IGNORED - {found}))}); say it otherwise, or start the server with "
-            '--structured-outputs-config \'{"backend": "guidance"}\''
-        )
+    if backend != "xgrammar":
+        return
+    otherwise = 'say it otherwise, or start the server with --structured-outputs-config \'{"backend": "guidance"}\''
+    for part in _schemas(json.loads(schema) if isinstance(schema, str) else schema):
+        if found := next((name for name in part if name in _IGNORED), None):
+            raise OptionError(
+                f"structured_outputs: the JSON schema has {found!r}, which backend xgrammar would ignore (as it would "
+                f"{', '.join(sorted(_IGNORED - {found}))}); {otherwise}"
+            )
+        named = part.get("patternProperties")
+        patterns = [part.get("pattern"), *(named if isinstance(named, dict) else ())]
+        if found := next((p for p in patterns if isinstance(p, str) and _CONTROL_CHARACTER.search(p)), None):
+            # It would write the character itself, where JSON has its escape alone: no token may follow.
+            raise OptionError(
+                f"structured_outputs: the JSON schema has the pattern {found!r} with a control character, which JSON "
+                "text cannot hold; say it otherwise"
+            )
 
 
-def _keyword(schema: Any) -> str | None:
-    """A keyword of this schema, or of one inside it, that is ignored."""
+def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
+    """This schema and those inside it."""
     if isinstance(schema, list):
-        return next((found for item in schema if (found := _keyword(item))), None)
-    if not isinstance(schema, dict):
-        return None
-    if found := next((name for name in schema if name in _IGNORED), None):
-        return found
-    inner = [schema.get(name) for name in _SCHEMAS]
-    # The keys of these are names, not keywords.
-    inner += [list(named.values()) for name in _NAMED_SCHEMAS if isinstance(named := schema.get(name), dict)]
-    return _keyword(inner)
+        for item in schema:
+            yield from _schemas(item)
+    elif isinstance(schema, dict):
+        yield schema
+        # The keys of some are names, not keywords.
+        named = [list(part.values()) for name in _NAMED_SCHEMAS if isinstance(part := schema.get(name), dict)]
+        yield from _schemas([*(schema.get(name) for name in _SCHEMAS), *named])
 
 
+# In a regular expression: as it is, or by an escape.
+_CONTROL_CHARACTER = re.compile(
+    r"[\x00-\x1f]|(?<!\\)(?:\\\\)*\\(?:[tnrfv0]|x[01][0-9a-fA-F]|u00[01][0-9a-fA-F]|c[A-Za-z])"
+)
 _IGNORED = frozenset(
     {"not", "if", "dependentRequired", "dependentSchemas", "dependencies", "uniqueItems", "contains", "multipleOf"}
 )

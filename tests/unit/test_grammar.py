@@ -236,6 +236,20 @@ def test_names_are_no_keywords() -> None:
     check_schema(True, "xgrammar")
 
 
+@pytest.mark.parametrize("pattern", ["^\t$", r"^a\tb$", r"\x01", r"\u000A", r"\\\n", r"\cJ"])
+def test_patterns_that_json_cannot_hold(pattern: str) -> None:
+    for schema in ({"pattern": pattern}, {"patternProperties": {pattern: {}}}):
+        inside = {"type": "object", "properties": {"a": {"anyOf": [{"type": "string", **schema}]}}}
+        with pytest.raises(OptionError, match=r"structured_outputs: .* has the pattern .* control character"):
+            check_schema(inside, "xgrammar")
+        check_schema(inside, "guidance")
+
+
+def test_patterns_that_json_can_hold() -> None:
+    for pattern in (r"\\t", r"\s+x", "tn0", r"\d{3}", r"\x41", r"\u00e9", r"[^\w]"):
+        check_schema({"type": "string", "pattern": pattern}, "xgrammar")
+
+
 def test_json_in_structural_tags_has_no_spare_whitespace() -> None:
     free = {"type": "json_schema", "json_schema": {"items": {"type": "json_schema"}}}
     bounded = {"type": "json_schema", "max_whitespace_cnt": 3}
