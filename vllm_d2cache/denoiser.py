@@ -146,7 +146,6 @@ class Denoiser:
             slots=list(slots_host),
             counts=counts,
             bounds=bounds,
-            padded=padded,
             refreshed=refreshed,
             full=[n == t and not padded for n, t in zip(counts, lengths, strict=True)],
             reads_importance=[POLICY_CLASSES[r.options.policy].reads_importance for r in requests],

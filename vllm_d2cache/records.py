@@ -288,7 +288,6 @@ class StepRows:
     slots: list[int]  # of the requests, on the host
     counts: list[int]  # rows of each request, padding included
     bounds: list[int]  # rows that each request can need in this step: all positions in its first, then its budget
-    padded: bool  # counts are the bounds, and there may be padding
     refreshed: torch.Tensor  # [R] int64, rows of each request without padding and shadows
     full: list[bool]  # every position of the request is refreshed; False where padding hides it
     reads_importance: list[bool]  # the request's policy wants the attention rollout
