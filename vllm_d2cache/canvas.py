@@ -9,7 +9,7 @@ import torch
 
 from vllm_d2cache.config import CONFIDENCE_MEMORIES, SCORES, RequestOptions
 from vllm_d2cache.grammar import GrammarState
-from vllm_d2cache.records import CanvasView, FamilyTraits, KeptKeys, OptionColumns, SamplingSpec
+from vllm_d2cache.records import CanvasView, FamilyTraits, OptionColumns, SamplingSpec
 
 # Wider than any text, and still exact in float32.
 _WIDEST_GAP = 1 << 20
@@ -49,16 +49,6 @@ class CanvasStates:
         self.refresh = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by position
         self.observe = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by canvas slot
         self.eligible = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by canvas slot
-        self.visible = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by position
-        # By position: 1 where layers may take their stored outputs, 2 where values are compared as well.
-        self.stored = torch.zeros(num_slots, max_len, dtype=torch.int8, device=device)
-        self.stored_count = torch.zeros(num_slots, traits.num_layers - 1, dtype=torch.int64, device=device)
-        self.proxy_rank = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        # Rows that stay behind each layer, and by position what speaks for them (records.RowExits).
-        self.exit_keep = torch.zeros(num_slots, traits.num_layers, dtype=torch.int64, device=device)
-        self.exit_bias = torch.zeros(num_slots, max_len, device=device)
-        self.exit_weight = torch.zeros(num_slots, device=device)
-        self.kept = torch.zeros(num_slots, len(KeptKeys._fields), dtype=torch.int64, device=device)
         self.emitted = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.window_step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # steps in the current window
@@ -131,12 +121,9 @@ class CanvasStates:
         )
 
 
-def state_bytes(num_slots: int, max_len: int, num_layers: int = 1) -> int:
+def state_bytes(num_slots: int, max_len: int) -> int:
     """Bytes of the tensors of :class:`CanvasStates`, but for the columns that grow with the number of stop tokens."""
-    states = CanvasStates(
-        num_slots, max_len, torch.device("meta"), FamilyTraits(mask_token_id=0, num_layers=num_layers)
-    )
-    return tensor_bytes(states)
+    return tensor_bytes(CanvasStates(num_slots, max_len, torch.device("meta"), FamilyTraits(mask_token_id=0)))
 
 
 def tensor_bytes(owner: object) -> int:

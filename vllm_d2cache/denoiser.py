@@ -7,7 +7,8 @@ the next plans, and the tokens to emit. In between the caller runs the network o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from dataclasses import replace
+from itertools import accumulate, product
 
 import numpy as np
 import torch
@@ -17,22 +18,13 @@ from vllm_d2cache.config import ServerOptions
 from vllm_d2cache.constraints import Constraints
 from vllm_d2cache.counters import StepCounters
 from vllm_d2cache.decoding import Decoding
+from vllm_d2cache.mechanisms.base import Finding, Hook, Mechanism, Use, Worker
 from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.packing import pack_columns
+from vllm_d2cache.ops.rollout import TensorParallel
 from vllm_d2cache.ops.row_stats import RowStats
-from vllm_d2cache.partial_rows import exiting_rows, stored_rows
 from vllm_d2cache.policies import POLICY_CLASSES, CachePolicy
-from vllm_d2cache.records import (
-    CanvasView,
-    Drift,
-    FamilyTraits,
-    KeyChoice,
-    StepOutcome,
-    StepPlan,
-    StepResult,
-    StepRows,
-    WatchedRows,
-)
+from vllm_d2cache.records import CanvasView, FamilyTraits, StepOutcome, StepPlan, StepResult, StepRows
 from vllm_d2cache.samplers import DECODER_CLASSES, DecoderResources
 from vllm_d2cache.samplers.frequencies import load_frequencies
 
@@ -48,14 +40,21 @@ class Denoiser:
     """
 
     def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, traits: FamilyTraits, options: ServerOptions
+        self,
+        num_slots: int,
+        max_len: int,
+        device: torch.device,
+        traits: FamilyTraits,
+        options: ServerOptions,
+        tensor_parallel: TensorParallel | None = None,
     ) -> None:
         self.traits = traits
         self.counters = StepCounters()
         self.canvas = CanvasStates(num_slots, max_len, device, traits)
         self.constraints = Constraints(self.canvas)
-        self._policy_args = (num_slots, max_len, device, traits.logit_shift, options.refresh_budget)
+        self.worker = Worker(num_slots, max_len, device, traits, options.refresh_budget, tensor_parallel)
         self._policies: dict[str, CachePolicy] = {}
+        self._mechanisms: dict[type[Use], Mechanism] = {}
         table = None if options.token_frequencies is None else load_frequencies(options.token_frequencies)
         frequencies = None if table is None else torch.from_numpy(table)
         resources = DecoderResources(num_slots, max_len, device, frequencies)
@@ -65,6 +64,7 @@ class Denoiser:
     def add(self, slot: int, request: Request, prompt: np.ndarray, emitted: int = 0) -> None:
         """Start a request in ``slot``; see CanvasStates.add."""
         self._begun.discard(slot)
+        self._forget(slot)
         self.canvas.add(slot, request, prompt, emitted)
         self.constraints.add(slot, request)
         index = torch.tensor([slot], device=self.canvas.device)
@@ -78,18 +78,18 @@ class Denoiser:
         """Forget the request in ``slot``."""
         self.decoding.decoder(self.canvas.requests[slot].options.decoder).stop(slot)
         self.constraints.remove(slot)
+        self._forget(slot)
         self.canvas.remove(slot)
 
     def can_pad(self, slots_host: Sequence[int]) -> bool:
         """Whether a step of these requests can be padded: no first step, and nothing whose shapes the device decides.
 
-        Policies that hide keys, store outputs, drop rows or read drift need exact rows; so do edits, grammars and most
-        decoders.
+        Mechanisms need exact rows; so do edits, grammars and most decoders.
         """
         requests = [self.canvas.requests[s] for s in slots_host]
         return (
             self._begun.issuperset(slots_host)
-            and not any(needs_exact_rows(POLICY_CLASSES[r.options.policy]) for r in requests)
+            and not any(POLICY_CLASSES[r.options.policy].uses for r in requests)
             and all(DECODER_CLASSES[r.options.decoder].takes_padding for r in requests)
             and not self.constraints.any_of(slots_host)
             and not any(r.options.ordered for r in requests)
@@ -130,7 +130,6 @@ class Denoiser:
             # The one place of a step that waits for the device: how many rows, and how many of them lead to logits.
             # (Policies that need exact rows, logit edits and some decoders wait once more.)
             counts, predictions = torch.stack([refreshed, predicted.sum(1)]).tolist()
-        keys, choices = self._visible_keys(view, requests, refresh)
         starts, places, prediction_starts, prediction_places = upload(
             [*_starts(counts), *counts, *_starts(predictions), *predictions], torch.int64, device
         ).view(4, -1)
@@ -141,7 +140,7 @@ class Denoiser:
         verified, shadows, shadow_positions, verified_rows = self.decoding.shadow_rows(view, requests, row_of)
         tokens = canvas.tokens[slots[request], positions]
         masks = tokens.new_full(shadow_positions.shape, self.traits.mask_token_id)
-        return StepRows(
+        rows = StepRows(
             view=view,
             slots=list(slots_host),
             counts=counts,
@@ -149,11 +148,6 @@ class Denoiser:
             refreshed=refreshed,
             full=[n == t and not padded for n, t in zip(counts, lengths, strict=True)],
             reads_importance=[POLICY_CLASSES[r.options.policy].reads_importance for r in requests],
-            keys=keys,
-            choices=choices,
-            stored=stored_rows(canvas, view, requests, counts, request, positions),
-            exiting=exiting_rows(canvas, view, requests, counts, request, positions),
-            watched=self._watched_rows(view, requests, refresh, predictable & eligible),
             positions=torch.cat([positions, shadow_positions]),
             input_ids=torch.cat([tokens, masks]),
             request=request,
@@ -164,7 +158,9 @@ class Denoiser:
             logits_rows=torch.cat([logits_rows.clamp(min=0), verified_rows]),
             verified_index=verified,
             shadows=shadows,
+            prompt_lens=[r.prompt_len for r in requests],
         )
+        return replace(rows, hooks=self._open(rows, requests, lengths))
 
     def _with_lead(
         self, view: CanvasView, refresh: torch.Tensor, eligible: torch.Tensor
@@ -179,44 +175,17 @@ class Denoiser:
         eligible = (eligible & ((view.slot_index < lead + run) | (run == 0))) | at_lead
         return refresh | canvas_to_positions(at_lead, view, self.traits.logit_shift), eligible
 
-    def _visible_keys(
-        self, view: CanvasView, requests: list[Request], refresh: torch.Tensor
-    ) -> tuple[list[torch.Tensor | None], list[KeyChoice | None]]:
-        """StepRows.keys and choices; costs nothing where no request's policy hides keys."""
-        keys: list[torch.Tensor | None] = [None] * len(requests)
-        choices: list[KeyChoice | None] = [None] * len(requests)
-        hiding = [r for r, request in enumerate(requests) if POLICY_CLASSES[request.options.policy].hides_keys]
-        if not hiding:
-            return keys, choices
-        chosen = torch.tensor(hiding, device=self.canvas.device)
-        visible = self.canvas.visible[view.slots[chosen], : view.num_positions] & view.in_text[chosen]
-        numbers = self.canvas.kept[view.slots[chosen]].tolist()
-        window = canvas_to_positions(view.in_window, view)
-        counts = visible.sum(1).tolist()
-        for i, positions in enumerate(visible.nonzero()[:, 1].split(counts)):
-            r, (choose, apply, count, pool) = hiding[i], numbers[i]
-            if choose or apply:
-                queries = window[r][refresh[r]].nonzero().flatten()
-                choices[r] = KeyChoice(bool(choose), positions, queries, count, pool)
-            elif counts[i] < requests[r].prompt_len + requests[r].canvas_len:
-                keys[r] = positions
-        return keys, choices
+    def _open(self, rows: StepRows, requests: list[Request], lengths: list[int]) -> tuple[Hook, ...]:
+        """A hook of each mechanism that some request's policy uses."""
+        members: dict[type[Use], dict[int, Use]] = {}
+        for r, request in enumerate(requests):
+            for use in POLICY_CLASSES[request.options.policy].uses:
+                members.setdefault(type(use), {})[r] = use
+        return tuple(self._mechanisms[kind].open(rows, mine, lengths) for kind, mine in members.items())
 
-    def _watched_rows(
-        self, view: CanvasView, requests: list[Request], refresh: torch.Tensor, candidates: torch.Tensor
-    ) -> list[WatchedRows | None]:
-        """StepRows.watched; costs nothing where no request's policy reads drift."""
-        watched: list[WatchedRows | None] = [None] * len(requests)
-        reading = [r for r, request in enumerate(requests) if POLICY_CLASSES[request.options.policy].reads_drift]
-        if not reading:
-            return watched
-        looking = canvas_to_positions(candidates, view) & refresh
-        known = ~canvas_to_positions(view.masked, view)
-        for r in reading:
-            length = requests[r].prompt_len + requests[r].canvas_len
-            rows = looking[r][refresh[r]].nonzero().flatten()
-            watched[r] = WatchedRows(rows, looking[r].nonzero().flatten(), known[r, :length])
-        return watched
+    def _forget(self, slot: int) -> None:
+        for mechanism in self._mechanisms.values():
+            mechanism.forget(slot)
 
     def row_stats(
         self, rows: StepRows, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor]
@@ -230,14 +199,14 @@ class Denoiser:
         return self.decoding.row_stats(rows, hidden, lm_head, self._reads_entropy(self._requests(rows)))
 
     def finish(
-        self, rows: StepRows, stats: RowStats, importance: torch.Tensor | None, drift: Drift | None = None
+        self, rows: StepRows, stats: RowStats, importance: torch.Tensor | None, found: tuple[Finding, ...] = ()
     ) -> StepResult:
         """Commit, plan the next step, and say what is new.
 
         Args:
             stats: of the predicted slots, in the order of ``rows.logits_rows``.
             importance: [R, T] float32; rows of requests whose policy reads none are not looked at.
-            drift: likewise.
+            found: by the hooks of the step.
         """
         view, canvas = rows.view, self.canvas
         token = rows.by_slot(stats.token.int())
@@ -256,7 +225,7 @@ class Denoiser:
             canvas.step[view.slots] == 0,
             importance,
             entropy,
-            drift,
+            found,
         )
         self.counters.add(rows, self._keys_attended(rows), committed)
         canvas.step[view.slots] += 1
@@ -274,12 +243,10 @@ class Denoiser:
 
     def _keys_attended(self, rows: StepRows) -> list[int]:
         """How many keys the rows of each request attended to."""
-        counts = []
-        for request, keys, choice in zip(self._requests(rows), rows.keys, rows.choices, strict=True):
-            if choice is not None and not choice.choose:
-                counts.append(choice.visible.shape[0] + choice.count)
-            else:
-                counts.append(request.prompt_len + request.canvas_len if keys is None else keys.shape[0])
+        counts = [r.prompt_len + r.canvas_len for r in self._requests(rows)]
+        for r, hook in product(range(len(counts)), rows.hooks):
+            seen = hook.keys_attended(r)
+            counts[r] = counts[r] if seen is None else seen
         return counts
 
     def _commit(
@@ -310,10 +277,12 @@ class Denoiser:
         )
 
     def _policy(self, name: str) -> CachePolicy:
-        """The policy of that name; made when the first request asks for it, as its state takes memory."""
+        """The policy of that name; made with its mechanisms when a request first asks for it: both take memory."""
         if name not in self._policies:
-            self._policies[name] = POLICY_CLASSES[name](*self._policy_args)
-            self._policies[name].traits = self.traits
+            self._policies[name] = POLICY_CLASSES[name](self.worker)
+            for use in self._policies[name].uses:
+                if type(use) not in self._mechanisms:
+                    self._mechanisms[type(use)] = use.make(self.worker)
         return self._policies[name]
 
     def _plan(self, view: CanvasView, outcome: StepOutcome, names: list[str]) -> None:
@@ -331,18 +300,8 @@ class Denoiser:
         self.canvas.observe[view.slots, : plan.observe.shape[1]] = plan.observe
         eligible = True if plan.candidates is None else plan.candidates
         self.canvas.eligible[view.slots, : plan.observe.shape[1]] = eligible
-        if plan.visible is not None:
-            self.canvas.visible[view.slots, : plan.visible.shape[1]] = plan.visible
-            self.canvas.kept[view.slots] = 0 if plan.kept is None else torch.stack([x.long() for x in plan.kept], 1)
-        if plan.stored is not None:
-            kind = plan.stored.rows.to(torch.int8) + plan.stored.compared.to(torch.int8)
-            self.canvas.stored[view.slots, : kind.shape[1]] = kind
-            self.canvas.stored_count[view.slots] = plan.stored.count
-            self.canvas.proxy_rank[view.slots] = 0 if plan.stored.proxy_rank is None else plan.stored.proxy_rank
-        if plan.exits is not None:
-            self.canvas.exit_keep[view.slots] = plan.exits.keep
-            self.canvas.exit_bias[view.slots, : plan.exits.bias.shape[1]] = plan.exits.bias
-            self.canvas.exit_weight[view.slots] = plan.exits.weight
+        for wish in plan.wishes:
+            self._mechanisms[wish.use].store(view, wish)
 
     def _emit(
         self, view: CanvasView, committed: torch.Tensor, revoked: torch.Tensor | None, requests: list[Request]
@@ -360,11 +319,6 @@ class Denoiser:
         tokens = canvas.tokens[view.slots, : view.num_positions].gather(1, index.clamp(max=view.num_positions - 1))
         canvas.emitted[view.slots] = emitted + fresh
         return StepResult(tokens.long(), fresh.int(), committed, view.masked, revoked)
-
-
-def needs_exact_rows(policy: type[CachePolicy]) -> bool:
-    """Whether steps of that policy have shapes that only the device knows."""
-    return policy.hides_keys or policy.stores_outputs or policy.drops_rows or policy.reads_drift
 
 
 def _starts(counts: list[int]) -> list[int]:

@@ -24,8 +24,10 @@ from vllm_d2cache.config import (
     parse_server_options,
 )
 from vllm_d2cache.grammar import is_constrained
+from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.ops.row_stats import statistics_bytes
 from vllm_d2cache.policies import POLICY_CLASSES, row_budget
+from vllm_d2cache.records import FamilyTraits
 from vllm_d2cache.samplers import DECODER_CLASSES, DecoderResources
 from vllm_d2cache.step_graphs import graph_bytes, graph_sizes
 
@@ -66,10 +68,7 @@ class Network:
         held, row = 0, self.hidden_size * self.itemsize
         if policy.reads_importance:
             held += map_bytes(self.layers, row_budget(options, prompt_len, canvas_len, budget), prompt_len + canvas_len)
-        if policy.stores_outputs:
-            held += (self.layers - 1) * (canvas_len + 1) * row
-        if policy.drops_rows:
-            held += policy.exit_layers * (canvas_len + 1) * row
+        held += sum(use.request_bytes(self.layers, row, canvas_len) for use in policy.uses)
         if DECODER_CLASSES[options.decoder].keeps_hidden:
             held += 2 * canvas_len * row  # a copy while the memory of all grows
         return held
@@ -152,8 +151,8 @@ def plan_memory(config: Any, options: ServerOptions) -> MemoryPlan:
     graphs = graph_sizes(graph_rows(config, options), slots)
     handed_on = rows * network.hidden_size * network.itemsize
     return MemoryPlan(
-        canvases=state_bytes(slots, length, network.layers),
-        policies=_policy_bytes(slots, length, options.refresh_budget, network.vocab_size),
+        canvases=state_bytes(slots, length),
+        policies=_policy_bytes(slots, length, options.refresh_budget, network),
         requests=request_memory(options, network, length),
         graphs=graph_bytes(graphs, length, network.layers, network.hidden_size, network.itemsize),
         queries=network.layers * rows * network.heads * (network.head_size * network.itemsize + 4),
@@ -170,13 +169,16 @@ def graph_rows(config: Any, options: ServerOptions) -> int:
     return min(options.graph_rows, config.scheduler_config.max_num_batched_tokens)
 
 
-def _policy_bytes(slots: int, length: int, budget: int | None, vocab_size: int) -> int:
-    """State of every policy and decoder of this server."""
+def _policy_bytes(slots: int, length: int, budget: int | None, network: Network) -> int:
+    """State of every policy, mechanism and decoder of this server."""
     device = torch.device("meta")
-    policies = [cls(slots, length, device, 0, budget) for cls in POLICY_CLASSES.values()]
-    resources = DecoderResources(slots, length, device, torch.empty(vocab_size, device=device))
+    worker = Worker(slots, length, device, FamilyTraits(-1, num_layers=network.layers), budget)
+    policies = [cls(worker) for cls in POLICY_CLASSES.values()]
+    uses = {type(use): use for cls in POLICY_CLASSES.values() for use in cls.uses}
+    mechanisms = [use.make(worker) for use in uses.values()]
+    resources = DecoderResources(slots, length, device, torch.empty(network.vocab_size, device=device))
     decoders = [cls(resources) for cls in DECODER_CLASSES.values()]
-    return sum(map(tensor_bytes, [*policies, *decoders]))
+    return sum(map(tensor_bytes, [*policies, *mechanisms, *decoders]))
 
 
 class Rehearsal:

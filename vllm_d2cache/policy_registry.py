@@ -96,22 +96,20 @@ def _load(name: str, sources: list[EntryPoint]) -> type[CachePolicy]:
 
 def _problem(name: str, cls: object) -> str | None:
     """What keeps ``cls`` from being a policy of that name, or None."""
+    from vllm_d2cache.mechanisms.base import KEYS, ROWS
     from vllm_d2cache.policies.base import CachePolicy
 
     if not (isinstance(cls, type) and issubclass(cls, CachePolicy)):
         return "is not a subclass of vllm_d2cache.policies.CachePolicy"
     if getattr(cls, "name", None) != name:
         return f"calls itself {getattr(cls, 'name', None)!r}"
-    if cls.reads_importance and cls.hides_keys:
-        return "reads importance and hides keys: the rollout is defined over all positions"
-    if cls.reads_drift and cls.hides_keys:
-        return "reads drift and hides keys: attention is measured over all positions"
-    if cls.reads_drift and cls.stores_outputs:
-        return "reads drift and stores outputs: a row that a layer leaves out has no attention to measure"
-    if cls.compares_proxies and not cls.stores_outputs:
-        return "compares proxies and stores no outputs: there is nothing to decide by them"
-    if cls.drops_rows and (cls.reads_drift or cls.reads_importance or cls.stores_outputs or cls.hides_keys):
-        return "drops rows and asks for something else of the layers: both would need rows that are not there"
+    needs = {use.name: use.needs for use in cls.uses}
+    if cls.reads_importance:
+        needs["reads importance"] = frozenset({KEYS, ROWS})
+    for use in cls.uses:
+        for other, wanted in needs.items():
+            if other != use.name and (taken := use.takes & wanted):
+                return f"{other} and {use.name}: the one needs all {' and '.join(taken)}, the other leaves some out"
     for option, spec in cls.options.items():
         if not isinstance(spec, Number | Choice):
             return f"has an option {option!r} that is neither a Number nor a Choice of vllm_d2cache.option_types"

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from vllm_d2cache.mechanisms.base import Finding, Hook, Wish
+
+F = TypeVar("F")
 
 
 class DepthCurve(NamedTuple):
@@ -138,22 +143,6 @@ class CanvasView:
         )
 
 
-class Drift(NamedTuple):
-    """How the attention of the rows that may be committed has changed since the last step (attention/drift.py)."""
-
-    # [R] float32, cosine similarity in the layer that changed most; 0 where nothing can be compared
-    similarity: torch.Tensor
-    attended: torch.Tensor  # [R, T] bool, of each layer the known position that received most
-
-
-class WatchedRows(NamedTuple):
-    """The rows of one request whose attention is measured: those of the slots that may be committed."""
-
-    rows: torch.Tensor  # [n] int64, as indices into the request's rows
-    positions: torch.Tensor  # [n] int64 ascending
-    known: torch.Tensor  # [T] bool, positions that hold no mask
-
-
 @dataclass(frozen=True)
 class StepOutcome:
     """What a step found out and did; filled by the denoiser, read by the cache policy."""
@@ -165,7 +154,11 @@ class StepOutcome:
     first: torch.Tensor  # [R] bool, the request's first step
     importance: torch.Tensor | None  # [R, T] float32, attention rollout; None where no policy reads it
     entropy: torch.Tensor | None = None  # [R, G] float32, nats, 0 where not predicted; None where no policy reads it
-    drift: Drift | None = None  # None where no policy reads it
+    found: tuple[Finding, ...] = ()  # by the mechanisms of the step's policies
+
+    def of(self, kind: type[F]) -> F:
+        """The finding of that kind; there is one where some policy uses its mechanism."""
+        return next(f for f in self.found if isinstance(f, kind))
 
     def select(self, rows: torch.Tensor) -> StepOutcome:
         """The outcome of some rows only."""
@@ -177,87 +170,8 @@ class StepOutcome:
             self.first[rows],
             None if self.importance is None else self.importance[rows],
             None if self.entropy is None else self.entropy[rows],
-            None if self.drift is None else Drift(*(part[rows] for part in self.drift)),
+            tuple(f.select(rows) for f in self.found),
         )
-
-
-# Highest rank of proxies that a request may ask for: each layer keeps so many directions.
-MOST_DIRECTIONS = 256
-
-
-class StoredOutputs(NamedTuple):
-    """Refreshed rows that layers behind the first one need not compute, as they have stored an output for them."""
-
-    rows: torch.Tensor  # [R, T] bool, positions from the one before the canvas on
-    compared: torch.Tensor  # [R, T] bool, of these: their values are recomputed in every layer, and
-    # [R, layers - 1] int64: so many of them, whose values changed most, are computed after all by each layer.
-    count: torch.Tensor
-    # [R] int64, of policies with ``compares_proxies``: compared are the components of the values along so many leading
-    # directions of their projection, and K is renewed with V; 0 = the values, and V alone. None = 0 for all.
-    proxy_rank: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class StoredRows:
-    """StoredOutputs of the rows of a step, as the layers need them."""
-
-    stored: torch.Tensor  # [N] bool
-    compared: torch.Tensor  # [m] int64 ascending rows
-    request: torch.Tensor  # [N] int64, row of the batch each belongs to
-    count: torch.Tensor  # [R, layers - 1] int64
-    computed: list[list[int]]  # of each layer behind the first one: rows of each request that it computes
-    # Of the compared rows, those compared by proxies: [m] int64 into ``compared``, and the rank of each. None where no
-    # policy compares proxies.
-    proxied: tuple[torch.Tensor, torch.Tensor] | None
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]]  # request -> its rows whose outputs are kept, and their places
-    capacity: dict[int, int]  # request -> places
-
-
-class RowExits(NamedTuple):
-    """Refreshed rows that leave the network behind some layer: deeper layers keep the K and V they have for them.
-
-    Which rows leave is decided in the forward pass: those with the smallest bias + weight * change, where change is how
-    far the hidden state moved since a step in which the row stayed (ops/hidden_change.py).
-    """
-
-    # [R, layers] int64: of the rows from the position before the canvas on, so many stay behind this layer, or all if
-    # there are fewer; -1 = the layer lets all pass, and remembers no hidden states.
-    keep: torch.Tensor
-    bias: torch.Tensor  # [R, T] float32
-    weight: torch.Tensor  # [R] float32
-
-
-@dataclass(frozen=True)
-class ExitingRows:
-    """RowExits of the rows of a step, as the layers need them."""
-
-    staying: list[list[int]]  # of each layer: rows of each request behind it
-    exits: list[dict[int, int]]  # of each layer: request -> how many of its ``remembered`` rows stay
-    remembered: dict[int, tuple[torch.Tensor, torch.Tensor]]  # request -> rows with a memory, and their places
-    capacity: dict[int, int]  # request -> places
-    request: torch.Tensor  # [N] int64, row of the batch each belongs to
-    bias: torch.Tensor  # [N] float32
-    weight: torch.Tensor  # [N] float32
-
-
-class KeptKeys(NamedTuple):
-    """Keys beyond the visible ones, another set in each layer; each [R]. A request may choose them once in a while."""
-
-    choose: torch.Tensor  # bool, the step attends to everything, and each layer chooses of what is not visible
-    apply: torch.Tensor  # bool, the step attends to the visible positions and to those its layer has chosen
-    count: torch.Tensor  # int64, how many a layer chooses: by their scores under the window's mean query
-    pool: torch.Tensor  # int64, width of the neighbourhood whose best score counts (ops/key_choice.py)
-
-
-@dataclass(frozen=True)
-class KeyChoice:
-    """KeptKeys of one request, as the layers need it."""
-
-    choose: bool  # else apply
-    visible: torch.Tensor  # [n] int64, ascending positions that every layer sees
-    queries: torch.Tensor  # [b] int64, the window's rows, as indices into the request's rows
-    count: int
-    pool: int
 
 
 @dataclass(frozen=True)
@@ -267,12 +181,7 @@ class StepPlan:
     refresh: torch.Tensor  # [R, T] bool, positions whose K and V are recomputed
     observe: torch.Tensor  # [R, G] bool, slots whose statistics the policy wants besides the window's
     candidates: torch.Tensor | None = None  # [R, G] bool, slots that may be committed; None = all of the window
-    # [R, T] bool, keys that the rows attend to: each must have been refreshed in this step or an earlier one. Of
-    # policies with ``hides_keys``; None = all.
-    visible: torch.Tensor | None = None
-    kept: KeptKeys | None = None  # of policies with ``hides_keys`` whose key sets differ between layers
-    stored: StoredOutputs | None = None  # of policies with ``stores_outputs``
-    exits: RowExits | None = None  # of policies with ``drops_rows``
+    wishes: tuple[Wish, ...] = ()  # one for each mechanism of the policy that takes any
 
 
 @dataclass(frozen=True)
@@ -291,11 +200,6 @@ class StepRows:
     refreshed: torch.Tensor  # [R] int64, rows of each request without padding and shadows
     full: list[bool]  # every position of the request is refreshed; False where padding hides it
     reads_importance: list[bool]  # the request's policy wants the attention rollout
-    keys: list[torch.Tensor | None]  # of each request: [n] int64 ascending positions its rows attend to; None = all
-    choices: list[KeyChoice | None]  # of each request whose keys differ from layer to layer
-    stored: StoredRows | None  # where some request's policy stores outputs
-    exiting: ExitingRows | None  # where some request's policy drops rows
-    watched: list[WatchedRows | None]  # of each request whose policy reads drift
     positions: torch.Tensor  # [N] int64, absolute
     input_ids: torch.Tensor  # [N] int32
     request: torch.Tensor  # [N - shadows] int64, row of the batch each belongs to
@@ -307,6 +211,22 @@ class StepRows:
     logits_rows: torch.Tensor  # [n + v] int64 into N, one for each predicted slot, then for each verified one
     verified_index: tuple[torch.Tensor, torch.Tensor]  # [v] request and [v] slot of each committed slot asked about
     shadows: list[int]  # of each request: rows that stand at the end of all rows and are in no cache
+    prompt_lens: list[int]  # on the host
+    hooks: tuple[Hook, ...] = ()  # of the mechanisms that some request's policy uses
+
+    @property
+    def text_positions(self) -> torch.Tensor:
+        """[N - shadows] int64: ``positions`` without those of shadows."""
+        return self.positions[: self.request.shape[0]]
+
+    def found(self) -> tuple[Finding, ...]:
+        """What the hooks have found out, when all layers are over."""
+        results = (hook.result(self.view.num_positions) for hook in self.hooks)
+        return tuple(result for result in results if result is not None)
+
+    def by_request(self) -> list[torch.Tensor]:
+        """The positions of each request's rows."""
+        return list(self.text_positions.split(self.counts))
 
     def by_slot(self, values: torch.Tensor) -> torch.Tensor:
         """[n] numbers of the predicted slots as [R, G] over all slots, 0 elsewhere."""

@@ -50,26 +50,19 @@ class D2CacheSampler:
             logits: [n, d] hidden states of the predicted slots; in a dummy run [R, vocab] logits.
         """
         state = self.state
-        if state.rows is None:
+        if state.step is None:
             state.rehearsal.sample()
             return _nothing(input_batch.num_reqs, logits.device)
-        assert state.capture is not None
-        rows, denoiser = state.rows, state.denoiser
-        if state.gate is not None:
-            rows, stayed = rows.without(state.gate.present)
-            logits = logits[stayed]
-        stats = denoiser.row_stats(rows, logits, state.model.lm_logits)
-        importance = state.capture.importance(rows.view.num_positions)
-        drift = None if state.drift is None else state.drift.result(rows.view.num_positions)
-        result = denoiser.finish(rows, stats, importance, drift)
-        emitted = state.logprobs.record(rows, result, logits, state.model.lm_logits)
+        denoiser = state.denoiser
+        closed = state.steps.close(state.step, logits, state.model.lm_logits)
+        rows, result = closed.rows, closed.result
         if state.tracer:
-            state.tracer.step(rows, result, denoiser.canvas, stats.confidence)
+            state.tracer.step(rows, result, denoiser.canvas, closed.stats.confidence)
         # The worker's computed count stays where the scheduler rolls it back to.
         budgets = [denoiser.canvas.requests[s].row_budget for s in rows.slots]
         rejected = upload(budgets, torch.int32, logits.device)
         state.finish_step()
-        logprobs = LogprobsTensors(*emitted) if emitted is not None else None
+        logprobs = None if closed.logprobs is None else LogprobsTensors(*closed.logprobs)
         # Rows and commits of each request: compat/internals.py, take_step_report.
         counts = rows.refreshed
         if any(rows.shadows):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from vllm_d2cache.attention.drift import DriftMeter, FocusBySlot
 
 from tests.reference.elastic import DriftLoop
 from vllm_d2cache.attention.capture import TensorParallel
-from vllm_d2cache.attention.drift import DriftMeter, FocusBySlot
 from vllm_d2cache.ops import attention_drift
 from vllm_d2cache.ops.attention_drift import attention_to, received_attention, shared_similarity
 from vllm_d2cache.ops.paged_attention import PagedLayout

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from vllm_d2cache.attention.eviction import KeptBySlot, LayerKeys
 
 from tests.ops.test_paged_attention import HEAD, make_paged
 from vllm_d2cache.attention.capture import TensorParallel
-from vllm_d2cache.attention.eviction import KeptBySlot, LayerKeys
 from vllm_d2cache.ops.key_choice import choose_keys, mean_query_scores
 from vllm_d2cache.ops.paged_attention import read_kv
 from vllm_d2cache.records import KeyChoice

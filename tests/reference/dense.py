@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from vllm_d2cache.records import KeyChoice
+from vllm_d2cache.mechanisms.hidden_keys import KeyChoice
 
 
 class DenseModel:

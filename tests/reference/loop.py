@@ -17,8 +17,10 @@ from tests.reference.spa import BUDGETS, SPACache
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions, parse_server_options
 from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.mechanisms.drift import Drift, DriftHook
+from vllm_d2cache.mechanisms.hidden_keys import KeysHook
 from vllm_d2cache.ops.rollout import push_back_map, rollout
-from vllm_d2cache.records import DepthCurve, Drift, FamilyTraits, SamplingSpec
+from vllm_d2cache.records import DepthCurve, FamilyTraits, SamplingSpec
 
 
 @dataclass
@@ -92,7 +94,9 @@ def _step(denoiser: Denoiser, models: list[DenseModel], jobs: list[Job], running
     offset = 0
     for r, (i, count) in enumerate(zip(running, rows.counts, strict=True)):
         positions = rows.positions[offset : offset + count]
-        models[i].visible, models[i].choice = rows.keys[r], rows.choices[r]
+        hidden_keys = next((h for h in rows.hooks if isinstance(h, KeysHook)), None)
+        models[i].visible = None if hidden_keys is None else hidden_keys.keys[r]
+        models[i].choice = None if hidden_keys is None else hidden_keys.choices[r]
         cache, skips = jobs[i].layers, jobs[i].skips
         if skips is not None:
             out, here = skips.forward(rows.input_ids[offset : offset + count].long(), positions.tolist())
@@ -107,7 +111,8 @@ def _step(denoiser: Denoiser, models: list[DenseModel], jobs: list[Job], running
             layers = [push_back_map(m) for m in reversed(maps)]
             total = len(jobs[i].prompt) + jobs[i].canvas_length
             importance[r, :total] = rollout(layers, positions, total)
-        watched = rows.watched[r]
+        meter = next((h for h in rows.hooks if isinstance(h, DriftHook)), None)
+        watched = None if meter is None else meter.watched[r]
         if watched is not None:
             known = watched.known.nonzero().flatten().tolist()
             found = jobs[i].drift.step(maps, positions.tolist(), watched.positions.tolist(), known)
@@ -115,7 +120,7 @@ def _step(denoiser: Denoiser, models: list[DenseModel], jobs: list[Job], running
         offset += count
     rows, _ = rows.without(present)
     stats = denoiser.row_stats(rows, torch.cat(hidden)[rows.logits_rows], models[0].lm_head)
-    result = denoiser.finish(rows, stats, importance, Drift(similarity, attended))
+    result = denoiser.finish(rows, stats, importance, (Drift(similarity, attended),))
     offset = 0
     for r, i in enumerate(running):
         job = jobs[i]

@@ -15,10 +15,11 @@ from vllm_d2cache.config import ServerOptions, parse_request_options, parse_serv
 from vllm_d2cache.denoiser import Denoiser
 from vllm_d2cache.grammar import GrammarState, Matcher, bits_of
 from vllm_d2cache.logprobs import EmittedLogprobs, LogprobRecorder
+from vllm_d2cache.mechanisms.drift import Drift, DriftHook
+from vllm_d2cache.mechanisms.hidden_keys import KeysHook
+from vllm_d2cache.mechanisms.row_exits import RowGate
 from vllm_d2cache.policies import row_budget
-from vllm_d2cache.records import Drift, FamilyTraits, SamplingSpec, StepResult, StepRows
-from vllm_d2cache.row_exits import RowGate
-from vllm_d2cache.row_store import RowStore
+from vllm_d2cache.records import FamilyTraits, SamplingSpec, StepResult, StepRows
 
 VOCAB, MASK = 13, 5
 LAYERS = 8  # as many as a policy that treats them differently may ask about
@@ -88,15 +89,20 @@ class FakeJob:
 
 def drift_of(rows: StepRows, columns: list[torch.Tensor]) -> Drift | None:
     """A drift made of each request's importance [T]: NaN for those who read none."""
-    if not any(w is not None for w in rows.watched):
+    meter = hook_of(rows, DriftHook)
+    if meter is None:
         return None
     similarity = torch.full((len(columns),), torch.nan)
     attended = torch.zeros(len(columns), rows.view.num_positions, dtype=torch.bool)
-    for r, (watched, column) in enumerate(zip(rows.watched, columns, strict=True)):
+    for r, (watched, column) in enumerate(zip(meter.watched, columns, strict=True)):
         if watched is not None:
             similarity[r] = column.amax()
             attended[r, column.masked_fill(~watched.known, -1.0).topk(1).indices] = True
     return Drift(similarity, attended)
+
+
+def hook_of(rows: StepRows, kind: type[Any]) -> Any:
+    return next((hook for hook in rows.hooks if isinstance(hook, kind)), None)
 
 
 class Batch:
@@ -125,7 +131,6 @@ class Batch:
         traits = FamilyTraits(MASK, shift, num_layers=LAYERS)
         self.denoiser = Denoiser(len(jobs) + 1, longest + 3, torch.device("cpu"), traits, self.server)
         self.logprobs = LogprobRecorder(self.denoiser.canvas)
-        self.exit_states = RowStore()  # by job
 
     def slot(self, i: int) -> int:
         return (2 * i + 1) % len(self.jobs) if len(self.jobs) % 2 else len(self.jobs) - i
@@ -186,7 +191,8 @@ class Batch:
         rows = self._without_left(running, rows)
         hidden = torch.cat(logits)[rows.logits_rows]
         stats = denoiser.row_stats(rows, hidden, torch.clone)
-        result = denoiser.finish(rows, stats, importance, drift_of(rows, columns))
+        drift = drift_of(rows, columns)
+        result = denoiser.finish(rows, stats, importance, () if drift is None else (drift,))
         emitted = self.logprobs.record(rows, result, hidden, torch.clone)
         self._record(running, rows, result)
         if emitted is not None:
@@ -194,15 +200,15 @@ class Batch:
 
     def _without_left(self, running: list[int], rows: StepRows) -> StepRows:
         """Run the gate, if there is one, and see that as many rows stay as was said."""
-        if rows.exiting is None:
+        gate = hook_of(rows, RowGate)
+        if gate is None:
             return rows
-        gate = RowGate.open(rows.exiting, running, self.exit_states)
         parts = rows.positions[: len(rows.request)].split(rows.counts)
         for layer in range(LAYERS):
             hidden = torch.cat([self.jobs[i].states(layer)[p] for i, p in zip(running, parts, strict=True)])
-            gate.pass_layer(layer, hidden / 4, hidden * 3 / 4)
-            assert [int(p.sum()) for p in gate.present.split(rows.counts)] == rows.exiting.staying[layer]
-        return rows.without(gate.present)[0]
+            gate.behind(layer, hidden / 4, hidden * 3 / 4)
+            assert [int(p.sum()) for p in gate.present().split(rows.counts)] == gate.staying[layer]
+        return rows.without(gate.present())[0]
 
     def _record(self, running: list[int], rows: StepRows, result: StepResult) -> None:
         offset = 0
@@ -218,9 +224,10 @@ class Batch:
             predicted = rows.predicted[r].nonzero().flatten().tolist()
             masked = result.masked[r].nonzero().flatten().tolist()
             window = range(start, min(start + length, job.canvas_length))
-            visible = rows.keys[r]
+            hidden = hook_of(rows, KeysHook)
+            visible = None if hidden is None else hidden.keys[r]
             keys = None if visible is None else visible.tolist()
-            chosen = rows.choices[r]
+            chosen = None if hidden is None else hidden.choices[r]
             choice = None if chosen is None else (chosen.choose, chosen.count, chosen.pool)
             revoked = [] if result.revoked is None else result.revoked[r].nonzero().flatten().tolist()
             full = len(positions) == job.total

@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.unit.batches import hook_of
 from vllm_d2cache.canvas import Request
 from vllm_d2cache.config import ServerOptions
 from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.mechanisms.drift import Drift, DriftHook, WatchedRows
+from vllm_d2cache.mechanisms.hidden_keys import KeyChoice, KeysHook
+from vllm_d2cache.mechanisms.row_exits import RowGate
+from vllm_d2cache.mechanisms.stored_outputs import OutputHook
 from vllm_d2cache.ops.row_stats import RowStats
-from vllm_d2cache.records import Drift, ExitingRows, FamilyTraits, KeyChoice, SamplingSpec, StoredRows, WatchedRows
+from vllm_d2cache.records import FamilyTraits, SamplingSpec
 
 MASK = 370
 
@@ -26,8 +31,8 @@ class Replayed:
     candidates: list[int]  # slots that could be committed
     keys: list[int] | None  # positions the rows attend to; None = all
     choice: KeyChoice | None
-    stored: StoredRows | None
-    exiting: ExitingRows | None
+    stored: OutputHook | None
+    exiting: RowGate | None
     watched: WatchedRows | None
 
 
@@ -75,20 +80,23 @@ def replay(
             attended[0, drifts[i][1]] = True
             drift = Drift(torch.tensor([drifts[i][0]]), attended)
         confidence = wanted.float() if confidences is None else torch.tensor(confidences[i])[slots]
-        result = denoiser.finish(rows, RowStats(token, confidence, None, entropy), None, drift)
+        result = denoiser.finish(
+            rows, RowStats(token, confidence, None, entropy), None, () if drift is None else (drift,)
+        )
         got = result.committed[0].nonzero().flatten().tolist()
         assert got == sorted(move), f"step {i} cannot commit {sorted(move)}: candidates are {slots.tolist()}"
         candidates = rows.candidates[0].nonzero().flatten().tolist()
-        keys = rows.keys[0]
+        hidden, meter = hook_of(rows, KeysHook), hook_of(rows, DriftHook)
+        keys = None if hidden is None else hidden.keys[0]
         steps.append(
             Replayed(
                 rows.positions.tolist(),
                 candidates,
                 None if keys is None else keys.tolist(),
-                rows.choices[0],
-                rows.stored,
-                rows.exiting,
-                rows.watched[0],
+                None if hidden is None else hidden.choices[0],
+                hook_of(rows, OutputHook),
+                hook_of(rows, RowGate),
+                None if meter is None else meter.watched[0],
             )
         )
     return steps

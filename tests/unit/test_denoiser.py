@@ -29,7 +29,7 @@ def test_every_slot_is_committed_exactly_once(job: FakeJob) -> None:
     assert sorted(slots) == list(range(job.canvas_length))
     assert len(done.output) == job.canvas_length
     assert all(step.committed for step in done.steps), "every step makes progress"
-    assert done.steps[0].full or POLICY_CLASSES[job.options["policy"]].hides_keys
+    assert done.steps[0].full or POLICY_CLASSES[job.options["policy"]].uses
     assert done.steps[-1].masked == []
 
 

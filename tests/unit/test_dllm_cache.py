@@ -15,12 +15,12 @@ from tests.reference.oracle import ORACLE, load_case
 from tests.unit.batches import LAYERS, Batch, FakeJob
 from tests.unit.replay import one_by_one, replay
 from vllm_d2cache.attention.capture import TensorParallel
+from vllm_d2cache.mechanisms.partial_forward import BeforeLayer, PartialForward
+from vllm_d2cache.mechanisms.row_store import RowStore
+from vllm_d2cache.mechanisms.stored_outputs import OutputHook
+from vllm_d2cache.mechanisms.value_directions import ValueDirections
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.value_change import change_parts
-from vllm_d2cache.records import StoredRows
-from vllm_d2cache.row_store import RowStore
-from vllm_d2cache.stored_outputs import PartialForward
-from vllm_d2cache.value_directions import ValueDirections
 
 P, G = 3, 8
 ALL, CANVAS = list(range(11)), list(range(3, 11))
@@ -73,13 +73,12 @@ def test_rows_of_mates_are_computed_and_nobody_else_pays() -> None:
     slots = [batch.slot(i) for i in range(2)]
     batch.step([0, 1])
     rows = batch.denoiser.begin(torch.tensor(slots), slots)
-    assert rows.stored is not None
+    (hook,) = rows.hooks
     first = rows.counts[0]
-    assert rows.stored.stored.tolist() == [False] * first + [True] * 6
-    assert rows.stored.computed == [[first, 1]] * (LAYERS - 1)
-    assert list(rows.stored.kept) == [1]
-    batch.denoiser.canvas.stored = torch.empty(0)  # not even looked at
-    assert batch.denoiser.begin(torch.tensor(slots[:1]), slots[:1]).stored is None
+    assert hook.stored.tolist() == [False] * first + [True] * 6
+    assert hook.computed == [[first, 1]] * (LAYERS - 1)
+    assert list(hook.kept) == [1]
+    assert batch.denoiser.begin(torch.tensor(slots[:1]), slots[:1]).hooks == ()
 
 
 # ---- layers
@@ -103,20 +102,20 @@ class ToyLayer(nn.Module):
         return (hidden + residual).unsqueeze(1)
 
 
-def stored_rows(stored: list[int], compared: list[int], count: int, computed: int) -> StoredRows:
+def stored_rows(stored: list[int], compared: list[int], count: int, computed: int) -> tuple:
     """One request of six rows; the first is a prompt row, the second one's output is kept for a shifted family."""
     flags = torch.zeros(6, dtype=torch.bool)
     flags[stored] = True
     kept = {0: (torch.arange(1, 6), torch.arange(5))}
     request = torch.zeros(6, dtype=torch.int64)
     counts = torch.tensor([[count] * 2])
-    return StoredRows(flags, torch.tensor(compared), request, counts, [[computed]] * 2, None, kept, {0: 5})
+    return flags, torch.tensor(compared), request, counts, [[computed]] * 2, None, kept, {0: 5}
 
 
-def forward(layers: list[ToyLayer], rows: StoredRows, embedding: torch.Tensor, store: RowStore, **more: Any) -> Any:
+def forward(layers: list[ToyLayer], rows: tuple, embedding: torch.Tensor, store: RowStore, **more: Any) -> Any:
     layouts: list[PagedLayout] = []
     layout = PagedLayout([6], [6], torch.zeros(1, 1, dtype=torch.int32), [0], torch.arange(6))
-    run = PartialForward(rows, None, [7], layout, layouts.append, store, ValueDirections(), **more)
+    run = PartialForward([OutputHook(*rows, [7], store, ValueDirections(), **more)], layout, layouts.append)
     hidden, residual = run.run(layers, torch.arange(6), embedding)
     return hidden + residual, layouts
 
@@ -150,9 +149,8 @@ def test_shadows_of_mates_are_always_computed() -> None:
     forward(layers, stored_rows([], [], 0, 6), torch.zeros(6, 4), store)
     layout = PagedLayout([6], [6], torch.zeros(1, 1, dtype=torch.int32), [0], torch.arange(6))
     layouts: list[PagedLayout] = []
-    run = PartialForward(
-        stored_rows([1, 2, 3, 4, 5], [], 0, 1), None, [7], layout, layouts.append, store, ValueDirections()
-    )
+    hook = OutputHook(*stored_rows([1, 2, 3, 4, 5], [], 0, 1), [7], store, ValueDirections())
+    run = PartialForward([hook], layout, layouts.append)
     hidden, residual = run.run(layers, torch.tensor([0, 1, 2, 3, 4, 5, 8, 9]), torch.zeros(8, 4))
     assert layers[1].seen[-1] == [0, 8, 9]
     assert [(at.counts, at.slots.tolist()) for at in layouts] == [([1], [0]), ([6], list(range(6)))]
@@ -163,7 +161,7 @@ def test_ranks_with_different_heads_agree() -> None:
     """The sums of both halves decide; the first half alone would choose another row."""
     new = torch.tensor([[1.0, 0.0, 9.0, 1.0], [0.0, 1.0, 9.0, 9.0]])
     old = torch.tensor([[1.0, 1.0, 9.0, 1.0], [1.0, 1.0, 9.0, -9.0]])
-    rows = StoredRows(
+    rows = (
         torch.ones(2, dtype=torch.bool),
         torch.arange(2),
         torch.zeros(2, dtype=torch.int64),
@@ -179,9 +177,10 @@ def test_ranks_with_different_heads_agree() -> None:
         layer = ToyLayer()
         layer.pages = torch.zeros(1, 1, 16, 2 * new[:, part].shape[1])
         layer.pages[0, 0, :2, new[:, part].shape[1] :] = old[:, part]
-        run = PartialForward(rows, None, [0], layout, lambda _: None, RowStore(), ValueDirections(), ranks)
+        hook = OutputHook(*rows, [0], RowStore(), ValueDirections(), ranks)
         zero = torch.zeros_like(new[:, part])
-        computed = run._computed(layer, 1, torch.arange(2), new[:, part], zero)
+        computed = torch.ones(2, dtype=torch.bool)
+        hook.narrow(BeforeLayer(1, 2, layer, torch.arange(2), new[:, part], zero, layout.slots), computed)
         return computed.nonzero().flatten().tolist()
 
     total = change_parts(new.unsqueeze(1), old.unsqueeze(1))

@@ -14,9 +14,8 @@ from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
 from tests.unit.batches import LAYERS, Batch, FakeJob, run_alone
 from tests.unit.replay import one_by_one, replay
-from vllm_d2cache.records import ExitingRows
-from vllm_d2cache.row_exits import RowGate
-from vllm_d2cache.row_store import RowStore
+from vllm_d2cache.mechanisms.row_exits import RowGate
+from vllm_d2cache.mechanisms.row_store import RowStore
 
 P, G = 3, 8
 ALL = list(range(11))
@@ -115,63 +114,64 @@ def test_a_confidence_is_remembered_while_its_row_is_out() -> None:
 # ---- the gate
 
 
-def exiting(keep: list[dict[int, int]], bias: list[float], weight: float = 1.0) -> ExitingRows:
+def exiting(keep: list[dict[int, int]], bias: list[float], store: RowStore) -> RowGate:
     """One request of five rows; the first is a prompt row, without a memory."""
     remembered = {0: (torch.arange(1, 5), torch.arange(1, 5))}
     staying = [[1 + here.get(0, 4)] for here in keep]
     request = torch.zeros(5, dtype=torch.int64)
-    return ExitingRows(staying, keep, remembered, {0: 6}, request, torch.tensor(bias), torch.full((5,), weight))
+    there = torch.ones(5, dtype=torch.bool)
+    return RowGate(staying, keep, remembered, {0: 6}, request, torch.tensor(bias), torch.ones(5), [3], store, there)
 
 
 def test_rows_that_moved_stay_and_others_keep_their_old_memory() -> None:
     store = RowStore()
     old = torch.full((5, 4), 2.0)
-    gate = RowGate.open(exiting([{}, {0: 4}], [0.0] * 5), [3], store)
-    gate.pass_layer(0, old, old)
-    assert gate.present.tolist() == [True] * 5
-    gate.pass_layer(1, old / 2, old / 2)
-    assert gate.present.tolist() == [True] * 5
+    gate = exiting([{}, {0: 4}], [0.0] * 5, store)
+    gate.behind(0, old, old)
+    assert gate.present().tolist() == [True] * 5
+    gate.behind(1, old / 2, old / 2)
+    assert gate.present().tolist() == [True] * 5
 
     moved = old.clone()
     moved[2] += 1.0  # half of its old norm
     moved[3] += 0.5
     moved[4] += 0.2
-    gate = RowGate.open(exiting([{}, {0: 2}], [0.0, 0.0, 0.0, 0.0, 0.3]), [3], store)
-    gate.pass_layer(1, moved, torch.zeros_like(moved))
+    gate = exiting([{}, {0: 2}], [0.0, 0.0, 0.0, 0.0, 0.3], store)
+    gate.behind(1, moved, torch.zeros_like(moved))
     # Changes 0, 0.5, 0.25, 0.1; the last row has a bias of 0.3.
-    assert gate.present.tolist() == [True, False, True, False, True]
+    assert gate.present().tolist() == [True, False, True, False, True]
     kept = store.of(3, 1, 6, moved)[0]
     assert kept[1:5, 0].tolist() == [2.0, 3.0, 2.0, 2.2000000476837158]
     # What left drifts on from its old state: twice a quarter is more than a tenth now.
     moved[3] += 0.5
-    gate = RowGate.open(exiting([{}, {0: 1}], [0.0] * 5), [3], store)
-    gate.pass_layer(1, moved, torch.zeros_like(moved))
-    assert gate.present.tolist() == [True, False, False, True, False]
+    gate = exiting([{}, {0: 1}], [0.0] * 5, store)
+    gate.behind(1, moved, torch.zeros_like(moved))
+    assert gate.present().tolist() == [True, False, False, True, False]
 
 
 def test_large_changes_are_scaled_among_the_rows_still_there() -> None:
     store = RowStore()
     ones = torch.ones(5, 4)
-    RowGate.open(exiting([{0: 4}, {0: 4}], [0.0] * 5), [3], store).pass_layer(0, ones, 0 * ones)
-    RowGate.open(exiting([{0: 4}, {0: 4}], [0.0] * 5), [3], store).pass_layer(1, ones, 0 * ones)
+    exiting([{0: 4}, {0: 4}], [0.0] * 5, store).behind(0, ones, 0 * ones)
+    exiting([{0: 4}, {0: 4}], [0.0] * 5, store).behind(1, ones, 0 * ones)
     moved = ones.clone()
     moved[1], moved[2], moved[3] = 9.0, 3.0, 2.0  # changes 8, 2, 1, 0
     bias = [0.0, -9.0, 0.0, 0.6, 0.7]
-    gate = RowGate.open(exiting([{0: 3}, {0: 2}], bias), [3], store)
-    gate.pass_layer(0, moved, 0 * ones)
-    assert gate.present.tolist() == [True, False, True, True, True]
+    gate = exiting([{0: 3}, {0: 2}], bias, store)
+    gate.behind(0, moved, 0 * ones)
+    assert gate.present().tolist() == [True, False, True, True, True]
     # Row 1 has left: the largest change is now 2, and scores are 1, 0.5 + 0.6 and 0.7. With it they would be 0.25,
     # 0.125 + 0.6 and 0.7.
-    gate.pass_layer(1, moved, 0 * ones)
-    assert gate.present.tolist() == [True, False, True, True, False]
+    gate.behind(1, moved, 0 * ones)
+    assert gate.present().tolist() == [True, False, True, True, False]
 
 
 def test_ties_go_to_the_lower_position_and_all_rows_may_be_asked_for() -> None:
     store, state = RowStore(), torch.ones(5, 4)
     for keep, want in ((4, [1, 1, 1, 1, 1]), (2, [1, 1, 1, 0, 0]), (0, [1, 0, 0, 0, 0])):
-        gate = RowGate.open(exiting([{0: keep}], [0.0] * 5), [3], store)
-        gate.pass_layer(0, state, state)
-        assert gate.present.int().tolist() == want
+        gate = exiting([{0: keep}], [0.0] * 5, store)
+        gate.behind(0, state, state)
+        assert gate.present().int().tolist() == want
 
 
 # ---- slots whose rows have left
@@ -205,12 +205,11 @@ def test_rows_of_mates_stay_and_nobody_else_pays() -> None:
     slots = [batch.slot(i) for i in range(2)]
     batch.step([0, 1])
     rows = batch.denoiser.begin(torch.tensor(slots), slots)
-    assert rows.exiting is not None
+    (gate,) = rows.hooks
     first = rows.counts[0]
-    assert rows.exiting.staying[LAYERS - 1] == [first, 3]
-    assert list(rows.exiting.remembered) == [1]
-    batch.denoiser.canvas.exit_keep = torch.empty(0)  # not even looked at
-    assert batch.denoiser.begin(torch.tensor(slots[:1]), slots[:1]).exiting is None
+    assert gate.staying[LAYERS - 1] == [first, 3]
+    assert list(gate.remembered) == [1]
+    assert batch.denoiser.begin(torch.tensor(slots[:1]), slots[:1]).hooks == ()
 
 
 # ---- against the specification in loops, on a network

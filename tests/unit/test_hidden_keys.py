@@ -87,11 +87,9 @@ def test_without_a_suffix_the_last_position_is_still_seen() -> None:
 
 def test_nobody_pays_for_keys_that_nobody_hides() -> None:
     batch = Batch([FakeJob([1, 2], 30, {"policy": name}) for name in ("streaming", "d2cache", "dual")])
-    batch.denoiser.canvas.visible = torch.full_like(batch.denoiser.canvas.visible, False)
     for i in range(3):
         batch.add(i)
     slots = [batch.slot(i) for i in range(3)]
-    with_mate = batch.denoiser.begin(torch.tensor(slots), slots).keys
+    with_mate = batch.denoiser.begin(torch.tensor(slots), slots).hooks[0].keys
     assert with_mate[0] is None and with_mate[1:] == [None, None], "its window of 32 sees all of 30"
-    batch.denoiser.canvas.visible = torch.empty(0)  # not even looked at
-    assert batch.denoiser.begin(torch.tensor(slots[1:]), slots[1:]).keys == [None, None]
+    assert batch.denoiser.begin(torch.tensor(slots[1:]), slots[1:]).hooks == ()

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from vllm_d2cache.row_store import RowStore
+from vllm_d2cache.stored_outputs import PartialForward
+from vllm_d2cache.value_directions import ValueDirections
 
 from tests.ops.live import LiveMemory
 from tests.unit.test_startup_log import LAYERS, LENGTH, SHAPE, SLOTS
@@ -30,10 +33,7 @@ from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.row_stats import ROWS_PER_TILE, statistics_bytes
 from vllm_d2cache.policies import row_budget
 from vllm_d2cache.records import EditSpec, FamilyTraits, SamplingSpec, StoredRows
-from vllm_d2cache.row_store import RowStore
 from vllm_d2cache.step_graphs import StepBuffers, graph_sizes
-from vllm_d2cache.stored_outputs import PartialForward
-from vllm_d2cache.value_directions import ValueDirections
 
 CPU = torch.device("cpu")
 NETWORK = Network(layers=3, hidden_size=64, heads=4, intermediate_size=96, head_size=16, vocab_size=4001, itemsize=4)

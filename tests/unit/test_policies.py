@@ -15,14 +15,15 @@ from tests.unit.strategies import POLICIES as STRATEGIES
 from tests.unit.strategies import jobs
 from tests.unit.views import outcome_of, view_of
 from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.policies.d2cache import D2CachePolicy
 from vllm_d2cache.policies.full import FullPolicy
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.records import CanvasView, FamilyTraits, StepOutcome, StepPlan
 
 
 def policy(shift: int = 0, budget: int | None = None) -> D2CachePolicy:
-    return D2CachePolicy(8, 64, torch.device("cpu"), shift, budget)
+    return D2CachePolicy(Worker(8, 64, torch.device("cpu"), FamilyTraits(370, shift), budget))
 
 
 def plan(view: CanvasView, outcome: StepOutcome, shift: int = 0) -> StepPlan:
@@ -257,7 +258,7 @@ def test_max_rows_holds_for_level_importance(prompt: int, canvas: int, p: float)
     view = view_of(["#" * (canvas - 1) + "."], [prompt], current_k=1, rollout_p=p)
     options = RequestOptions(current_k=1, rollout_p=p)
     bound = D2CachePolicy.max_rows(options, prompt, canvas, None)
-    made = D2CachePolicy(1, 200, torch.device("cpu"), 0, None)
+    made = D2CachePolicy(Worker(1, 200, torch.device("cpu"), FamilyTraits(370)))
     got = made.next_plan(view, outcome_of(view, committed=[[canvas - 1]]))
     assert int(got.refresh.sum()) <= bound <= prompt + canvas
 

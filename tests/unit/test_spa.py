@@ -19,13 +19,15 @@ from tests.unit.replay import one_by_one, replay
 from tests.unit.views import view_of
 from vllm_d2cache.attention.capture import TensorParallel
 from vllm_d2cache.config import ServerOptions
+from vllm_d2cache.mechanisms.base import Worker
+from vllm_d2cache.mechanisms.partial_forward import PartialForward
+from vllm_d2cache.mechanisms.row_store import RowStore
+from vllm_d2cache.mechanisms.stored_outputs import OutputHook
+from vllm_d2cache.mechanisms.value_directions import MOST_DIRECTIONS, ValueDirections, leading
 from vllm_d2cache.models.configs import DreamConfig, LLaDAConfig
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.policies.spa import SPAPolicy
-from vllm_d2cache.records import MOST_DIRECTIONS, FamilyTraits, StoredRows
-from vllm_d2cache.row_store import RowStore
-from vllm_d2cache.stored_outputs import PartialForward
-from vllm_d2cache.value_directions import ValueDirections, leading
+from vllm_d2cache.records import FamilyTraits
 
 P, G = 3, 8
 ALL, CANVAS = list(range(11)), list(range(3, 11))
@@ -60,12 +62,11 @@ def test_a_shifted_family_carries_the_row_its_first_slot_is_read_from() -> None:
 
 def counts(traits: FamilyTraits, canvas: int, **options: Any) -> list[int]:
     """Rows that each layer behind the first computes of a canvas."""
-    policy = SPAPolicy(1, 2 * canvas, torch.device("cpu"), 0, None)
-    policy.traits = traits
+    policy = SPAPolicy(Worker(1, 2 * canvas, torch.device("cpu"), traits))
     policy.start(0, ServerOptions({}).resolve({"policy": "spa", **options}))
     plan = policy.first_plan(view_of(["#" * canvas], [1]))
-    assert plan.stored is not None
-    return plan.stored.count.tolist()[0]
+    (stored,) = plan.wishes
+    return stored.count.tolist()[0]
 
 
 def test_budgets_of_llada() -> None:
@@ -201,7 +202,7 @@ def test_rows_are_compared_along_leading_directions_and_keys_are_renewed() -> No
             [-1.0, 1.0, 1.0, 1.0],
         ]
     )
-    rows = StoredRows(
+    hook = OutputHook(
         torch.ones(5, dtype=torch.bool),
         torch.arange(5),
         torch.tensor([0, 0, 0, 1, 1]),
@@ -210,12 +211,13 @@ def test_rows_are_compared_along_leading_directions_and_keys_are_renewed() -> No
         (torch.arange(3), torch.tensor([2, 2, 2])),
         {},
         {},
+        [0, 1],
+        RowStore(),
+        ValueDirections(),
     )
     layout = PagedLayout([3, 2], [3, 2], torch.zeros(2, 1, dtype=torch.int32), [0, 0], torch.arange(5))
     layers = [ToyLayer(), ToyLayer()]
-    PartialForward(rows, None, [0, 1], layout, lambda _: None, RowStore(), ValueDirections()).run(
-        layers, torch.arange(20, 25), new
-    )
+    PartialForward([hook], layout, lambda _: None).run(layers, torch.arange(20, 25), new)
     assert layers[1].seen == [[21, 23]]
     keys, values = layers[1].pages[0, 0, :5].split(4, dim=1)
     assert keys[:, 0].tolist() == [20.0, 21.0, 22.0, 0.0, 0.0], "of spa's rows alone"

@@ -60,6 +60,5 @@ def test_choices_of_other_requests_and_of_none() -> None:
         batch.step([0, 1, 2])
     slots = [batch.slot(i) for i in range(3)]
     rows = batch.denoiser.begin(torch.tensor(slots), slots)
-    assert [choice is not None for choice in rows.choices] == [True, False, False]
-    batch.denoiser.canvas.kept = torch.empty(0)  # not even looked at
-    assert batch.denoiser.begin(torch.tensor(slots[1:2]), slots[1:2]).choices == [None]
+    assert [choice is not None for choice in rows.hooks[0].choices] == [True, False, False]
+    assert batch.denoiser.begin(torch.tensor(slots[1:2]), slots[1:2]).hooks == ()

@@ -17,8 +17,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_d2cache.attention.capture import ImportanceCapture
-from vllm_d2cache.attention.drift import DriftMeter
-from vllm_d2cache.attention.eviction import LayerKeys
+from vllm_d2cache.mechanisms.base import Hook
 from vllm_d2cache.ops.paged_attention import PagedLayout, paged_attention, write_kv
 from vllm_d2cache.ops.shadow_attention import ShadowRows, shadow_attention
 
@@ -29,17 +28,12 @@ class D2CacheMetadata(AttentionMetadata):
 
     layout: PagedLayout
     capture: ImportanceCapture
-    layer_keys: LayerKeys | None = None  # where the keys of some request differ from layer to layer
+    hooks: tuple[Hook, ...] = ()  # of the mechanisms of the step
     shadows: ShadowRows | None = None
-    drift: DriftMeter | None = None  # where some request's policy reads it
 
     def use_layout(self, layout: PagedLayout) -> None:
         """The next layer's rows are those of ``layout``, and the shadows."""
         self.layout = self.capture.layout = layout
-        if self.layer_keys is not None:
-            self.layer_keys.layout = layout
-        if self.drift is not None:
-            self.drift.layout = layout
 
 
 class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
@@ -93,10 +87,8 @@ class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
         layout, shadows = attn_metadata.layout, attn_metadata.shadows
         n = layout.slots.shape[0]  # shadows stand behind the rows of the text; their K and V go into no page
         write_kv(kv_cache, key[:n], value[:n], layout.slots)
-        if attn_metadata.layer_keys is not None:
-            layout = attn_metadata.layer_keys.start_layer(query[:n], kv_cache)
-        if attn_metadata.drift is not None:
-            attn_metadata.drift.start_layer(query[:n], kv_cache, self.scale)
+        for hook in attn_metadata.hooks:
+            layout = hook.before_attention(query[:n], kv_cache, self.scale, layout)
         maps = attn_metadata.capture.start_layer(query[:n], kv_cache, self.scale)
         paged_attention(query[:n], kv_cache, layout, self.scale, output[:n], maps)
         if shadows is not None:

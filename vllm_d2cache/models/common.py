@@ -25,10 +25,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
 from vllm_d2cache.attention.backend import D2CacheAttentionBackend
+from vllm_d2cache.mechanisms.partial_forward import PartialForward
 from vllm_d2cache.models.configs import DiffusionLMConfig
 from vllm_d2cache.models.experts import SparseMLP
 from vllm_d2cache.models.shape import TransformerShape
-from vllm_d2cache.stored_outputs import PartialForward
 
 # A buffer that some tools save; it follows from config.json.
 _REDUNDANT = "rotary_emb.inv_freq"

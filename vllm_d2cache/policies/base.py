@@ -10,8 +10,9 @@ import torch
 
 from vllm_d2cache.canvas import canvas_to_positions
 from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.mechanisms.base import Use, Worker
 from vllm_d2cache.option_types import Choice, Number
-from vllm_d2cache.records import CanvasView, FamilyTraits, StepOutcome, StepPlan
+from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
 
 # More than any text has positions, and far from overflow.
 _LARGEST = 1 << 40
@@ -24,11 +25,6 @@ class CachePolicy(ABC):
     is slot-indexed and overwritten in ``first_plan``. Making one only allocates: the
     engine learns how much by making each on torch's meta device.
 
-    Args:
-        num_slots: requests that can run at a time.
-        max_len: most positions a request can have.
-        logit_shift: how far left of a slot its logits are read (records.FamilyTraits).
-        refresh_budget: rows a request may recompute in a step after its first; None = no limit.
     """
 
     name: ClassVar[str]
@@ -42,28 +38,16 @@ class CachePolicy(ABC):
     """Whether the engine must collect attention maps and compute the rollout for this policy's requests."""
     reads_entropy: ClassVar[bool] = False
     """Whether the engine must compute the entropy of the predicted slots' distributions."""
-    reads_drift: ClassVar[bool] = False
-    """Whether the engine must measure how the attention of the rows that may be committed changes (records.Drift)."""
-    hides_keys: ClassVar[bool] = False
-    """Whether the plans say which positions are visible; without it, rows attend to all."""
-    stores_outputs: ClassVar[bool] = False
-    """Whether the engine must keep the outputs of layers for the canvas of this policy's requests."""
-    drops_rows: ClassVar[bool] = False
-    """Whether rows of this policy's requests leave the network behind some layers (records.RowExits)."""
-    exit_layers: ClassVar[int] = 0
-    """Of such a policy: behind how many layers rows may leave at most; hidden states are remembered there."""
-    compares_proxies: ClassVar[bool] = False
-    """Whether rows are compared by leading components of their values (records.StoredOutputs.proxy_rank)."""
-    traits: FamilyTraits = FamilyTraits(mask_token_id=-1)
-    """Of the model; the engine sets it before the first request."""
+    uses: ClassVar[tuple[Use, ...]] = ()
+    """What it needs of the layers beyond fresh K and V (mechanisms/)."""
 
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        self.logit_shift = logit_shift
-        self.refresh_budget = refresh_budget
+    def __init__(self, worker: Worker) -> None:
+        self.traits = worker.traits
+        self.logit_shift = worker.traits.logit_shift
+        self.refresh_budget = worker.refresh_budget
         self._columns = {
-            name: torch.zeros(num_slots, dtype=_column_type(spec), device=device) for name, spec in self.options.items()
+            name: torch.zeros(worker.num_slots, dtype=_column_type(spec), device=worker.device)
+            for name, spec in self.options.items()
         }
 
     @staticmethod

@@ -13,6 +13,7 @@ import torch
 
 from vllm_d2cache.canvas import canvas_to_positions, positions_to_canvas
 from vllm_d2cache.config import REQUEST_FIELDS, RequestOptions
+from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.policies.base import CachePolicy
 from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
@@ -31,15 +32,13 @@ class D2CachePolicy(CachePolicy):
     }
     reads_importance = True
 
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
-        self.memory = torch.zeros(num_slots, max_len, device=device)  # confidence by canvas slot
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self.memory = torch.zeros(worker.num_slots, worker.max_len, device=worker.device)  # confidence by canvas slot
         # Positions chosen in an earlier step that the refresh budget put off, and why they had been chosen.
         self.waiting: torch.Tensor | None = None
-        if refresh_budget is not None:
-            self.waiting = torch.zeros(num_slots, max_len, dtype=torch.int8, device=device)
+        if worker.refresh_budget is not None:
+            self.waiting = torch.zeros(worker.num_slots, worker.max_len, dtype=torch.int8, device=worker.device)
 
     @staticmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:

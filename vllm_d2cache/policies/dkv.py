@@ -11,6 +11,7 @@ import torch
 
 from vllm_d2cache.canvas import canvas_to_positions
 from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.option_types import Choice, Number
 from vllm_d2cache.policies.base import CachePolicy, nothing
 from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
@@ -32,11 +33,11 @@ class DKVPolicy(CachePolicy):
     }
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
 
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
-        self.window_step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # of the step under way
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self.window_step = torch.zeros(
+            worker.num_slots, dtype=torch.int64, device=worker.device
+        )  # of the step under way
 
     @staticmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:

@@ -11,9 +11,11 @@ import torch
 
 from vllm_d2cache.canvas import canvas_to_positions
 from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.mechanisms.base import Worker
+from vllm_d2cache.mechanisms.stored_outputs import StoredOutputs, StoresOutputs
 from vllm_d2cache.option_types import Number
 from vllm_d2cache.policies.base import CachePolicy, nothing
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan, StoredOutputs
+from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
 
 
 class DLLMCachePolicy(CachePolicy):
@@ -30,13 +32,13 @@ class DLLMCachePolicy(CachePolicy):
         "rou": Number(float, 0, 1, note="share of the canvas", default=0.25),
     }
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
-    stores_outputs = True
+    uses = (StoresOutputs(),)
 
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
-        self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # number of the step under way
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self.step = torch.zeros(
+            worker.num_slots, dtype=torch.int64, device=worker.device
+        )  # number of the step under way
 
     @staticmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
@@ -66,7 +68,7 @@ class DLLMCachePolicy(CachePolicy):
             proxy_rank=self._proxy_rank(view),
         )
         refresh = torch.where(prompt_due, view.in_text, canvas | source)
-        return StepPlan(refresh, nothing(view), stored=stored)
+        return StepPlan(refresh, nothing(view), wishes=(stored,))
 
     def _due(self, view: CanvasView, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two of [R] bool: the prompt is refreshed; the canvas is."""

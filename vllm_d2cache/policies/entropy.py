@@ -11,6 +11,7 @@ import torch
 
 from vllm_d2cache.canvas import canvas_to_positions
 from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.option_types import Number
 from vllm_d2cache.policies.base import CachePolicy, nothing
 from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
@@ -31,13 +32,13 @@ class EntropyPolicy(CachePolicy):
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
     reads_entropy = True
 
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
-        self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # number of the step under way, from 1
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self.step = torch.zeros(
+            worker.num_slots, dtype=torch.int64, device=worker.device
+        )  # number of the step under way, from 1
         # By canvas slot: the number of the step that committed it, 0 for none.
-        self.committed_in = torch.zeros(num_slots, max_len, dtype=torch.int64, device=device)
+        self.committed_in = torch.zeros(worker.num_slots, worker.max_len, dtype=torch.int64, device=worker.device)
 
     @staticmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:

@@ -9,9 +9,11 @@ from typing import ClassVar
 
 import torch
 
+from vllm_d2cache.mechanisms.stored_outputs import StoresOutputs
+from vllm_d2cache.mechanisms.value_directions import MOST_DIRECTIONS
 from vllm_d2cache.option_types import Choice, Number
 from vllm_d2cache.policies.dllm_cache import DLLMCachePolicy
-from vllm_d2cache.records import MOST_DIRECTIONS, CanvasView
+from vllm_d2cache.records import CanvasView
 
 GAUSSIAN, UNIFORM = DISTRIBUTIONS = ("gaussian", "uniform")
 
@@ -35,7 +37,7 @@ class SPAPolicy(DLLMCachePolicy):
         "proxy_rank": Number(int, 1, MOST_DIRECTIONS, note="directions", default=128),
     }
     defaults: ClassVar = {"window": 8, "sigma": 0.0}
-    compares_proxies = True
+    uses = (StoresOutputs(proxies=True),)
 
     def _due(self, view: CanvasView, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         everything = (step % self.option("refresh_steps", view) == 0) | (step <= self.option("n_warmup_steps", view))

@@ -11,9 +11,11 @@ import torch
 
 from vllm_d2cache.canvas import canvas_to_positions
 from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.mechanisms.base import Worker
+from vllm_d2cache.mechanisms.hidden_keys import HidesKeys, KeptKeys, VisibleKeys
 from vllm_d2cache.option_types import Number
 from vllm_d2cache.policies.base import CachePolicy, nothing
-from vllm_d2cache.records import CanvasView, KeptKeys, StepOutcome, StepPlan
+from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
 
 
 class SparseDLLMPolicy(CachePolicy):
@@ -29,13 +31,13 @@ class SparseDLLMPolicy(CachePolicy):
         "kernel_size": Number(int, 1, note="positions; 1 = no pooling", default=3),
     }
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
-    hides_keys = True
+    uses = (HidesKeys(),)
 
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
-        self.window_step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # of the step under way
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self.window_step = torch.zeros(
+            worker.num_slots, dtype=torch.int64, device=worker.device
+        )  # of the step under way
 
     @staticmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
@@ -65,4 +67,4 @@ class SparseDLLMPolicy(CachePolicy):
         )
         refresh = torch.where((step <= 1).unsqueeze(1), view.in_text, fresh)
         visible = torch.where((step == 0).unsqueeze(1), view.in_text, fresh)
-        return StepPlan(refresh, nothing(view), None, visible, kept)
+        return StepPlan(refresh, nothing(view), wishes=(VisibleKeys(visible, kept),))

@@ -11,6 +11,7 @@ import torch
 
 from vllm_d2cache.canvas import canvas_to_positions
 from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.mechanisms.hidden_keys import HidesKeys, VisibleKeys
 from vllm_d2cache.option_types import Number
 from vllm_d2cache.policies.base import CachePolicy, nothing
 from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
@@ -25,7 +26,7 @@ class StreamingPolicy(CachePolicy):
     name = "streaming"
     options: ClassVar = {"suffix_window": Number(int, 0, note="positions", default=32)}
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
-    hides_keys = True
+    uses = (HidesKeys(),)
 
     @staticmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
@@ -35,7 +36,7 @@ class StreamingPolicy(CachePolicy):
     def first_plan(self, view: CanvasView) -> StepPlan:
         """All that the first window sees."""
         visible = self._visible(view)
-        return StepPlan(visible, nothing(view), None, visible)
+        return StepPlan(visible, nothing(view), wishes=(VisibleKeys(visible),))
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """All that is seen where a window has been completed, else the window and what is seen behind it."""
@@ -43,7 +44,7 @@ class StreamingPolicy(CachePolicy):
         onwards = canvas_to_positions(view.slot_index >= view.window_start.unsqueeze(1), view)
         fresh = (visible & onwards) | self.read_from(view.in_window, view)
         entered = (view.window_start != outcome.window_start).unsqueeze(1)
-        return StepPlan(torch.where(entered, visible, fresh), nothing(view), None, visible)
+        return StepPlan(torch.where(entered, visible, fresh), nothing(view), wishes=(VisibleKeys(visible),))
 
     def _visible(self, view: CanvasView) -> torch.Tensor:
         """[R, T] bool."""

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 
 from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.option_types import Number
 from vllm_d2cache.policies.base import CachePolicy, nothing
 from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
@@ -33,11 +34,11 @@ class VicinityPolicy(CachePolicy):
     }
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
 
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
-        self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # number of the step under way
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self.step = torch.zeros(
+            worker.num_slots, dtype=torch.int64, device=worker.device
+        )  # number of the step under way
 
     @staticmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:

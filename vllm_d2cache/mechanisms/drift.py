@@ -1,20 +1,56 @@
 """How much the attention to each layer's most attended token has changed since the request's last step.
 
-Measured while the layers run, for requests whose policy reads it: the rows of the slots that may be committed are the
-ones that look. Works from queries and keys, so that no attention map is kept.
+Measured while the layers run: the rows of the slots that may be committed are the ones that look. Works from queries
+and keys, so that no attention map is kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from vllm_d2cache.attention.capture import TensorParallel
+from vllm_d2cache.canvas import canvas_to_positions
+from vllm_d2cache.mechanisms.base import KEYS, ROWS, Finding, Hook, Mechanism, Use, Worker
 from vllm_d2cache.ops.attention_drift import attention_to, received_attention, shared_similarity
 from vllm_d2cache.ops.paged_attention import PagedLayout, read_kv
-from vllm_d2cache.records import Drift, WatchedRows
+from vllm_d2cache.ops.rollout import TensorParallel
+from vllm_d2cache.records import CanvasView, StepRows
+
+
+@dataclass(frozen=True)
+class ReadsDrift(Use):
+    """Drift is measured in every step."""
+
+    name: ClassVar[str] = "reads drift"
+    needs: ClassVar[frozenset[str]] = frozenset({KEYS, ROWS})
+
+    def make(self, worker: Worker) -> DriftMeter:
+        """See DriftMeter."""
+        return DriftMeter(worker)
+
+
+@dataclass(frozen=True)
+class Drift(Finding):
+    """How the attention of the rows that may be committed has changed since the last step."""
+
+    # [R] float32, cosine similarity in the layer that changed most; 0 where nothing can be compared
+    similarity: torch.Tensor
+    attended: torch.Tensor  # [R, T] bool, of each layer the known position that received most
+
+    def select(self, rows: torch.Tensor) -> Drift:
+        """See Finding."""
+        return Drift(self.similarity[rows], self.attended[rows])
+
+
+class WatchedRows(NamedTuple):
+    """The rows of one request whose attention is measured: those of the slots that may be committed."""
+
+    rows: torch.Tensor  # [n] int64, as indices into the request's rows
+    positions: torch.Tensor  # [n] int64 ascending
+    known: torch.Tensor  # [T] bool, positions that hold no mask
 
 
 class Focus(NamedTuple):
@@ -25,8 +61,31 @@ class Focus(NamedTuple):
     watched: torch.Tensor  # [T] bool, the positions that looked
 
 
-# By slot.
-FocusBySlot = dict[int, Focus]
+class DriftMeter(Mechanism):
+    """What each slot's last step attended to."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.tensor_parallel = worker.tensor_parallel
+        self.memory: dict[int, Focus] = {}
+
+    def store(self, view: CanvasView, wish: Any) -> None:
+        """There is nothing to wish."""
+
+    def forget(self, slot: int) -> None:
+        """See Mechanism."""
+        self.memory.pop(slot, None)
+
+    def open(self, rows: StepRows, members: dict[int, Use], lengths: Sequence[int]) -> DriftHook:
+        """See Mechanism."""
+        view = rows.view
+        watched: list[WatchedRows | None] = [None] * len(lengths)
+        looking = canvas_to_positions(rows.candidates, view)
+        known = ~canvas_to_positions(view.masked, view)
+        of_rows = rows.by_request()
+        for r in members:
+            index = looking[r][of_rows[r]].nonzero().flatten()
+            watched[r] = WatchedRows(index, of_rows[r][index], known[r, : lengths[r]])
+        return DriftHook(watched, rows.slots, self.memory, self.tensor_parallel)
 
 
 class _LayerFocus(NamedTuple):
@@ -36,37 +95,34 @@ class _LayerFocus(NamedTuple):
 
 
 @dataclass
-class DriftMeter:
+class DriftHook(Hook):
     """Filled layer by layer during one forward pass.
 
     Attributes:
         watched: the looking rows of each request, None where its policy does not want to know.
         slots: of the requests.
         memory: what the last steps left; ``result`` changes it.
-        tensor_parallel: None on a single rank.
     """
 
-    layout: PagedLayout
     watched: list[WatchedRows | None]
     slots: list[int]
-    memory: FocusBySlot
+    memory: dict[int, Focus]
     tensor_parallel: TensorParallel | None = None
     layers: list[dict[int, _LayerFocus]] = field(default_factory=list)
 
-    def start_layer(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> None:
-        """Take the next layer's measurements.
-
-        Args:
-            query: [N, heads, head size] of the rows of all requests; their K and V are in the cache.
-        """
+    def before_attention(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float, layout: PagedLayout
+    ) -> PagedLayout:
+        """Take the layer's measurements."""
         found, offset = {}, 0
         for r, watched in enumerate(self.watched):
-            rows = query[offset : offset + self.layout.counts[r]]
-            offset += self.layout.counts[r]
+            rows = query[offset : offset + layout.counts[r]]
+            offset += layout.counts[r]
             if watched is not None:
-                key, _ = read_kv(kv_cache, self.layout, r)
+                key, _ = read_kv(kv_cache, layout, r)
                 found[r] = self._layer(self.slots[r], watched, rows[watched.rows], key, scale)
         self.layers.append(found)
+        return layout
 
     def _layer(
         self, slot: int, watched: WatchedRows, query: torch.Tensor, key: torch.Tensor, scale: float
@@ -87,7 +143,7 @@ class DriftMeter:
 
     def result(self, num_positions: int) -> Drift:
         """Compare with the last step, and remember this one for the next."""
-        device = self.layout.slots.device
+        device = next(w.known.device for w in self.watched if w is not None)
         similarity = torch.zeros(len(self.watched), device=device)
         attended = torch.zeros(len(self.watched), num_positions, dtype=torch.bool, device=device)
         for r, watched in enumerate(self.watched):

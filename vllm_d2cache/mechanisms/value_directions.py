@@ -11,8 +11,10 @@ from typing import Protocol
 
 import torch
 
-from vllm_d2cache.attention.capture import TensorParallel
-from vllm_d2cache.records import MOST_DIRECTIONS
+from vllm_d2cache.ops.rollout import TensorParallel
+
+# Highest rank of proxies that a request may ask for: each layer keeps so many directions.
+MOST_DIRECTIONS = 256
 
 # Squared singular values below this share of the largest are zero but for rounding.
 _SMALLEST_SHARE = 1e-12
