@@ -19,7 +19,7 @@ from statistics import mean, quantiles
 from typing import Any
 
 from benchmarks.machine import caption, machine
-from vllm_d2cache.records import StepRows
+from vllm_d2cache.canvas.view import StepRows
 
 MODELS = ("models/tiny-llada", "models/tiny-dream")
 PROMPTS, CANVASES = (64, 256, 768), (64, 256)

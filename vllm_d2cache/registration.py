@@ -21,7 +21,7 @@ def register_all() -> None:
 
     from vllm_d2cache.compat import cpu_runner, front_end
     from vllm_d2cache.compat.internals import register_chat_template, register_config_class, register_config_hook
-    from vllm_d2cache.config_hook import DiffusionConfigHook
+    from vllm_d2cache.engine.config_hook import DiffusionConfigHook
     from vllm_d2cache.models.configs import DreamConfig, LLaDAConfig, LLaDAMoEConfig
     from vllm_d2cache.models.tokenizer import register_tokenizers
 

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.config import RequestOptions
-from vllm_d2cache.option_types import Number
+from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.options.types import Number
 from vllm_d2cache.policies import CachePolicy
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
 
 
 class PeriodicPolicy(CachePolicy):

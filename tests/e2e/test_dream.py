@@ -24,7 +24,7 @@ from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
 from tests.reference.published import denoise
 from tests.unit.test_published import random_case
-from vllm_d2cache.config import ServerOptions
+from vllm_d2cache.options.server import ServerOptions
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 

@@ -10,7 +10,7 @@ from tests.e2e.conftest import Engine
 from tests.reference.llada_moe import DenseLladaMoe, write_random
 from tests.reference.published import denoise
 from tests.unit.test_published import random_case
-from vllm_d2cache.config import ServerOptions
+from vllm_d2cache.options.server import ServerOptions
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 

@@ -11,8 +11,8 @@ from tests.e2e.conftest import OPTIONS, Engine, runner_of
 from tests.reference.llada import DenseLlada
 from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
-from vllm_d2cache.attention import capture
 from vllm_d2cache.mechanisms import drift, row_exits, value_directions
+from vllm_d2cache.mechanisms import importance as capture
 from vllm_d2cache.mechanisms.stored_outputs import StoresOutputs
 from vllm_d2cache.ops import rollout as rollout_op
 from vllm_d2cache.policies import POLICY_CLASSES

@@ -12,7 +12,7 @@ from tests.reference.int8 import in_int8, write_int8
 from tests.reference.oracle import ORACLE
 from tests.reference.published import denoise
 from tests.unit.test_oracle import MODELS, dense_model
-from vllm_d2cache.config import ServerOptions
+from vllm_d2cache.options.server import ServerOptions
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 

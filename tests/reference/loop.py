@@ -14,13 +14,13 @@ from tests.reference.elastic import DriftLoop
 from tests.reference.es import EarlySkip
 from tests.reference.oracle import SERVER
 from tests.reference.spa import BUDGETS, SPACache
-from vllm_d2cache.canvas import Request
-from vllm_d2cache.config import ServerOptions, parse_server_options
-from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.canvas.states import Request
+from vllm_d2cache.canvas.view import DepthCurve, FamilyTraits, SamplingSpec
 from vllm_d2cache.mechanisms.drift import Drift, DriftHook
 from vllm_d2cache.mechanisms.hidden_keys import KeysHook
 from vllm_d2cache.ops.rollout import push_back_map, rollout
-from vllm_d2cache.records import DepthCurve, FamilyTraits, SamplingSpec
+from vllm_d2cache.options.server import ServerOptions, parse_server_options
+from vllm_d2cache.step.denoiser import Denoiser
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tests.reference.dense import DenseModel
-from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.options.server import RequestOptions
 
 Steps = list[tuple[list[int] | None, list[tuple[int, int]]]]
 

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_d2cache.attention.capture import ImportanceCapture
-from vllm_d2cache.canvas import Request
-from vllm_d2cache.config import ServerOptions
-from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.canvas.states import Request
+from vllm_d2cache.canvas.view import FamilyTraits, SamplingSpec, StepResult
+from vllm_d2cache.graphs.step_graphs import GraphStep, StepGraphs
+from vllm_d2cache.mechanisms.importance import ImportanceCapture
 from vllm_d2cache.ops.paged_attention import PagedLayout, paged_attention, write_kv
+from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.policies import row_budget
-from vllm_d2cache.records import FamilyTraits, SamplingSpec, StepResult
-from vllm_d2cache.step import Pages, Step, StepRunner
-from vllm_d2cache.step_graphs import GraphStep, StepGraphs
+from vllm_d2cache.step.denoiser import Denoiser
+from vllm_d2cache.step.runner import Pages, Step, StepRunner
 
 VOCAB, MASK, HEADS, HEAD, PAGE, LAYERS = 29, 5, 2, 16, 16, 2
 TEXTS = [(24, 8), (40, 13)]  # prompt and canvas of each request

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.triton.loop import PAGE, VOCAB, Loop
-from vllm_d2cache.graph_check import Pages, check_graphs
+from vllm_d2cache.graphs.graph_check import Pages, check_graphs
+from vllm_d2cache.graphs.step_graphs import StepBuffers, StepGraphs, graph_sizes
 from vllm_d2cache.ops import dispatch
-from vllm_d2cache.step_graphs import StepBuffers, StepGraphs, graph_sizes
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,7 @@ import torch
 
 from tests.e2e.conftest import Engine, runner_of
 from tests.graph_emulator import Emulator
-from vllm_d2cache.step_graphs import GraphSize, StepGraphs
+from vllm_d2cache.graphs.step_graphs import GraphSize, StepGraphs
 
 pytestmark = [
     pytest.mark.vllm,
@@ -52,7 +52,7 @@ def generate(engine: Engine) -> list[list[int]]:
 def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.attention import Attention
 
-    from vllm_d2cache import cuda_graphs
+    from vllm_d2cache.engine import cuda_graphs
     from vllm_d2cache.ops import dispatch
 
     options = {"d2cache": {"graph_rows": 32}}

@@ -11,10 +11,10 @@ import torch
 
 from tests.graph_emulator import Emulator
 from tests.triton.loop import PAGE, Loop
-from vllm_d2cache.graph_check import GraphError, Pages, check_graphs
+from vllm_d2cache.graphs.graph_check import GraphError, Pages, check_graphs
+from vllm_d2cache.graphs.step_graphs import GraphSize, StepBuffers, StepGraphs, graph_sizes
 from vllm_d2cache.ops import dispatch
 from vllm_d2cache.ops.paged_attention import PagedLayout
-from vllm_d2cache.step_graphs import GraphSize, StepBuffers, StepGraphs, graph_sizes
 
 pytestmark = pytest.mark.skipif("torch.cuda.is_available()", reason="a GPU records graphs itself (test_cuda_graphs.py)")
 

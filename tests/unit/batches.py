@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_d2cache.canvas import Request
-from vllm_d2cache.config import ServerOptions, parse_request_options, parse_server_options
-from vllm_d2cache.denoiser import Denoiser
-from vllm_d2cache.grammar import GrammarState, Matcher, bits_of
-from vllm_d2cache.logprobs import EmittedLogprobs, LogprobRecorder
+from vllm_d2cache.canvas.grammar import GrammarState, Matcher, bits_of
+from vllm_d2cache.canvas.states import Request
+from vllm_d2cache.canvas.view import FamilyTraits, SamplingSpec, StepResult, StepRows
 from vllm_d2cache.mechanisms.drift import Drift, DriftHook
 from vllm_d2cache.mechanisms.hidden_keys import KeysHook
 from vllm_d2cache.mechanisms.row_exits import RowGate
+from vllm_d2cache.options.server import ServerOptions, parse_request_options, parse_server_options
 from vllm_d2cache.policies import row_budget
-from vllm_d2cache.records import FamilyTraits, SamplingSpec, StepResult, StepRows
+from vllm_d2cache.step.denoiser import Denoiser
+from vllm_d2cache.step.logprobs import EmittedLogprobs, LogprobRecorder
 
 VOCAB, MASK = 13, 5
 LAYERS = 8  # as many as a policy that treats them differently may ask about

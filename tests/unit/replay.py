@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from tests.unit.batches import hook_of
-from vllm_d2cache.canvas import Request
-from vllm_d2cache.config import ServerOptions
-from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.canvas.states import Request
+from vllm_d2cache.canvas.view import FamilyTraits, SamplingSpec
 from vllm_d2cache.mechanisms.drift import Drift, DriftHook, WatchedRows
 from vllm_d2cache.mechanisms.hidden_keys import KeyChoice, KeysHook
 from vllm_d2cache.mechanisms.row_exits import RowGate
 from vllm_d2cache.mechanisms.stored_outputs import OutputHook
 from vllm_d2cache.ops.row_stats import RowStats
-from vllm_d2cache.records import FamilyTraits, SamplingSpec
+from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.step.denoiser import Denoiser
 
 MASK = 370
 

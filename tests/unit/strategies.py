@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.unit.batches import MASK, VOCAB, FakeJob
-from vllm_d2cache.config import DECODER_OPTIONS
-from vllm_d2cache.records import SamplingSpec
+from vllm_d2cache.canvas.view import SamplingSpec
+from vllm_d2cache.options.server import DECODER_OPTIONS
 
 RULES: list[dict[str, Any]] = [
     {},

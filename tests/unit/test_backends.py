@@ -9,9 +9,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from vllm_d2cache.config import ATTENTION_BACKENDS, OptionError, parse_server_options
 from vllm_d2cache.ops import dispatch
 from vllm_d2cache.ops.backends import AttentionShape, BackendError, reasons, select_backend
+from vllm_d2cache.options.server import ATTENTION_BACKENDS, OptionError, parse_server_options
 
 CPU = torch.device("cpu")
 SHAPE = AttentionShape(4, 2, 64, 16, torch.float32)

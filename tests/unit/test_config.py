@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vllm_d2cache.config import (
+from vllm_d2cache.options.server import (
     DECODER_OPTIONS,
     REQUEST_FIELDS,
     SERVER_ONLY_FIELDS,

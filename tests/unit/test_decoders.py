@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.views import view_of
-from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.decoders import DECODER_CLASSES, Decoder, DecoderResources, DecoderStep, PredictedRows
+from vllm_d2cache.decoders.klass import KlassDecoder
+from vllm_d2cache.decoders.pool import CanvasPool
 from vllm_d2cache.ops.row_stats import RowParams, RowStats
-from vllm_d2cache.samplers import DECODER_CLASSES, Decoder, DecoderResources, DecoderStep, PredictedRows
-from vllm_d2cache.samplers.klass import KlassDecoder
-from vllm_d2cache.samplers.pool import CanvasPool
+from vllm_d2cache.options.server import RequestOptions
 
 FREQUENCIES = torch.tensor([0.5, 0.25, 0.125, 1.0, 0.0])
 

@@ -15,11 +15,11 @@ from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
 from tests.unit.batches import MASK, VOCAB, Batch, FakeJob, run_alone
 from tests.unit.strategies import POLICIES, jobs
-from vllm_d2cache.canvas import Request
-from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.canvas.states import Request
+from vllm_d2cache.canvas.view import SamplingSpec
+from vllm_d2cache.decoders import DECODER_CLASSES
+from vllm_d2cache.options.server import RequestOptions
 from vllm_d2cache.policies import POLICY_CLASSES
-from vllm_d2cache.records import SamplingSpec
-from vllm_d2cache.samplers import DECODER_CLASSES
 
 
 @given(jobs())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.unit.replay import one_by_one, replay
-from vllm_d2cache.config import ServerOptions
+from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.policies import POLICY_CLASSES
 
 P, G = 3, 8

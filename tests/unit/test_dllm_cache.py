@@ -14,7 +14,7 @@ from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE, load_case
 from tests.unit.batches import LAYERS, Batch, FakeJob
 from tests.unit.replay import one_by_one, replay
-from vllm_d2cache.attention.capture import TensorParallel
+from vllm_d2cache.mechanisms.importance import TensorParallel
 from vllm_d2cache.mechanisms.partial_forward import BeforeLayer, PartialForward
 from vllm_d2cache.mechanisms.row_store import RowStore
 from vllm_d2cache.mechanisms.stored_outputs import OutputHook

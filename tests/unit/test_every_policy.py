@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tests.unit.batches import Batch, run_alone
 from tests.unit.strategies import POLICIES, jobs
-from vllm_d2cache.config import OptionError, ServerOptions, parse_request_options
+from vllm_d2cache.canvas.view import SamplingSpec
 from vllm_d2cache.mechanisms.hidden_keys import HidesKeys
+from vllm_d2cache.options.server import OptionError, ServerOptions, parse_request_options
 from vllm_d2cache.policies import POLICY_CLASSES
-from vllm_d2cache.records import SamplingSpec
 
 # Options with which a policy refreshes everything in every step. Windows of one slot: each step begins one.
 EVERYTHING: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ import pytest
 
 from tests.reference.oracle import load_case
 from tests.unit.replay import one_by_one, replay
-from vllm_d2cache.config import RequestOptions, ServerOptions
+from vllm_d2cache.options.server import RequestOptions, ServerOptions
 from vllm_d2cache.policies import POLICY_CLASSES
 
 TRACES = [("llada.prefix_semi8", 0), ("llada.dual_semi8", 0), ("llada.dual_semi8_thr", 0), ("dream.dual_semi8", 1)]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from vllm_d2cache.config import parse_server_options
-from vllm_d2cache.generation_defaults import read_generation_defaults
+from vllm_d2cache.options.server import parse_server_options
+from vllm_d2cache.requests.generation_defaults import read_generation_defaults
 
 # The file of the published Dream-v0-Instruct-7B.
 PUBLISHED: dict[str, Any] = {

@@ -15,9 +15,9 @@ from tests.unit.automata import STOP, Automaton, automata, chain
 from tests.unit.batches import MASK, Batch, FakeJob, run_alone
 from tests.unit.edits import NEVER, edited
 from tests.unit.strategies import DECODING, POLICIES, jobs
-from vllm_d2cache.config import LONGEST_RUN, OptionError, ServerOptions
-from vllm_d2cache.grammar import bits_of, check_schema, without_spare_whitespace
-from vllm_d2cache.records import EditSpec, SamplingSpec
+from vllm_d2cache.canvas.grammar import bits_of, check_schema, without_spare_whitespace
+from vllm_d2cache.canvas.view import EditSpec, SamplingSpec
+from vllm_d2cache.options.server import LONGEST_RUN, OptionError, ServerOptions
 
 RULES: list[dict[str, Any]] = [
     {},

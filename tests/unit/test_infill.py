@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from tests.unit.batches import MASK, VOCAB, Batch, FakeJob, run_alone
 from tests.unit.strategies import jobs
-from vllm_d2cache.config import OptionError, parse_request_options
-from vllm_d2cache.infill import parse_canvas
-from vllm_d2cache.records import SamplingSpec
-from vllm_d2cache.request_fit import check_fit
+from vllm_d2cache.canvas.view import SamplingSpec
+from vllm_d2cache.options.server import OptionError, parse_request_options
+from vllm_d2cache.requests.asked import parse_canvas
+from vllm_d2cache.requests.fit import check_fit
 
 _tokens = st.sampled_from([-1, -1, *(t for t in range(VOCAB) if t != MASK)])
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.unit.batches import Batch, FakeJob, run_alone
 from tests.unit.strategies import jobs
-from vllm_d2cache.records import SamplingSpec
+from vllm_d2cache.canvas.view import SamplingSpec
 
 
 def asking(job: FakeJob, count: int | None) -> FakeJob:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.ops.shapes import Shapes
-from vllm_d2cache.canvas import Request
-from vllm_d2cache.config import RequestOptions, ServerOptions
-from vllm_d2cache.denoiser import Denoiser
+from vllm_d2cache.canvas.states import Request
+from vllm_d2cache.canvas.view import FamilyTraits, SamplingSpec
 from vllm_d2cache.ops.row_stats import ROWS_PER_TILE
-from vllm_d2cache.records import FamilyTraits, SamplingSpec
+from vllm_d2cache.options.server import RequestOptions, ServerOptions
+from vllm_d2cache.step.denoiser import Denoiser
 
 PROMPT, CANVAS, VOCAB, WIDTH = 150, 170, 577, 4
 TOTAL = PROMPT + CANVAS

@@ -15,11 +15,9 @@ from vllm_d2cache.value_directions import ValueDirections
 from tests.ops.live import LiveMemory
 from tests.unit.test_startup_log import LAYERS, LENGTH, SHAPE, SLOTS
 from tests.unit.test_startup_log import config as engine_config
-from vllm_d2cache.attention.capture import ImportanceCapture, MapPool, keeps_map
-from vllm_d2cache.canvas import Request, tensor_bytes
-from vllm_d2cache.config import OptionError, RequestOptions, ServerOptions, parse_server_options
-from vllm_d2cache.denoiser import Denoiser
-from vllm_d2cache.memory_plan import (
+from vllm_d2cache.canvas.states import Request, tensor_bytes
+from vllm_d2cache.canvas.view import EditSpec, FamilyTraits, SamplingSpec, StoredRows
+from vllm_d2cache.engine.memory_plan import (
     DEFAULT_REQUEST_MEMORY,
     GIB,
     MemoryPlan,
@@ -29,11 +27,13 @@ from vllm_d2cache.memory_plan import (
     plan_memory,
     request_memory,
 )
+from vllm_d2cache.graphs.step_graphs import StepBuffers, graph_sizes
+from vllm_d2cache.mechanisms.importance import ImportanceCapture, MapPool, keeps_map
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.row_stats import ROWS_PER_TILE, statistics_bytes
+from vllm_d2cache.options.server import OptionError, RequestOptions, ServerOptions, parse_server_options
 from vllm_d2cache.policies import row_budget
-from vllm_d2cache.records import EditSpec, FamilyTraits, SamplingSpec, StoredRows
-from vllm_d2cache.step_graphs import StepBuffers, graph_sizes
+from vllm_d2cache.step.denoiser import Denoiser
 
 CPU = torch.device("cpu")
 NETWORK = Network(layers=3, hidden_size=64, heads=4, intermediate_size=96, head_size=16, vocab_size=4001, itemsize=4)

@@ -14,12 +14,12 @@ from tests.unit.batches import Batch, FakeJob, run_alone
 from tests.unit.strategies import POLICIES as STRATEGIES
 from tests.unit.strategies import jobs
 from tests.unit.views import outcome_of, view_of
-from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.canvas.view import CanvasView, FamilyTraits, StepOutcome, StepPlan
 from vllm_d2cache.mechanisms.base import Worker
+from vllm_d2cache.options.server import RequestOptions
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.policies.d2cache import D2CachePolicy
 from vllm_d2cache.policies.full import FullPolicy
-from vllm_d2cache.records import CanvasView, FamilyTraits, StepOutcome, StepPlan
 
 
 def policy(shift: int = 0, budget: int | None = None) -> D2CachePolicy:

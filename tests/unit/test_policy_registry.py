@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from vllm_d2cache import policy_registry
-from vllm_d2cache.option_types import Number
+from vllm_d2cache.options import plugins as policy_registry
+from vllm_d2cache.options.plugins import BUILT_IN, GROUP, PolicyError, PolicyRegistry, discover
+from vllm_d2cache.options.types import Number
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.policies.full import FullPolicy
-from vllm_d2cache.policy_registry import BUILT_IN, GROUP, PolicyError, PolicyRegistry, discover
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "policy_plugin"
@@ -106,7 +106,7 @@ def test_a_distribution_found_twice_counts_once(monkeypatch: pytest.MonkeyPatch)
     ("option", "spec"), [("window", Number(int, 0)), ("trace_dir", Number(int, 0)), ("cache_steps", Number(int, 1))]
 )
 def test_option_names_are_unique(option: str, spec: Number, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_d2cache import config
+    from vllm_d2cache.options import server as config
 
     monkeypatch.setattr(Mine, "options", {option: spec})
     sources = {name: [EntryPoint(name, path, GROUP)] for name, path in BUILT_IN.items()}
@@ -129,7 +129,7 @@ def test_built_in_options_have_defaults_that_are_valid() -> None:
 
 PROGRAM = """
 from tests.unit.batches import Batch, FakeJob
-from vllm_d2cache.config import OptionError, parse_server_options
+from vllm_d2cache.options.server import OptionError, parse_server_options
 
 options = {"policy": "periodic", "period": 3, "window": 4}
 job, mate = FakeJob([1, 2, 3], 8, options), FakeJob([1] * 9, 20, {"policy": "d2cache", "current_k": 4})

@@ -11,7 +11,7 @@ from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import case_names, load_case
 from tests.reference.published import denoise
 from tests.unit.test_oracle import MODELS, dense_model
-from vllm_d2cache.config import ServerOptions
+from vllm_d2cache.options.server import ServerOptions
 
 
 def random_case(seed: int) -> tuple[list[int], int, dict[str, Any]]:

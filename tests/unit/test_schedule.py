@@ -7,8 +7,8 @@ import torch
 
 from tests.unit.batches import MASK, Batch, FakeJob, run_alone
 from tests.unit.views import view_of
-from vllm_d2cache.records import FamilyTraits
-from vllm_d2cache.samplers.schedule import least_commits
+from vllm_d2cache.canvas.view import FamilyTraits
+from vllm_d2cache.decoders.schedule import least_commits
 
 
 def llada(tokens: int, steps: int) -> list[int]:

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_d2cache.canvas import CanvasStates, Request
-from vllm_d2cache.config import OptionError, RequestOptions
-from vllm_d2cache.infill import HOLE
-from vllm_d2cache.records import FamilyTraits, SamplingSpec
-from vllm_d2cache.snapshots import append_snapshots, pieces, read_snapshots, snapshot_interval, take_snapshots
+from vllm_d2cache.canvas.states import CanvasStates, Request
+from vllm_d2cache.canvas.view import FamilyTraits, SamplingSpec
+from vllm_d2cache.observe.snapshots import append_snapshots, pieces, read_snapshots, snapshot_interval, take_snapshots
+from vllm_d2cache.options.server import OptionError, RequestOptions
+from vllm_d2cache.requests.asked import HOLE
 
 MASK, STOP = 9, 8
 

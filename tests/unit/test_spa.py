@@ -17,17 +17,17 @@ from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
 from tests.unit.replay import one_by_one, replay
 from tests.unit.views import view_of
-from vllm_d2cache.attention.capture import TensorParallel
-from vllm_d2cache.config import ServerOptions
+from vllm_d2cache.canvas.view import FamilyTraits
 from vllm_d2cache.mechanisms.base import Worker
+from vllm_d2cache.mechanisms.importance import TensorParallel
 from vllm_d2cache.mechanisms.partial_forward import PartialForward
 from vllm_d2cache.mechanisms.row_store import RowStore
 from vllm_d2cache.mechanisms.stored_outputs import OutputHook
 from vllm_d2cache.mechanisms.value_directions import MOST_DIRECTIONS, ValueDirections, leading
 from vllm_d2cache.models.configs import DreamConfig, LLaDAConfig
 from vllm_d2cache.ops.paged_attention import PagedLayout
+from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.policies.spa import SPAPolicy
-from vllm_d2cache.records import FamilyTraits
 
 P, G = 3, 8
 ALL, CANVAS = list(range(11)), list(range(3, 11))

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.batches import MASK, Batch, FakeJob
-from vllm_d2cache.canvas import Request
-from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.canvas.states import Request
+from vllm_d2cache.canvas.view import SamplingSpec, StepResult, StepRows
+from vllm_d2cache.observe.trace import TraceRecorder, _file_name
 from vllm_d2cache.ops.row_stats import RowStats
-from vllm_d2cache.records import SamplingSpec, StepResult, StepRows
-from vllm_d2cache.trace import TraceRecorder, _file_name
+from vllm_d2cache.options.server import RequestOptions
 
 
 class TracedBatch(Batch):

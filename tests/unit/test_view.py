@@ -14,7 +14,7 @@ import pytest
 
 from tests.browser import Page, browser, find_browser
 from vllm_d2cache.cli import main
-from vllm_d2cache.trace_reader import TraceError, read_trace
+from vllm_d2cache.observe.trace_reader import TraceError, read_trace
 from vllm_d2cache.viewer.page import ranges, render_page
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_d2cache.models.weight_check import check_finite
+from vllm_d2cache.engine.weight_check import check_finite
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

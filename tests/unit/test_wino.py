@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.unit.batches import MASK, Batch, FakeJob, run_alone
 from tests.unit.strategies import jobs
 from tests.unit.test_decoders import chosen, made, step_of
-from vllm_d2cache.config import OptionError, parse_server_options
+from vllm_d2cache.options.server import OptionError, parse_server_options
 
 wino_options = st.fixed_dictionaries(
     {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from vllm_d2cache.canvas import make_view
-from vllm_d2cache.records import CanvasView, OptionColumns, StepOutcome
+from vllm_d2cache.canvas.states import make_view
+from vllm_d2cache.canvas.view import CanvasView, OptionColumns, StepOutcome
 
 _DEFAULTS: dict[str, float] = {
     "window": 1000,

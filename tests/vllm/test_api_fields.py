@@ -13,8 +13,8 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 
 from vllm_d2cache.compat import front_end
-from vllm_d2cache.request_check import check_sampling_params
-from vllm_d2cache.request_fields import BOOKKEEPING, WITHOUT_EFFECT, check_fields
+from vllm_d2cache.requests.check import check_sampling_params
+from vllm_d2cache.requests.fields import BOOKKEEPING, WITHOUT_EFFECT, check_fields
 
 pytestmark = pytest.mark.vllm
 

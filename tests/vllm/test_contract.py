@@ -14,10 +14,10 @@ from vllm.v1.request import Request
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_d2cache.compat import internals
-from vllm_d2cache.model_state import D2CacheModelState
+from vllm_d2cache.engine.model_state import D2CacheModelState
+from vllm_d2cache.engine.scheduler import D2CacheScheduler
 from vllm_d2cache.registration import ARCHITECTURES, register_all
-from vllm_d2cache.request_check import _UNSUPPORTED, check_sampling_params
-from vllm_d2cache.scheduler import D2CacheScheduler
+from vllm_d2cache.requests.check import _UNSUPPORTED, check_sampling_params
 
 pytestmark = pytest.mark.vllm
 

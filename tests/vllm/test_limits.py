@@ -13,9 +13,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_d2cache.compat import front_end
-from vllm_d2cache.config_hook import _known_quantisation, _refusals
+from vllm_d2cache.engine.config_hook import _known_quantisation, _refusals
 from vllm_d2cache.models.shape import TransformerShape
-from vllm_d2cache.request_check import check_sampling_params
+from vllm_d2cache.requests.check import check_sampling_params
 
 pytestmark = pytest.mark.vllm
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_d2cache.cli import UsageError
-from vllm_d2cache.config import PREFIX, OptionError, ServerOptions, parse_request_options
+from vllm_d2cache.options.server import PREFIX, OptionError, ServerOptions, parse_request_options
 
 if TYPE_CHECKING:
-    from vllm_d2cache.counters import StepCounters
+    from vllm_d2cache.observe.counters import StepCounters
 
 # Asked where no file of prompts is given.
 QUESTIONS = (

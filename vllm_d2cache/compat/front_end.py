@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from vllm_d2cache.canvas.grammar import check_schema, is_constrained, without_spare_whitespace
 from vllm_d2cache.compat import snapshot_stream
-from vllm_d2cache.config import (
+from vllm_d2cache.options.server import (
     CANVAS,
     DEFAULT_CANVAS_LENGTH,
     SECTION,
@@ -21,10 +22,9 @@ from vllm_d2cache.config import (
     parse_request_options,
     parse_server_options,
 )
-from vllm_d2cache.generation_defaults import UNSUPPORTED_DEFAULTS
-from vllm_d2cache.grammar import check_schema, is_constrained, without_spare_whitespace
-from vllm_d2cache.request_fields import WITHOUT_EFFECT, check_fields
-from vllm_d2cache.request_fit import check_fit
+from vllm_d2cache.requests.fields import WITHOUT_EFFECT, check_fields
+from vllm_d2cache.requests.fit import check_fit
+from vllm_d2cache.requests.generation_defaults import UNSUPPORTED_DEFAULTS
 
 _MARK = "_vllm_d2cache"
 # Request classes of the OpenAI server, and the fields in which a client may give the canvas length.
@@ -257,7 +257,7 @@ def _check_fit(params: Any, model_config: Any) -> None:
 
 
 def _check_memory(params: Any, config: Any, prompt_len: int) -> None:
-    from vllm_d2cache.memory_plan import check_memory
+    from vllm_d2cache.engine.memory_plan import check_memory
 
     _as_validation_error(check_memory, params, config, prompt_len)
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from vllm_d2cache.canvas.view import CanvasView, FamilyTraits
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.rollout import TensorParallel
-from vllm_d2cache.records import CanvasView, FamilyTraits
 
 if TYPE_CHECKING:
-    from vllm_d2cache.records import StepRows
+    from vllm_d2cache.canvas.view import StepRows
 
 KEYS, ROWS = "keys", "rows"  # every layer's rows see all keys; every layer computes all rows
 

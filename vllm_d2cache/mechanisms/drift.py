@@ -12,12 +12,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from vllm_d2cache.canvas import canvas_to_positions
+from vllm_d2cache.canvas.states import canvas_to_positions
+from vllm_d2cache.canvas.view import CanvasView, StepRows
 from vllm_d2cache.mechanisms.base import KEYS, ROWS, Finding, Hook, Mechanism, Use, Worker
 from vllm_d2cache.ops.attention_drift import attention_to, received_attention, shared_similarity
 from vllm_d2cache.ops.paged_attention import PagedLayout, read_kv
 from vllm_d2cache.ops.rollout import TensorParallel
-from vllm_d2cache.records import CanvasView, StepRows
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from vllm_d2cache.canvas.view import CanvasView, StepRows
 from vllm_d2cache.mechanisms.base import KEYS, Hook, Mechanism, Use, Wish, Worker
 from vllm_d2cache.ops.key_choice import choose_keys, mean_query_scores
 from vllm_d2cache.ops.paged_attention import PagedLayout, read_kv
 from vllm_d2cache.ops.rollout import TensorParallel
-from vllm_d2cache.records import CanvasView, StepRows
 
 
 class KeptKeys(NamedTuple):

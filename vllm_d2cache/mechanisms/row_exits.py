@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 
+from vllm_d2cache.canvas.view import CanvasView, StepRows
 from vllm_d2cache.mechanisms.base import KEYS, ROWS, Mechanism, Use, Wish, Worker
 from vllm_d2cache.mechanisms.canvas_rows import canvas_rows
 from vllm_d2cache.mechanisms.partial_forward import BeforeLayer, RowHook
@@ -21,7 +22,6 @@ from vllm_d2cache.mechanisms.row_store import RowStore
 from vllm_d2cache.ops.hidden_change import at_most_one, relative_change
 from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.value_change import most_changed
-from vllm_d2cache.records import CanvasView, StepRows
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 
+from vllm_d2cache.canvas.view import CanvasView, StepRows
 from vllm_d2cache.mechanisms.base import ROWS, Mechanism, Use, Wish, Worker
 from vllm_d2cache.mechanisms.canvas_rows import canvas_rows
 from vllm_d2cache.mechanisms.partial_forward import BeforeLayer, RowHook
@@ -20,7 +21,6 @@ from vllm_d2cache.mechanisms.row_store import RowStore
 from vllm_d2cache.mechanisms.value_directions import ValueDirections, leading
 from vllm_d2cache.ops.rollout import TensorParallel
 from vllm_d2cache.ops.value_change import change_parts, cosine_distance, most_changed, swap_values, write_keys
-from vllm_d2cache.records import CanvasView, StepRows
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
-from vllm_d2cache.attention.backend import D2CacheAttentionBackend
+from vllm_d2cache.engine.attention_backend import D2CacheAttentionBackend
 from vllm_d2cache.mechanisms.partial_forward import PartialForward
 from vllm_d2cache.models.configs import DiffusionLMConfig
 from vllm_d2cache.models.experts import SparseMLP
@@ -292,7 +292,7 @@ class DiffusionLM(nn.Module):
     @staticmethod
     def get_model_state_cls() -> type:
         """How vLLM's model runner finds the state class that conducts a step."""
-        from vllm_d2cache.model_state import D2CacheModelState
+        from vllm_d2cache.engine.model_state import D2CacheModelState
 
         return D2CacheModelState
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+from vllm_d2cache.canvas.view import DepthCurve, FamilyTraits
 from vllm_d2cache.models.shape import TransformerShape
-from vllm_d2cache.records import DepthCurve, FamilyTraits
 
 
 class DiffusionLMConfig(PretrainedConfig):

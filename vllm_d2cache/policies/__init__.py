@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.options.plugins import POLICY_CLASSES
+from vllm_d2cache.options.server import RequestOptions
 from vllm_d2cache.policies.base import CachePolicy
-from vllm_d2cache.policy_registry import POLICY_CLASSES
 
 
 def row_budget(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_d2cache.canvas import canvas_to_positions
-from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.canvas.states import canvas_to_positions
+from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
 from vllm_d2cache.mechanisms.base import Use, Worker
-from vllm_d2cache.option_types import Choice, Number
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.options.types import Choice, Number
 
 # More than any text has positions, and far from overflow.
 _LARGEST = 1 << 40

@@ -11,12 +11,12 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas import canvas_to_positions, positions_to_canvas
-from vllm_d2cache.config import REQUEST_FIELDS, RequestOptions
+from vllm_d2cache.canvas.states import canvas_to_positions, positions_to_canvas
+from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.ops.density import certainty_density
+from vllm_d2cache.options.server import REQUEST_FIELDS, RequestOptions
 from vllm_d2cache.policies.base import CachePolicy
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
 
 # Why a position waits for its refresh (D2CachePolicy.waiting).
 _OWED_CONTEXT, _OWED_COMMIT = 1, 2

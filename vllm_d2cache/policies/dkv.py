@@ -9,12 +9,12 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas import canvas_to_positions
-from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.canvas.states import canvas_to_positions
+from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
 from vllm_d2cache.mechanisms.base import Worker
-from vllm_d2cache.option_types import Choice, Number
+from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.options.types import Choice, Number
 from vllm_d2cache.policies.base import CachePolicy, nothing
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
 
 DECODE, PREFILL, PD = VARIANTS = ("decode", "prefill", "pd")
 

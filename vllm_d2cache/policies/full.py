@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.options.server import RequestOptions
 from vllm_d2cache.policies.base import CachePolicy
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
 
 
 class FullPolicy(CachePolicy):

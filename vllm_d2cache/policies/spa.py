@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import torch
 
+from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.mechanisms.stored_outputs import StoresOutputs
 from vllm_d2cache.mechanisms.value_directions import MOST_DIRECTIONS
-from vllm_d2cache.option_types import Choice, Number
+from vllm_d2cache.options.types import Choice, Number
 from vllm_d2cache.policies.dllm_cache import DLLMCachePolicy
-from vllm_d2cache.records import CanvasView
 
 GAUSSIAN, UNIFORM = DISTRIBUTIONS = ("gaussian", "uniform")
 
