@@ -19,7 +19,7 @@ from statistics import mean, quantiles
 from typing import Any
 
 from benchmarks.machine import caption, machine
-from vllm_d2cache.canvas.view import StepRows
+from vllm_d2cache.canvas.rows import StepRows
 
 MODELS = ("models/tiny-llada", "models/tiny-dream")
 PROMPTS, CANVASES = (64, 256, 768), (64, 256)
@@ -56,7 +56,7 @@ def measure(model: str) -> list[dict[str, Any]]:
     from vllm_d2cache.compat.internals import in_process_model_state
 
     llm = LLM(model, dtype="float32", max_num_seqs=REQUESTS, max_model_len=max(PROMPTS) + max(CANVASES))
-    denoiser = in_process_model_state(llm).denoiser
+    denoiser = in_process_model_state(llm).steps
     begin = denoiser.begin
     steps: list[tuple[int, int]] = []
 

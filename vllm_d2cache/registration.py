@@ -24,6 +24,8 @@ def register_all() -> None:
     from vllm_d2cache.engine.config_hook import DiffusionConfigHook
     from vllm_d2cache.models.configs import DreamConfig, LLaDAConfig, LLaDAMoEConfig
     from vllm_d2cache.models.tokenizer import register_tokenizers
+    from vllm_d2cache.requests.fields import check_fields
+    from vllm_d2cache.requests.fit import check_room
 
     for config in (LLaDAConfig, LLaDAMoEConfig, DreamConfig):
         register_config_class(config.model_type, config)
@@ -34,4 +36,4 @@ def register_all() -> None:
         ModelRegistry.register_model(architecture, path)
         register_config_hook(architecture, DiffusionConfigHook)
     cpu_runner.install(frozenset(ARCHITECTURES))
-    front_end.install(frozenset(ARCHITECTURES))
+    front_end.install(frozenset(ARCHITECTURES), front_end.FieldChecks(check_fields, check_room))

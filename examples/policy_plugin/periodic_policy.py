@@ -6,10 +6,11 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
-from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.canvas.view import CanvasView
+from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Number
 from vllm_d2cache.policies import CachePolicy
+from vllm_d2cache.policies.base import StepOutcome, StepPlan
 
 
 class PeriodicPolicy(CachePolicy):

@@ -25,6 +25,7 @@ from tests.reference.oracle import ORACLE
 from tests.reference.published import denoise
 from tests.unit.test_published import random_case
 from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.requests.resolve import resolve
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 
@@ -51,7 +52,7 @@ def test_engine_follows_the_specification(dream: Engine) -> None:
     requests = [{"prompt": p, "max_tokens": g, "options": o} for p, g, o in cases]
     for (prompt, canvas, options), (tokens, trace) in zip(cases, dream.run(requests), strict=True):
         steps = [(line["refreshed"], [tuple(pair) for pair in line["committed"]]) for line in trace[1:-1]]
-        wanted, final = denoise(DenseDream(ORACLE / "dream"), prompt, canvas, ServerOptions({}).resolve(options))
+        wanted, final = denoise(DenseDream(ORACLE / "dream"), prompt, canvas, resolve(ServerOptions({}), options))
         assert steps == wanted, options
         assert tokens == final, options
 

@@ -86,7 +86,7 @@ def test_drift_is_measured_for_those_who_read_it(engine: Engine, monkeypatch: py
 def test_directions_are_found_for_those_who_compare_by_them(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for each layer but the first, whatever the number of requests and steps."""
     state = runner_of(engine).model_state
-    store = state.denoiser._mechanisms[StoresOutputs]
+    store = state.steps._mechanisms[StoresOutputs]
     monkeypatch.setattr(store, "directions", value_directions.ValueDirections())
     sizes: list[tuple[int, ...]] = []
     eigh = torch.linalg.eigh

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vllm_d2cache.attention.drift import DriftMeter, FocusBySlot
+from vllm_d2cache.attention.drift import FocusBySlot
 
 from tests.reference.elastic import DriftLoop
-from vllm_d2cache.canvas.view import Drift, WatchedRows
-from vllm_d2cache.mechanisms.importance import TensorParallel
+from vllm_d2cache.mechanisms.drift import Drift, DriftMeter, WatchedRows
 from vllm_d2cache.ops import attention_drift
 from vllm_d2cache.ops.attention_drift import attention_to, received_attention, shared_similarity
 from vllm_d2cache.ops.paged_attention import PagedLayout
+from vllm_d2cache.ops.rollout import TensorParallel
 
 HEADS, KV_HEADS, SIZE, SCALE = 4, 2, 8, 0.4
 BLOCK = 4

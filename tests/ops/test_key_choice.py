@@ -9,10 +9,10 @@ import torch
 from vllm_d2cache.attention.eviction import KeptBySlot, LayerKeys
 
 from tests.ops.test_paged_attention import HEAD, make_paged
-from vllm_d2cache.canvas.view import KeyChoice
-from vllm_d2cache.mechanisms.importance import TensorParallel
+from vllm_d2cache.mechanisms.hidden_keys import KeyChoice
 from vllm_d2cache.ops.key_choice import choose_keys, mean_query_scores
 from vllm_d2cache.ops.paged_attention import read_kv
+from vllm_d2cache.ops.rollout import TensorParallel
 
 
 @pytest.mark.parametrize("heads", [(8, 2), (4, 4)], ids=["gqa", "mha"])

@@ -7,15 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_d2cache.canvas.states import Request
-from vllm_d2cache.canvas.view import FamilyTraits, SamplingSpec, StepResult
-from vllm_d2cache.graphs.step_graphs import GraphStep, StepGraphs
-from vllm_d2cache.mechanisms.importance import ImportanceCapture
+from vllm_d2cache.canvas.request import Request, SamplingSpec
+from vllm_d2cache.canvas.rows import StepResult
+from vllm_d2cache.canvas.traits import FamilyTraits
+from vllm_d2cache.graphs.step_graphs import StepGraphs
+from vllm_d2cache.mechanisms.base import Worker
+from vllm_d2cache.mechanisms.importance import ImportanceCapture, ImportanceHook, MapPool
 from vllm_d2cache.ops.paged_attention import PagedLayout, paged_attention, write_kv
 from vllm_d2cache.options.server import ServerOptions
-from vllm_d2cache.policies import row_budget
-from vllm_d2cache.step.denoiser import Denoiser
-from vllm_d2cache.step.runner import Pages, Step, StepRunner
+from vllm_d2cache.policies.budget import row_budget
+from vllm_d2cache.requests.resolve import resolve
+from vllm_d2cache.step.pages import Pages
+from vllm_d2cache.step.runner import StepRunner
 
 VOCAB, MASK, HEADS, HEAD, PAGE, LAYERS = 29, 5, 2, 16, 16, 2
 TEXTS = [(24, 8), (40, 13)]  # prompt and canvas of each request
@@ -39,7 +42,7 @@ class Loop:
         server = ServerOptions({})
         self.texts, self.device = texts, device
         longest = max(p + g for p, g in texts)
-        self.denoiser = Denoiser(len(texts), longest, device, FamilyTraits(MASK), server)
+        self.steps = StepRunner(Worker(len(texts), longest, device, FamilyTraits(MASK), server))
         blocks = -(-longest // PAGE)
         self.table = 1 + torch.arange(len(texts) * blocks, dtype=torch.int32, device=device).view(len(texts), -1)
         shape = (1 + self.table.numel(), HEADS, PAGE, 2 * HEAD)
@@ -48,22 +51,21 @@ class Loop:
         self.embedding = torch.randn(VOCAB, HEADS, HEAD, generator=generator).to(device)
         self.place = torch.randn(longest, HEADS, HEAD, generator=generator).to(device)
         self.head = torch.randn(HEADS * HEAD, VOCAB, generator=generator).to(device)
-        self.steps = StepRunner(self.denoiser)
         self.graph_steps = 0
         for slot, (p, g) in enumerate(texts):
-            chosen = server.resolve(options[slot] if isinstance(options, list) else options)
+            chosen = resolve(server, options[slot] if isinstance(options, list) else options)
             rows = row_budget(chosen, p, g, None)
             prompt = np.random.default_rng(slot).integers(6, VOCAB, p)
             request = Request(f"r{slot}", p, g, chosen, sampling or SamplingSpec(), rows)
-            self.denoiser.add(slot, request, prompt)
+            self.steps.add(slot, request, prompt)
 
     @property
     def graphs(self) -> StepGraphs | None:
-        return self.steps.graphs
+        return self.steps.forms.graphs
 
     @graphs.setter
     def graphs(self, graphs: StepGraphs) -> None:
-        self.steps.graphs = graphs
+        self.steps.forms.graphs = graphs
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, layout: PagedLayout, capture: ImportanceCapture
@@ -84,16 +86,22 @@ class Loop:
         if slots is not None:
             index = torch.tensor(slots, device=self.device)
         steps = self.steps
-        step = steps.open(index, host) if padded and steps.graphs is not None else None
-        if step is None:
-            assert not padded or self.denoiser.can_pad(host)
-            step = Step(self.denoiser.begin(index, host, padded))
+        assert not padded or steps.forms.can_pad(host)
+        step = steps.open(index, host, padded)
         rows = step.rows
-        steps.place(step, Pages(self.table[rows.view.slots], PAGE, [-1] * len(host)))
-        if isinstance(step.leaves, GraphStep):
+        steps.place(step, Pages(self.table[rows.view.slots], PAGE))
+        if step.graph is not None:
             self.graph_steps += 1
-            hidden = step.leaves.replay()
+            hidden = step.graph.replay()
         else:
-            assert step.layout is not None and step.leaves is not None
-            hidden = self.forward(rows.input_ids, rows.positions, step.layout, step.leaves)
+            assert step.layout is not None
+            (hook,) = step.hooks or (None,)
+            capture = hook.capture if isinstance(hook, ImportanceHook) else nobody(step.layout)
+            hidden = self.forward(rows.input_ids, rows.positions, step.layout, capture)
         return steps.close(step, hidden[rows.logits_rows], lambda x: x @ self.head).result
+
+
+def nobody(layout: PagedLayout) -> ImportanceCapture:
+    """A capture of a step whose requests do not read importance."""
+    wanted = [False] * len(layout.counts)
+    return ImportanceCapture(layout, wanted, layout.slots.new_zeros(layout.slots.shape), MapPool())

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from vllm_d2cache.ops import dispatch
-from vllm_d2cache.ops.backends import AttentionShape, BackendError, reasons, select_backend
-from vllm_d2cache.options.server import ATTENTION_BACKENDS, OptionError, parse_server_options
+from vllm_d2cache.ops.backends import BackendError, reasons, select_backend
+from vllm_d2cache.ops.paged_attention import AttentionShape
+from vllm_d2cache.options.server import ATTENTION_BACKENDS
+from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.requests.resolve import parse_server_options
 
 CPU = torch.device("cpu")
 SHAPE = AttentionShape(4, 2, 64, 16, torch.float32)

@@ -13,7 +13,8 @@ from vllm_d2cache.cli import UsageError, main
 from vllm_d2cache.cli.grid import Cell, Prompt, Setting, agreement, general_questions, pairs_of, read_prompts
 from vllm_d2cache.cli.report import HEADS, markdown_table, text_table, write_json
 from vllm_d2cache.decoders.frequencies import count_frequencies, load_frequencies
-from vllm_d2cache.options.server import OptionError, ServerOptions
+from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.options.types import OptionError
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-llada"
 

@@ -6,17 +6,20 @@ from typing import Any
 
 import pytest
 
-from vllm_d2cache.options.server import (
-    DECODER_OPTIONS,
+from vllm_d2cache.decoders import DECODER_CLASSES
+from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.options.server import SERVER_FIELDS, ServerOptions
+from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.policies.d2cache import D2CachePolicy
+from vllm_d2cache.requests.fit import check_options_fit
+from vllm_d2cache.requests.resolve import (
     REQUEST_FIELDS,
-    SERVER_ONLY_FIELDS,
-    OptionError,
-    RequestOptions,
-    ServerOptions,
     parse_request_options,
     parse_server_options,
+    resolve,
 )
 
+DECODER_FIELDS = {name: spec for cls in DECODER_CLASSES.values() for name, spec in cls.options.items()}
 INF, NAN = float("inf"), float("nan")
 
 # Field -> valid values, and what each is read as.
@@ -90,7 +93,7 @@ INTEGERS = ("window", "tokens_per_step", "current_k", "inflate_w", "kl_history_l
 
 def refused() -> list[tuple[str, Any]]:
     cases = list(OUT_OF_RANGE)
-    for name in REQUEST_FIELDS:
+    for name in {**REQUEST_FIELDS, **D2CachePolicy.options, **DECODER_FIELDS}:
         wrong = WRONG_FOR_CHOICES if name in CHOICES else WRONG_FOR_NUMBERS
         cases += [(name, value) for value in wrong]
         if name in INTEGERS:
@@ -98,16 +101,16 @@ def refused() -> list[tuple[str, Any]]:
     return cases
 
 
-def resolve(request: dict[str, Any] | None = None, server: dict[str, Any] | None = None) -> RequestOptions:
+def resolved(request: dict[str, Any] | None = None, server: dict[str, Any] | None = None) -> RequestOptions:
     """The whole way: both levels parsed, the request's over the server's over the defaults."""
     prefixed = {f"d2cache_{name}": value for name, value in (request or {}).items()}
     table = {"token_frequencies": "table.npy"}
-    return parse_server_options({**table, **(server or {})}).resolve(parse_request_options(prefixed))
+    return resolve(parse_server_options({**table, **(server or {})}), parse_request_options(prefixed))
 
 
 def reader_of(name: str) -> dict[str, str]:
     """The decoder to choose so that option ``name`` is read; nothing if the default one reads it."""
-    readers = [decoder for decoder, names in DECODER_OPTIONS.items() if name in names]
+    readers = [d for d, cls in DECODER_CLASSES.items() if name in (*cls.options, *cls.reads)]
     return chosen(readers[0]) if readers and readers[0] != "confidence" else {}
 
 
@@ -118,7 +121,7 @@ def chosen(decoder: str) -> dict[str, str]:
 
 def test_defaults_are_the_published_ones() -> None:
     """d2cache.md, section 10: d2Cache decodes the whole canvas at sigma 10 with k = 32, p = 0.1 and no inflation."""
-    options = resolve()
+    options = resolved()
     assert options == RequestOptions(
         policy="d2cache",
         window=0,
@@ -127,12 +130,14 @@ def test_defaults_are_the_published_ones() -> None:
         factor=0.0,
         score="confidence",
         sigma=10.0,
-        selection_sigma=10.0,
-        current_k=32,
-        rollout_p=0.1,
-        inflate_w=0,
-        confidence_memory="first",
         confidence_top_p=1.0,
+        policy_options={
+            "selection_sigma": 10.0,
+            "current_k": 32,
+            "rollout_p": 0.1,
+            "inflate_w": 0,
+            "confidence_memory": "first",
+        },
     )
     assert not options.commits_many
 
@@ -140,51 +145,52 @@ def test_defaults_are_the_published_ones() -> None:
 @pytest.mark.parametrize("rule", [{"threshold": 0.9}, {"factor": 1.0}])
 @pytest.mark.parametrize("level", ["request", "server"])
 def test_a_parallel_rule_switches_to_the_published_parallel_defaults(level: str, rule: dict[str, float]) -> None:
-    options = resolve(**{level: rule})
-    assert (options.window, options.inflate_w, options.sigma, options.selection_sigma) == (32, 4, 0.0, 10.0)
+    options = resolved(**{level: rule})
+    assert (options.window, options.value("inflate_w"), options.sigma) == (32, 4, 0.0)
+    assert options.value("selection_sigma") == 10.0
     assert options.commits_many
 
 
 @pytest.mark.parametrize("level", ["request", "server"])
 def test_what_is_set_survives_the_switch(level: str) -> None:
-    options = resolve(**{level: {"threshold": 0.9, "window": 8, "inflate_w": 0, "sigma": 3.0}})
-    assert (options.window, options.inflate_w, options.sigma) == (8, 0, 3.0)
+    options = resolved(**{level: {"threshold": 0.9, "window": 8, "inflate_w": 0, "sigma": 3.0}})
+    assert (options.window, options.value("inflate_w"), options.sigma) == (8, 0, 3.0)
 
 
 def test_a_rule_that_is_off_switches_nothing() -> None:
-    assert resolve({"threshold": 0, "factor": 0.0}) == resolve()
-    assert resolve({"threshold": 0}, {"threshold": 0.9}) == resolve()
+    assert resolved({"threshold": 0, "factor": 0.0}) == resolved()
+    assert resolved({"threshold": 0}, {"threshold": 0.9}) == resolved()
 
 
 def test_request_over_server_over_defaults() -> None:
-    options = resolve({"current_k": 8}, {"current_k": 16, "rollout_p": 0.3})
-    assert (options.current_k, options.rollout_p, options.sigma) == (8, 0.3, 10.0)
+    options = resolved({"current_k": 8}, {"current_k": 16, "rollout_p": 0.3})
+    assert (options.value("current_k"), options.value("rollout_p"), options.sigma) == (8, 0.3, 10.0)
 
 
 @pytest.mark.parametrize(("mine", "other"), [("threshold", "factor"), ("factor", "threshold")])
 def test_a_request_that_picks_one_rule_drops_the_servers_other(mine: str, other: str) -> None:
-    options = resolve({mine: 0.5}, {other: 0.9, "window": 16})
+    options = resolved({mine: 0.5}, {other: 0.9, "window": 16})
     assert (getattr(options, mine), getattr(options, other), options.window) == (0.5, 0.0, 16)
-    assert getattr(resolve({mine: 0}, {other: 0.9}), other) == 0.9
+    assert getattr(resolved({mine: 0}, {other: 0.9}), other) == 0.9
 
 
 @pytest.mark.parametrize("level", ["request", "server"])
 def test_both_rules_are_refused(level: str) -> None:
     with pytest.raises(OptionError, match=r"threshold.*factor"):
-        resolve(**{level: {"threshold": 0.9, "factor": 1.0}})
+        resolved(**{level: {"threshold": 0.9, "factor": 1.0}})
 
 
 def test_both_rules_across_levels_are_refused_only_if_the_request_names_both() -> None:
     with pytest.raises(OptionError):
-        resolve({"threshold": 0.9, "factor": 1.0}, {"threshold": 0.5})
-    assert resolve({"threshold": 0.9, "factor": 0}, {"factor": 1.0}).factor == 0.0
+        resolved({"threshold": 0.9, "factor": 1.0}, {"threshold": 0.5})
+    assert resolved({"threshold": 0.9, "factor": 0}, {"factor": 1.0}).factor == 0.0
 
 
 @pytest.mark.parametrize(("name", "value", "parsed"), ACCEPTED)
 def test_valid_values_are_read(name: str, value: Any, parsed: Any) -> None:
     decoder = reader_of(name)
-    for options in (resolve({**decoder, name: value}), resolve(server={**decoder, name: value})):
-        got = getattr(options, name)
+    for options in (resolved({**decoder, name: value}), resolved(server={**decoder, name: value})):
+        got = options.value(name)
         assert got == parsed
         assert type(got) is type(parsed)
 
@@ -231,8 +237,8 @@ def test_unknown_server_keys_are_refused_with_the_valid_ones(key: str) -> None:
 
 def test_pc_needs_a_table() -> None:
     for server, request in [({}, {"d2cache_decoder": "pc"}), ({"decoder": "pc"}, {})]:
-        with pytest.raises(OptionError, match="'pc' needs a table of corpus frequencies"):
-            parse_server_options(server).resolve(parse_request_options(request))
+        with pytest.raises(OptionError, match="'pc' needs token_frequencies"):
+            resolve(parse_server_options(server), parse_request_options(request))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +253,7 @@ def test_server_only_fields() -> None:
     options = parse_server_options({"trace_dir": "traces", "refresh_budget": 64})
     assert (options.trace_dir, options.refresh_budget) == ("traces", 64)
     assert parse_server_options({"token_frequencies": "t.npy"}).token_frequencies == "t.npy"
-    empty = parse_server_options(dict.fromkeys(SERVER_ONLY_FIELDS))
+    empty = parse_server_options(dict.fromkeys(SERVER_FIELDS))
     assert empty == parse_server_options(None) == parse_server_options({}) == ServerOptions({})
 
 
@@ -292,10 +298,11 @@ def test_window_length() -> None:
     assert RequestOptions(window=99).window_length(24) == 24
 
 
+READ = {decoder: (*cls.options, *cls.reads) for decoder, cls in DECODER_CLASSES.items()}
 FOREIGN = [
     (decoder, name)
-    for decoder, own in DECODER_OPTIONS.items()
-    for name in dict.fromkeys(n for names in DECODER_OPTIONS.values() for n in names)
+    for decoder, own in READ.items()
+    for name in dict.fromkeys(n for names in READ.values() for n in names)
     if name not in own
 ]
 EXAMPLE: dict[str, Any] = {"score": "margin", "factor": 1.0}
@@ -305,63 +312,63 @@ EXAMPLE: dict[str, Any] = {"score": "margin", "factor": 1.0}
 def test_an_option_of_another_decoder_is_refused_where_the_request_names_it(decoder: str, name: str) -> None:
     value = EXAMPLE.get(name, 1)
     with pytest.raises(OptionError) as error:
-        resolve({**chosen(decoder), name: value})
+        resolved({**chosen(decoder), name: value})
     assert str(error.value).startswith(f"d2cache_{name}: not an option of d2cache_decoder '{decoder}'")
-    for valid in DECODER_OPTIONS[decoder]:
+    for valid in READ[decoder]:
         assert f"d2cache_{valid}" in str(error.value)
     with pytest.raises(OptionError, match=f"d2cache_{name}: not an option"):
-        resolve({name: value}, chosen(decoder))
+        resolved({name: value}, chosen(decoder))
 
 
 def test_server_defaults_of_one_decoder_do_not_reach_another() -> None:
     server = {"decoder": "eb", "gamma": 0.5, "threshold": 0.9}
-    assert (resolve({}, server).gamma, resolve({}, server).threshold) == (0.5, 0.0)
-    options = resolve({"decoder": "confidence"}, server)
-    assert (options.threshold, options.gamma) == (0.9, RequestOptions.gamma)
+    assert (resolved({}, server).value("gamma"), resolved({}, server).threshold) == (0.5, 0.0)
+    options = resolved({"decoder": "confidence"}, server)
+    assert (options.threshold, options.decoder_options) == (0.9, {})
 
 
 @pytest.mark.parametrize("decoder", ["eb", "klass", "credit", "hierarchical", "localleap"])
 def test_parallel_decoders_bring_the_parallel_defaults(decoder: str) -> None:
-    options = resolve({"decoder": decoder})
-    assert (options.window, options.inflate_w, options.sigma) == (32, 4, 0.0)
+    options = resolved({"decoder": decoder})
+    assert (options.window, options.value("inflate_w"), options.sigma) == (32, 4, 0.0)
     assert options.commits_many
-    assert resolve({"decoder": decoder, "window": 0, "sigma": 2}).sigma == 2.0
+    assert resolved({"decoder": decoder, "window": 0, "sigma": 2}).sigma == 2.0
 
 
 @pytest.mark.parametrize("decoder", ["klass", "credit", "hierarchical", "localleap"])
 def test_a_decoder_that_needs_a_threshold_has_one(decoder: str) -> None:
-    assert resolve({"decoder": decoder}).threshold == resolve({}, {"decoder": decoder}).threshold == 0.9
-    assert resolve({"decoder": decoder}, {"threshold": 0.7}).threshold == 0.7
+    assert resolved({"decoder": decoder}).threshold == resolved({}, {"decoder": decoder}).threshold == 0.9
+    assert resolved({"decoder": decoder}, {"threshold": 0.7}).threshold == 0.7
     with pytest.raises(OptionError, match=f"d2cache_threshold: must be > 0 with d2cache_decoder '{decoder}'"):
-        resolve({"decoder": decoder, "threshold": 0})
+        resolved({"decoder": decoder, "threshold": 0})
 
 
 def test_klass_takes_a_factor_in_place_of_a_threshold() -> None:
-    options = resolve({"decoder": "klass", "factor": 1.0})
+    options = resolved({"decoder": "klass", "factor": 1.0})
     assert (options.threshold, options.factor) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("level", ["request", "server"])
 def test_steps_and_tokens_per_step_are_refused_together(level: str) -> None:
     with pytest.raises(OptionError, match=r"steps.*tokens_per_step"):
-        resolve(**{level: {"steps": 8, "tokens_per_step": 1}})
-    assert resolve(**{level: {"steps": 0, "tokens_per_step": 2}}).tokens_per_step == 2
+        resolved(**{level: {"steps": 8, "tokens_per_step": 1}})
+    assert resolved(**{level: {"steps": 0, "tokens_per_step": 2}}).tokens_per_step == 2
 
 
 def test_a_request_that_gives_steps_drops_the_servers_tokens_per_step() -> None:
-    options = resolve({"steps": 8}, {"tokens_per_step": 4})
+    options = resolved({"steps": 8}, {"tokens_per_step": 4})
     assert (options.steps, options.tokens_per_step) == (8, 1)
-    options = resolve({"tokens_per_step": 4}, {"steps": 8})
+    options = resolved({"tokens_per_step": 4}, {"steps": 8})
     assert (options.steps, options.tokens_per_step) == (0, 4)
-    assert resolve({"steps": 8}).commits_many
-    assert resolve({"steps": 8}).sigma == 10.0, "a number of steps is no parallel rule"
+    assert resolved({"steps": 8}).commits_many
+    assert resolved({"steps": 8}).sigma == 10.0, "a number of steps is no parallel rule"
 
 
 def test_steps_must_divide_among_the_windows() -> None:
-    options = resolve({"steps": 12, "window": 8})
-    options.check_canvas(32, 99)
-    options.check_canvas(17, 99)  # windows of 8, 8 and 1
+    options = resolved({"steps": 12, "window": 8})
+    check_options_fit(options, 32, 99, False)
+    check_options_fit(options, 17, 99, False)  # windows of 8, 8 and 1
     with pytest.raises(OptionError, match="d2cache_steps: must be a multiple of 5"):
-        options.check_canvas(40, 99)
-    resolve({"steps": 7}).check_canvas(40, 99)
-    resolve().check_canvas(40, 99)
+        check_options_fit(options, 40, 99, False)
+    check_options_fit(resolved({"steps": 7}), 40, 99, False)
+    check_options_fit(resolved(), 40, 99, False)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.batches import MASK, VOCAB, Batch, FakeJob, run_alone
 from tests.unit.edits import NEVER, edited, specs
 from tests.unit.strategies import jobs
-from vllm_d2cache.canvas.view import EditSpec, SamplingSpec
+from vllm_d2cache.canvas.request import EditSpec, SamplingSpec
 
 
 def with_edits(job: FakeJob, spec: EditSpec, **sampling: object) -> FakeJob:
@@ -65,7 +65,7 @@ def test_a_reused_slot_remembers_no_edits(before: FakeJob, spec: EditSpec, job: 
     batch.slot = lambda i: 1  # type: ignore[method-assign]
     batch.add(0)
     batch.step([0])
-    batch.denoiser.remove(1)
+    batch.runner.remove(1)
     batch.add(1)
     while not batch.jobs[1].done:
         batch.step([1])
@@ -94,8 +94,8 @@ def test_a_token_is_not_penalised_for_itself_where_it_is_verified() -> None:
     batch.add(0)
     batch.step([0])
     ((written, token),) = batch.jobs[0].steps[0].committed
-    rows = batch.denoiser.begin(torch.tensor([batch.slot(0)]), [batch.slot(0)])
-    edits = batch.denoiser.constraints.of_slots(rows, torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    rows = batch.runner.begin(torch.tensor([batch.slot(0)]), [batch.slot(0)])
+    edits = batch.runner.constraints.of_slots(rows, torch.zeros(4, dtype=torch.int64), torch.arange(4))
     assert edits is not None
     logits = torch.zeros(4, VOCAB)
     edits.apply(logits)
@@ -106,5 +106,5 @@ def test_nobody_asks_nothing_is_built() -> None:
     batch = Batch([FakeJob([1, 2], 4, sampling=SamplingSpec(edits=EditSpec(stop_ids=(3,))))])
     batch.add(0)
     slots = [batch.slot(0)]
-    rows = batch.denoiser.begin(torch.tensor(slots), slots)
-    assert batch.denoiser.constraints.of_slots(rows, *rows.predicted_index) is None
+    rows = batch.runner.begin(torch.tensor(slots), slots)
+    assert batch.runner.constraints.of_slots(rows, *rows.predicted_index) is None

@@ -13,7 +13,7 @@ def test_counters_are_the_sums_of_all_steps() -> None:
     ]
     batch = Batch(jobs)
     batch.run([0, 2, 3])
-    counters = batch.denoiser.counters
+    counters = batch.runner.counters
     steps = [(job, step) for job in jobs for step in job.steps]
     assert counters.steps == len(steps)
     assert counters.rows == sum(len(step.refreshed) for _, step in steps)
@@ -31,7 +31,7 @@ def test_keys_that_a_policy_hides_are_not_counted() -> None:
     batch = Batch([FakeJob([1] * 10, 4, {"policy": "sparse_dllm", "keep_ratio": 0.5, "window": 4})])
     batch.run()
     assert len(batch.jobs[0].steps) == 4
-    assert batch.denoiser.counters.keys == 14 + 14 + 2 * (4 + 5)
+    assert batch.runner.counters.keys == 14 + 14 + 2 * (4 + 5)
 
 
 def test_shadows_are_rows_but_no_keys() -> None:
@@ -39,7 +39,7 @@ def test_shadows_are_rows_but_no_keys() -> None:
         [FakeJob([1, 2], 12, {"decoder": "wino", "policy": "full", "window": 6, "wide_in_thres": 0.1}, noise=4)]
     )
     batch.run()
-    steps, counters = batch.jobs[0].steps, batch.denoiser.counters
+    steps, counters = batch.jobs[0].steps, batch.runner.counters
     assert counters.keys == 14 * len(steps)
     # All steps but the first of each window verify.
     assert counters.rows == 14 * len(steps) + 6 * (len(steps) - 2)

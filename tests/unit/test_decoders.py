@@ -15,7 +15,7 @@ from vllm_d2cache.decoders import DECODER_CLASSES, Decoder, DecoderResources, De
 from vllm_d2cache.decoders.klass import KlassDecoder
 from vllm_d2cache.decoders.pool import CanvasPool
 from vllm_d2cache.ops.row_stats import RowParams, RowStats
-from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.options.request import RequestOptions
 
 FREQUENCIES = torch.tensor([0.5, 0.25, 0.125, 1.0, 0.0])
 

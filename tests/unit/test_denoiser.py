@@ -15,10 +15,9 @@ from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
 from tests.unit.batches import MASK, VOCAB, Batch, FakeJob, run_alone
 from tests.unit.strategies import POLICIES, jobs
-from vllm_d2cache.canvas.states import Request
-from vllm_d2cache.canvas.view import SamplingSpec
+from vllm_d2cache.canvas.request import Request, SamplingSpec
 from vllm_d2cache.decoders import DECODER_CLASSES
-from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.policies import POLICY_CLASSES
 
 
@@ -87,7 +86,7 @@ def test_a_reused_slot_remembers_nothing(before: FakeJob, job: FakeJob, steps: i
     for _ in range(steps):
         if not batch.jobs[0].done:
             batch.step([0])
-    batch.denoiser.remove(1)
+    batch.runner.remove(1)
     batch.add(1)
     while not batch.jobs[1].done:
         batch.step([1])
@@ -100,7 +99,7 @@ def test_what_an_earlier_tenant_left_behind_its_successor_is_not_refreshed() -> 
     batch = Batch([tenant, short, wide])
     batch.slot = lambda i: (1, 1, 2)[i]  # type: ignore[method-assign]
     batch.add(0)
-    batch.denoiser.remove(1)
+    batch.runner.remove(1)
     batch.add(1)
     batch.add(2)
     while not short.done:
@@ -170,7 +169,7 @@ def test_a_preempted_request_resumes_in_the_same_slot(job: FakeJob, steps: int) 
             batch.step([0])
     if first.done:
         return
-    batch.denoiser.remove(batch.slot(0))
+    batch.runner.remove(batch.slot(0))
     rest = job.fresh()
     rest.emitted_before = len(first.output)
     batch.jobs = [rest]
@@ -184,7 +183,7 @@ def test_mask_ids_in_the_prompt_are_prompt_tokens() -> None:
     job = FakeJob([1, MASK, MASK, 3, MASK], 6, {"current_k": 2})
     batch = Batch([job])
     batch.run()
-    canvas = batch.denoiser.canvas
+    canvas = batch.runner.canvas
     assert canvas.tokens[batch.slot(0), :5].tolist() == job.prompt
     assert sorted(s for step in job.steps for s, _ in step.committed) == list(range(6))
 
@@ -196,7 +195,7 @@ def test_the_network_sees_committed_tokens_and_masks() -> None:
     slot = batch.slot(0)
     known: dict[int, int] = {}
     for _ in range(5):
-        rows = batch.denoiser.begin(torch.tensor([slot]), [slot])
+        rows = batch.runner.begin(torch.tensor([slot]), [slot])
         assert rows.input_ids.tolist() == [1, 2, *(known.get(g, MASK) for g in range(5))]
         batch.step([0])
         known |= dict(job.steps[-1].committed)
@@ -232,7 +231,7 @@ def test_shifted_logits_come_from_the_position_on_the_left(shift: int) -> None:
     batch = Batch([FakeJob([1, 2, 3], 4, {"policy": "full"})], shift=shift)
     batch.add(0)
     slot = batch.slot(0)
-    rows = batch.denoiser.begin(torch.tensor([slot]), [slot])
+    rows = batch.runner.begin(torch.tensor([slot]), [slot])
     assert rows.positions[rows.logits_rows].tolist() == [3 + g - shift for g in range(4)]
 
 
@@ -300,5 +299,5 @@ def test_add_takes_any_integer_array() -> None:
     batch = Batch([FakeJob([1, 2, 3], 4)])
     request = Request("x", 3, 4, RequestOptions(), SamplingSpec())
     for dtype in (np.int32, np.int64):
-        batch.denoiser.add(0, request, np.array([[9, 8, 7], [3, 2, 1]], dtype=dtype)[1, ::-1])
-        assert batch.denoiser.canvas.tokens[0, :7].tolist() == [1, 2, 3, *[MASK] * 4]
+        batch.runner.add(0, request, np.array([[9, 8, 7], [3, 2, 1]], dtype=dtype)[1, ::-1])
+        assert batch.runner.canvas.tokens[0, :7].tolist() == [1, 2, 3, *[MASK] * 4]

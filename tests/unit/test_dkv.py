@@ -7,6 +7,7 @@ import pytest
 from tests.unit.replay import one_by_one, replay
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.policies import POLICY_CLASSES
+from vllm_d2cache.requests.resolve import resolve
 
 P, G = 3, 8
 ALL = list(range(P + G))
@@ -76,5 +77,5 @@ def test_pd_never_refreshes_the_prompt(shift: int) -> None:
 
 def test_rows_reserved() -> None:
     for variant, rows in [("decode", 108), ("prefill", 9), ("pd", 9)]:
-        options = ServerOptions({}).resolve({"policy": "dkv", "dkv_variant": variant})
+        options = resolve(ServerOptions({}), {"policy": "dkv", "dkv_variant": variant})
         assert POLICY_CLASSES["dkv"].max_rows(options, 100, 8, 5) == rows

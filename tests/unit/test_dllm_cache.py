@@ -14,12 +14,12 @@ from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE, load_case
 from tests.unit.batches import LAYERS, Batch, FakeJob
 from tests.unit.replay import one_by_one, replay
-from vllm_d2cache.mechanisms.importance import TensorParallel
 from vllm_d2cache.mechanisms.partial_forward import BeforeLayer, PartialForward
 from vllm_d2cache.mechanisms.row_store import RowStore
 from vllm_d2cache.mechanisms.stored_outputs import OutputHook
 from vllm_d2cache.mechanisms.value_directions import ValueDirections
 from vllm_d2cache.ops.paged_attention import PagedLayout
+from vllm_d2cache.ops.rollout import TensorParallel
 from vllm_d2cache.ops.value_change import change_parts
 
 P, G = 3, 8
@@ -72,13 +72,13 @@ def test_rows_of_mates_are_computed_and_nobody_else_pays() -> None:
         batch.add(i)
     slots = [batch.slot(i) for i in range(2)]
     batch.step([0, 1])
-    rows = batch.denoiser.begin(torch.tensor(slots), slots)
+    rows = batch.runner.begin(torch.tensor(slots), slots)
     (hook,) = rows.hooks
     first = rows.counts[0]
     assert hook.stored.tolist() == [False] * first + [True] * 6
     assert hook.computed == [[first, 1]] * (LAYERS - 1)
     assert list(hook.kept) == [1]
-    assert batch.denoiser.begin(torch.tensor(slots[:1]), slots[:1]).hooks == ()
+    assert batch.runner.begin(torch.tensor(slots[:1]), slots[:1]).hooks == ()
 
 
 # ---- layers

@@ -65,6 +65,6 @@ def test_nobody_else_is_watched() -> None:
     for i in range(3):
         batch.add(i)
     slots = [batch.slot(i) for i in range(3)]
-    rows = batch.denoiser.begin(torch.tensor(slots), slots)
+    rows = batch.runner.begin(torch.tensor(slots), slots)
     assert [w is not None for w in rows.hooks[0].watched] == [True, False, False]
-    assert batch.denoiser.begin(torch.tensor(slots[1:]), slots[1:]).hooks == ()
+    assert batch.runner.begin(torch.tensor(slots[1:]), slots[1:]).hooks == ()

@@ -204,12 +204,12 @@ def test_rows_of_mates_stay_and_nobody_else_pays() -> None:
         batch.add(i)
     slots = [batch.slot(i) for i in range(2)]
     batch.step([0, 1])
-    rows = batch.denoiser.begin(torch.tensor(slots), slots)
+    rows = batch.runner.begin(torch.tensor(slots), slots)
     (gate,) = rows.hooks
     first = rows.counts[0]
     assert gate.staying[LAYERS - 1] == [first, 3]
     assert list(gate.remembered) == [1]
-    assert batch.denoiser.begin(torch.tensor(slots[:1]), slots[:1]).hooks == ()
+    assert batch.runner.begin(torch.tensor(slots[:1]), slots[:1]).hooks == ()
 
 
 # ---- against the specification in loops, on a network

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from tests.unit.batches import Batch, run_alone
 from tests.unit.strategies import POLICIES, jobs
-from vllm_d2cache.canvas.view import SamplingSpec
+from vllm_d2cache.canvas.request import SamplingSpec
 from vllm_d2cache.mechanisms.hidden_keys import HidesKeys
-from vllm_d2cache.options.server import OptionError, ServerOptions, parse_request_options
+from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.policies import POLICY_CLASSES
+from vllm_d2cache.requests.resolve import parse_request_options, resolve
 
 # Options with which a policy refreshes everything in every step. Windows of one slot: each step begins one.
 EVERYTHING: dict[str, dict[str, Any]] = {
@@ -85,7 +87,7 @@ def test_every_step_commits_and_keeps_to_the_rows_reserved(policy: str, shift: i
     job = data.draw(jobs(policy))
     batch = Batch([job], shift=shift)
     batch.add(0)
-    bound = batch.denoiser.canvas.requests[batch.slot(0)].row_budget
+    bound = batch.runner.canvas.requests[batch.slot(0)].row_budget
     while not job.done:
         batch.step([0])
         assert job.steps[-1].committed
@@ -127,16 +129,16 @@ def test_a_reused_slot_remembers_nothing(policy: str, data: st.DataObject) -> No
     for _ in range(4):
         if not batch.jobs[0].done:
             batch.step([0])
-    batch.denoiser.remove(1)
+    batch.runner.remove(1)
     batch.add(1)
     while not batch.jobs[1].done:
         batch.step([1])
     assert batch.jobs[1].steps == want.steps
 
 
-def resolve(request: dict[str, Any], server: dict[str, Any] | None = None) -> Any:
+def resolved(request: dict[str, Any], server: dict[str, Any] | None = None) -> Any:
     prefixed = {f"d2cache_{name}": value for name, value in request.items()}
-    return ServerOptions(server or {}).resolve(parse_request_options(prefixed))
+    return resolve(ServerOptions(server or {}), parse_request_options(prefixed))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -146,28 +148,28 @@ def test_options_of_another_policy_are_refused_by_name(policy: str) -> None:
             value = getattr(spec, "default", None) or getattr(spec, "values", [None])[0] or getattr(spec, "high", 1)
             value = 1 if value == float("inf") else value
             if name in POLICY_CLASSES[policy].options:
-                assert resolve({"policy": policy, name: value}).value(name) == value
+                assert resolved({"policy": policy, name: value}).value(name) == value
                 continue
             if policy == "full":  # the yardstick: the rest of a request stays as it is
-                assert resolve({"policy": policy, name: value}).policy == policy
+                assert resolved({"policy": policy, name: value}).policy == policy
                 continue
             with pytest.raises(
                 OptionError, match=f"^d2cache_{name}: an option of d2cache_policy .*'{other}'.*{policy}"
             ):
-                resolve({"policy": policy, name: value})
+                resolved({"policy": policy, name: value})
             # The operator sets it for the requests of that policy.
-            assert resolve({"policy": policy}, {name: value}).policy == policy
-            assert resolve({"policy": other}, {name: value}).value(name) == value
+            assert resolved({"policy": policy}, {name: value}).policy == policy
+            assert resolved({"policy": other}, {name: value}).value(name) == value
 
 
 def test_the_servers_policy_counts_where_the_request_names_none() -> None:
-    assert resolve({"current_k": 4}).current_k == 4
+    assert resolved({"current_k": 4}).value("current_k") == 4
     with pytest.raises(OptionError, match="d2cache_current_k"):
-        resolve({"current_k": 4}, {"policy": "dual"})
+        resolved({"current_k": 4}, {"policy": "dual"})
 
 
 def test_a_policys_defaults_yield_to_what_is_set() -> None:
-    assert resolve({"policy": "dual"}).window == 32
-    assert resolve({"policy": "dual"}, {"window": 8}).window == 8
-    assert resolve({"policy": "dual", "window": 4}, {"window": 8}).window == 4
-    assert resolve({}, {"policy": "dual"}).sigma == 0.0
+    assert resolved({"policy": "dual"}).window == 32
+    assert resolved({"policy": "dual"}, {"window": 8}).window == 8
+    assert resolved({"policy": "dual", "window": 4}, {"window": 8}).window == 4
+    assert resolved({}, {"policy": "dual"}).sigma == 0.0

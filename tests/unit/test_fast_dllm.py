@@ -6,8 +6,10 @@ import pytest
 
 from tests.reference.oracle import load_case
 from tests.unit.replay import one_by_one, replay
-from vllm_d2cache.options.server import RequestOptions, ServerOptions
+from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.policies import POLICY_CLASSES
+from vllm_d2cache.requests.resolve import resolve
 
 TRACES = [("llada.prefix_semi8", 0), ("llada.dual_semi8", 0), ("llada.dual_semi8_thr", 0), ("dream.dual_semi8", 1)]
 
@@ -56,7 +58,7 @@ def test_a_last_window_may_be_short() -> None:
 
 def test_published_defaults_and_bound() -> None:
     for policy in ("prefix", "dual"):
-        options = ServerOptions({}).resolve({"policy": policy})
+        options = resolve(ServerOptions({}), {"policy": policy})
         assert (options.window, options.sigma) == (32, 0.0)
-        assert ServerOptions({"window": 8, "sigma": 3.0}).resolve({"policy": policy}).window == 8
+        assert resolve(ServerOptions({"window": 8, "sigma": 3.0}), {"policy": policy}).window == 8
         assert POLICY_CLASSES[policy].max_rows(RequestOptions(), 100, 28, 5) == 128

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from vllm_d2cache.observe.figures import TOTALS, RequestFigures, wants_report
-from vllm_d2cache.options.server import OptionError
+from vllm_d2cache.options.types import OptionError
 
 
 def test_a_request_by_hand() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from vllm_d2cache.options.server import parse_server_options
 from vllm_d2cache.requests.generation_defaults import read_generation_defaults
+from vllm_d2cache.requests.resolve import parse_server_options, resolve
 
 # The file of the published Dream-v0-Instruct-7B.
 PUBLISHED: dict[str, Any] = {
@@ -29,7 +29,7 @@ def test_published_file_changes_nothing_and_names_what_it_asks_in_vain() -> None
 )
 def test_ranking_and_nucleus_become_options(alg: str, score: str) -> None:
     found = read_generation_defaults({**PUBLISHED, "alg": alg, "top_p": 0.9, "alg_temp": 0.1, "temperature": 0.2})
-    options = parse_server_options(found.options).resolve({})
+    options = resolve(parse_server_options(found.options), {})
     assert (options.score, options.confidence_top_p) == (score, 0.9)
     assert set(found.ignored) == {"alg_temp", "eps", "steps"}
 

@@ -15,9 +15,13 @@ from tests.unit.automata import STOP, Automaton, automata, chain
 from tests.unit.batches import MASK, Batch, FakeJob, run_alone
 from tests.unit.edits import NEVER, edited
 from tests.unit.strategies import DECODING, POLICIES, jobs
-from vllm_d2cache.canvas.grammar import bits_of, check_schema, without_spare_whitespace
-from vllm_d2cache.canvas.view import EditSpec, SamplingSpec
-from vllm_d2cache.options.server import LONGEST_RUN, OptionError, ServerOptions
+from vllm_d2cache.canvas.grammar import bits_of
+from vllm_d2cache.canvas.request import EditSpec, SamplingSpec
+from vllm_d2cache.options.request import LONGEST_RUN
+from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.requests.resolve import resolve
+from vllm_d2cache.requests.schema import check_schema, without_spare_whitespace
 
 RULES: list[dict[str, Any]] = [
     {},
@@ -127,7 +131,7 @@ def test_every_step_commits_under_every_policy(policy: str, shift: int, data: st
     job = data.draw(constrained(policy))
     batch = Batch([job], shift=shift)
     batch.add(0)
-    bound = batch.denoiser.canvas.requests[batch.slot(0)].row_budget
+    bound = batch.runner.canvas.requests[batch.slot(0)].row_budget
     while not job.done:
         batch.step([0])
         step = job.steps[-1]
@@ -272,13 +276,13 @@ def test_bits_are_those_of_the_tokens(tokens: set[int], width: int) -> None:
 @pytest.mark.parametrize("options", [{"decoder": "wino", "policy": "full"}, {"decoder": "eb"}, {"decoder": "credit"}])
 def test_other_decoders_are_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=r"d2cache_decoder: .*from left to right.*'confidence'"):
-        ServerOptions({}).resolve(options, ordered=True)
+        resolve(ServerOptions({}), options, ordered=True)
     with pytest.raises(OptionError, match=r"d2cache_decoder"):
-        ServerOptions(options).resolve({}, ordered=True)
-    assert ServerOptions(options).resolve({"decoder": "confidence"}, ordered=True).ordered
+        resolve(ServerOptions(options), {}, ordered=True)
+    assert resolve(ServerOptions(options), {"decoder": "confidence"}, ordered=True).ordered
 
 
 def test_the_factor_rule_is_refused_by_name() -> None:
     with pytest.raises(OptionError, match=r"d2cache_factor: .* got 1.5"):
-        ServerOptions({}).resolve({"factor": 1.5}, ordered=True)
-    assert ServerOptions({"factor": 1.5}).resolve({"factor": 0}, ordered=True).factor == 0
+        resolve(ServerOptions({}), {"factor": 1.5}, ordered=True)
+    assert resolve(ServerOptions({"factor": 1.5}), {"factor": 0}, ordered=True).factor == 0

@@ -90,6 +90,6 @@ def test_nobody_pays_for_keys_that_nobody_hides() -> None:
     for i in range(3):
         batch.add(i)
     slots = [batch.slot(i) for i in range(3)]
-    with_mate = batch.denoiser.begin(torch.tensor(slots), slots).hooks[0].keys
+    with_mate = batch.runner.begin(torch.tensor(slots), slots).hooks[0].keys
     assert with_mate[0] is None and with_mate[1:] == [None, None], "its window of 32 sees all of 30"
-    assert batch.denoiser.begin(torch.tensor(slots[1:]), slots[1:]).hooks == ()
+    assert batch.runner.begin(torch.tensor(slots[1:]), slots[1:]).hooks == ()

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from tests.unit.batches import MASK, VOCAB, Batch, FakeJob, run_alone
 from tests.unit.strategies import jobs
-from vllm_d2cache.canvas.view import SamplingSpec
-from vllm_d2cache.options.server import OptionError, parse_request_options
+from vllm_d2cache.canvas.request import SamplingSpec
+from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.requests.asked import parse_canvas
 from vllm_d2cache.requests.fit import check_fit
+from vllm_d2cache.requests.resolve import parse_request_options
 
 _tokens = st.sampled_from([-1, -1, *(t for t in range(VOCAB) if t != MASK)])
 

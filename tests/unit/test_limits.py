@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from vllm_d2cache.options.server import DEFAULT_CANVAS_LENGTH, OptionError, parse_request_options, parse_server_options
+from vllm_d2cache.options.server import DEFAULT_CANVAS_LENGTH
+from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.requests.resolve import parse_request_options, parse_server_options
 
 
 def test_the_longest_canvas() -> None:

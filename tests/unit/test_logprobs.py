@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.unit.batches import Batch, FakeJob, run_alone
 from tests.unit.strategies import jobs
-from vllm_d2cache.canvas.view import SamplingSpec
+from vllm_d2cache.canvas.request import SamplingSpec
 
 
 def asking(job: FakeJob, count: int | None) -> FakeJob:
@@ -74,7 +74,7 @@ def test_after_a_preemption_only_new_tokens_bring_theirs() -> None:
 def test_memory_is_taken_for_those_who_ask_and_given_back() -> None:
     quiet, wide = FakeJob([1], 9), asking(FakeJob([1], 17, noise=3), 4)
     batch = Batch([quiet, wide])
-    recorder = batch.logprobs
+    recorder = batch.runner.logprobs
     batch.add(0)
     assert recorder._ids.numel() == 0
     batch.add(1)
@@ -90,10 +90,10 @@ def test_a_freed_line_is_used_again_and_remembers_nothing() -> None:
     batch.add(0)
     batch.add(1)
     batch.step([0, 1])
-    batch.logprobs.remove(batch.slot(0))
-    batch.denoiser.remove(batch.slot(0))
+    batch.runner.logprobs.remove(batch.slot(0))
+    batch.runner.remove(batch.slot(0))
     batch.add(2)
-    assert batch.logprobs._ids.shape[0] == 2
+    assert batch.runner.logprobs._ids.shape[0] == 2
     while not (second.done and third.done):
         batch.step([i for i in (1, 2) if not batch.jobs[i].done])
     check(second)

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from vllm_d2cache.step.denoiser import Denoiser
 
 from tests.ops.shapes import Shapes
-from vllm_d2cache.canvas.states import Request
-from vllm_d2cache.canvas.view import FamilyTraits, SamplingSpec
+from vllm_d2cache.canvas.request import Request, SamplingSpec
+from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.ops.row_stats import ROWS_PER_TILE
-from vllm_d2cache.options.server import RequestOptions, ServerOptions
-from vllm_d2cache.step.denoiser import Denoiser
+from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.options.server import ServerOptions
 
 PROMPT, CANVAS, VOCAB, WIDTH = 150, 170, 577, 4
 TOTAL = PROMPT + CANVAS

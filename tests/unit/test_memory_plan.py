@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_d2cache.row_store import RowStore
-from vllm_d2cache.stored_outputs import PartialForward
-from vllm_d2cache.value_directions import ValueDirections
+from vllm_d2cache.step.denoiser import Denoiser
 
 from tests.ops.live import LiveMemory
 from tests.unit.test_startup_log import LAYERS, LENGTH, SHAPE, SLOTS
 from tests.unit.test_startup_log import config as engine_config
-from vllm_d2cache.canvas.states import Request, tensor_bytes
-from vllm_d2cache.canvas.view import EditSpec, FamilyTraits, SamplingSpec, StoredRows
+from vllm_d2cache.canvas.request import EditSpec, Request, SamplingSpec
+from vllm_d2cache.canvas.states import tensor_bytes
+from vllm_d2cache.canvas.traits import FamilyTraits
+from vllm_d2cache.canvas.view import StoredRows
 from vllm_d2cache.engine.memory_plan import (
     DEFAULT_REQUEST_MEMORY,
     GIB,
@@ -29,11 +29,16 @@ from vllm_d2cache.engine.memory_plan import (
 )
 from vllm_d2cache.graphs.step_graphs import StepBuffers, graph_sizes
 from vllm_d2cache.mechanisms.importance import ImportanceCapture, MapPool, keeps_map
+from vllm_d2cache.mechanisms.partial_forward import PartialForward
+from vllm_d2cache.mechanisms.row_store import RowStore
+from vllm_d2cache.mechanisms.value_directions import ValueDirections
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.row_stats import ROWS_PER_TILE, statistics_bytes
-from vllm_d2cache.options.server import OptionError, RequestOptions, ServerOptions, parse_server_options
-from vllm_d2cache.policies import row_budget
-from vllm_d2cache.step.denoiser import Denoiser
+from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.policies.budget import row_budget
+from vllm_d2cache.requests.resolve import parse_server_options, resolve
 
 CPU = torch.device("cpu")
 NETWORK = Network(layers=3, hidden_size=64, heads=4, intermediate_size=96, head_size=16, vocab_size=4001, itemsize=4)
@@ -96,7 +101,7 @@ STATISTICS: list[tuple[dict[str, Any], SamplingSpec]] = [
 def test_statistics(chosen: dict[str, Any], sampling: SamplingSpec) -> None:
     """Tiles full of rows, whatever is asked of them; the LM head's own output among it."""
     prompt, canvas, vocab = 8, 3 * ROWS_PER_TILE, NETWORK.vocab_size
-    options = PLAIN.resolve(chosen)
+    options = resolve(PLAIN, chosen)
     denoiser = Denoiser(2, prompt + canvas, CPU, FamilyTraits(0), PLAIN)
     denoiser.add(0, Request("r", prompt, canvas, options, sampling), torch.ones(prompt, dtype=torch.int64).numpy())
     head = torch.randn(4, vocab)
@@ -116,7 +121,7 @@ def test_the_statistics_of_a_tile_are_not_overestimated_by_much() -> None:
 
 def test_stored_outputs() -> None:
     prompt, canvas = 9, 20
-    options = PLAIN.resolve({"policy": "dllm_cache"})
+    options = resolve(PLAIN, {"policy": "dllm_cache"})
     denoiser = Denoiser(1, prompt + canvas, CPU, FamilyTraits(0), PLAIN)
     request = Request("r", prompt, canvas, options, SamplingSpec())
     denoiser.add(0, request, torch.ones(prompt, dtype=torch.int64).numpy())
@@ -170,7 +175,7 @@ def test_layers_that_compute_a_part_of_their_rows(width: int) -> None:
 @pytest.mark.parametrize("layers", [1, 2, 8, 32])
 def test_hidden_states_where_rows_leave(layers: int) -> None:
     prompt, canvas = 9, 20
-    options = PLAIN.resolve({"policy": "es"})
+    options = resolve(PLAIN, {"policy": "es"})
     denoiser = Denoiser(1, prompt + canvas, CPU, FamilyTraits(0, num_layers=layers), PLAIN)
     request = Request("r", prompt, canvas, options, SamplingSpec())
     denoiser.add(0, request, torch.ones(prompt, dtype=torch.int64).numpy())

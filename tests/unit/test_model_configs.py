@@ -9,8 +9,9 @@ import pytest
 
 from tests.reference.llada_moe import CONFIG as MOE
 from tests.reference.oracle import ORACLE
-from vllm_d2cache.canvas.view import DepthCurve, FamilyTraits
+from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.models.configs import DreamConfig, LLaDAConfig, LLaDAMoEConfig
+from vllm_d2cache.policies.spa import DepthCurve
 
 DREAM: dict[str, Any] = json.loads((ORACLE / "dream" / "config.json").read_text())
 

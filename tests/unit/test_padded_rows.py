@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.unit.batches import Batch, FakeJob
 from tests.unit.strategies import jobs
-from vllm_d2cache.canvas.view import EditSpec, SamplingSpec
+from vllm_d2cache.canvas.request import EditSpec, SamplingSpec
 from vllm_d2cache.ops.packing import pack_columns
 
 PLAIN = st.one_of([jobs(policy) for policy in ("d2cache", "d2cache", "full", "prefix", "dual", "dkv", "vicinity")])
@@ -62,8 +62,8 @@ def test_a_padded_step_is_as_wide_as_the_budgets() -> None:
         batch.add(i)
     batch.step([0, 1])
     slots = [batch.slot(0), batch.slot(1)]
-    rows = batch.denoiser.begin(torch.tensor(slots), slots, padded=True)
-    budgets = [batch.denoiser.canvas.requests[s].row_budget for s in slots]
+    rows = batch.runner.begin(torch.tensor(slots), slots, padded=True)
+    budgets = [batch.runner.canvas.requests[s].row_budget for s in slots]
     assert rows.counts == rows.bounds == budgets
     assert rows.positions.shape == rows.live.shape == (sum(budgets),)
     assert rows.refreshed.tolist() == [int(part.sum()) for part in rows.live.split(budgets)]

@@ -14,10 +14,12 @@ from tests.unit.batches import Batch, FakeJob, run_alone
 from tests.unit.strategies import POLICIES as STRATEGIES
 from tests.unit.strategies import jobs
 from tests.unit.views import outcome_of, view_of
-from vllm_d2cache.canvas.view import CanvasView, FamilyTraits, StepOutcome, StepPlan
+from vllm_d2cache.canvas.traits import FamilyTraits
+from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.mechanisms.base import Worker
-from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.policies import POLICY_CLASSES
+from vllm_d2cache.policies.base import StepOutcome, StepPlan
 from vllm_d2cache.policies.d2cache import D2CachePolicy
 from vllm_d2cache.policies.full import FullPolicy
 
@@ -245,7 +247,7 @@ def test_inflation_by_brute_force(members: list[int], width: int) -> None:
 def test_max_rows_bounds_every_later_step(job: FakeJob) -> None:
     batch = Batch([job])
     batch.add(0)
-    bound = batch.denoiser.canvas.requests[batch.slot(0)].row_budget
+    bound = batch.runner.canvas.requests[batch.slot(0)].row_budget
     assert 1 <= bound <= job.total
     while not job.done:
         batch.step([0])

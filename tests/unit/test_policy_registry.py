@@ -129,7 +129,8 @@ def test_built_in_options_have_defaults_that_are_valid() -> None:
 
 PROGRAM = """
 from tests.unit.batches import Batch, FakeJob
-from vllm_d2cache.options.server import OptionError, parse_server_options
+from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.requests.resolve import parse_server_options
 
 options = {"policy": "periodic", "period": 3, "window": 4}
 job, mate = FakeJob([1, 2, 3], 8, options), FakeJob([1] * 9, 20, {"policy": "d2cache", "current_k": 4})

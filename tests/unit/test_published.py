@@ -12,6 +12,7 @@ from tests.reference.oracle import case_names, load_case
 from tests.reference.published import denoise
 from tests.unit.test_oracle import MODELS, dense_model
 from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.requests.resolve import resolve
 
 
 def random_case(seed: int) -> tuple[list[int], int, dict[str, Any]]:
@@ -41,7 +42,7 @@ def random_case(seed: int) -> tuple[list[int], int, dict[str, Any]]:
 @pytest.mark.parametrize("seed", range(20))
 def test_denoiser_follows_the_specification(family: str, seed: int) -> None:
     prompt, canvas, options = random_case(seed)
-    want_steps, want_tokens = denoise(dense_model(family), prompt, canvas, ServerOptions({}).resolve(options))
+    want_steps, want_tokens = denoise(dense_model(family), prompt, canvas, resolve(ServerOptions({}), options))
     job = Job(prompt, canvas, options)
     run_jobs([dense_model(family)], [job])
     for step, (got, want) in enumerate(zip(job.steps, want_steps, strict=True)):
@@ -62,7 +63,7 @@ CASES = [
 @pytest.mark.parametrize("name", CASES)
 def test_the_specification_in_loops_reproduces_the_traces(name: str) -> None:
     case = load_case(name)
-    options = ServerOptions({}).resolve(case.options)
+    options = resolve(ServerOptions({}), case.options)
     steps, tokens = denoise(dense_model(name.split(".")[0]), case.prompt, case.canvas_length, options)
     assert steps == case.steps
     assert tokens == case.final_tokens

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.views import columns
-from vllm_d2cache.decoders import choose_commits, ranking_score
+from vllm_d2cache.decoders.confidence import choose_commits
+from vllm_d2cache.decoders.scores import ranking_score
 from vllm_d2cache.ops.row_stats import RowStats
-from vllm_d2cache.options.server import SCORES
+from vllm_d2cache.options.request import SCORES
 
 
 def commit(score: list[float], candidates: list[int] | None = None, **options: float) -> list[int]:

@@ -7,7 +7,7 @@ import torch
 
 from tests.unit.batches import MASK, Batch, FakeJob, run_alone
 from tests.unit.views import view_of
-from vllm_d2cache.canvas.view import FamilyTraits
+from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.decoders.schedule import least_commits
 
 
@@ -32,7 +32,7 @@ def dream(tokens: int, steps: int) -> list[int]:
 
 def committed(job: FakeJob, schedule: str = "even") -> list[int]:
     batch = Batch([job])
-    batch.denoiser.canvas.traits = FamilyTraits(MASK, 0, schedule)
+    batch.runner.canvas.traits = FamilyTraits(MASK, 0, schedule)
     batch.run()
     return [len(step.committed) for step in job.steps]
 
@@ -82,7 +82,7 @@ def test_a_new_tenant_starts_its_windows_anew() -> None:
     batch.slot = lambda i: 1  # type: ignore[method-assign]
     batch.add(0)
     batch.step([0])
-    batch.denoiser.remove(1)
+    batch.runner.remove(1)
     batch.add(1)
     while not batch.jobs[1].done:
         batch.step([1])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vllm_d2cache.decoders.frequencies import load_frequencies
-from vllm_d2cache.options.server import OptionError
+from vllm_d2cache.options.types import OptionError
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "vllm_d2cache").rglob("*.py"))

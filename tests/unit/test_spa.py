@@ -17,17 +17,18 @@ from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
 from tests.unit.replay import one_by_one, replay
 from tests.unit.views import view_of
-from vllm_d2cache.canvas.view import FamilyTraits
+from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.mechanisms.base import Worker
-from vllm_d2cache.mechanisms.importance import TensorParallel
 from vllm_d2cache.mechanisms.partial_forward import PartialForward
 from vllm_d2cache.mechanisms.row_store import RowStore
 from vllm_d2cache.mechanisms.stored_outputs import OutputHook
 from vllm_d2cache.mechanisms.value_directions import MOST_DIRECTIONS, ValueDirections, leading
 from vllm_d2cache.models.configs import DreamConfig, LLaDAConfig
 from vllm_d2cache.ops.paged_attention import PagedLayout
+from vllm_d2cache.ops.rollout import TensorParallel
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.policies.spa import SPAPolicy
+from vllm_d2cache.requests.resolve import resolve
 
 P, G = 3, 8
 ALL, CANVAS = list(range(11)), list(range(3, 11))
@@ -63,7 +64,7 @@ def test_a_shifted_family_carries_the_row_its_first_slot_is_read_from() -> None:
 def counts(traits: FamilyTraits, canvas: int, **options: Any) -> list[int]:
     """Rows that each layer behind the first computes of a canvas."""
     policy = SPAPolicy(Worker(1, 2 * canvas, torch.device("cpu"), traits))
-    policy.start(0, ServerOptions({}).resolve({"policy": "spa", **options}))
+    policy.start(0, resolve(ServerOptions({}), {"policy": "spa", **options}))
     plan = policy.first_plan(view_of(["#" * canvas], [1]))
     (stored,) = plan.wishes
     return stored.count.tolist()[0]

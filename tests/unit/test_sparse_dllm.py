@@ -59,6 +59,6 @@ def test_choices_of_other_requests_and_of_none() -> None:
     for _ in range(2):
         batch.step([0, 1, 2])
     slots = [batch.slot(i) for i in range(3)]
-    rows = batch.denoiser.begin(torch.tensor(slots), slots)
+    rows = batch.runner.begin(torch.tensor(slots), slots)
     assert [choice is not None for choice in rows.hooks[0].choices] == [True, False, False]
-    assert batch.denoiser.begin(torch.tensor(slots[1:2]), slots[1:2]).hooks == ()
+    assert batch.runner.begin(torch.tensor(slots[1:2]), slots[1:2]).hooks == ()

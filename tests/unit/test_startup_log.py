@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from vllm_d2cache.canvas.states import CanvasStates, state_bytes
-from vllm_d2cache.canvas.view import FamilyTraits
+from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.engine.startup_log import plan_lines
 from vllm_d2cache.models.shape import TransformerShape
-from vllm_d2cache.options.server import parse_server_options
+from vllm_d2cache.requests.resolve import parse_server_options
 
 LAYERS, KV_HEADS, HEAD, LENGTH, SLOTS, BLOCK = 4, 2, 32, 1024, 8, 16
 

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.batches import MASK, Batch, FakeJob
-from vllm_d2cache.canvas.states import Request
-from vllm_d2cache.canvas.view import SamplingSpec, StepResult, StepRows
+from vllm_d2cache.canvas.request import Request, SamplingSpec
+from vllm_d2cache.canvas.rows import StepResult, StepRows
 from vllm_d2cache.observe.trace import TraceRecorder, _file_name
 from vllm_d2cache.ops.row_stats import RowStats
-from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.options.request import RequestOptions
 
 
 class TracedBatch(Batch):
@@ -120,7 +120,7 @@ def test_a_restart_begins_the_file_anew_and_still_has_all_of_the_output(tmp_path
         batch.step([0])
     slot = batch.slot(0)
     batch.tracer.finish(slot, "abort")
-    batch.denoiser.remove(slot)
+    batch.runner.remove(slot)
     again = first.fresh()
     again.emitted_before = len(first.output)
     batch.jobs = [again]

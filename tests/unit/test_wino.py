@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.unit.batches import MASK, Batch, FakeJob, run_alone
 from tests.unit.strategies import jobs
 from tests.unit.test_decoders import chosen, made, step_of
-from vllm_d2cache.options.server import OptionError, parse_server_options
+from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.requests.resolve import parse_server_options, resolve
 
 wino_options = st.fixed_dictionaries(
     {
@@ -127,7 +128,7 @@ def test_a_preempted_request_emits_the_rest(job: FakeJob, steps: int) -> None:
             batch.step([0])
     if first.done:
         return
-    batch.denoiser.remove(batch.slot(0))
+    batch.runner.remove(batch.slot(0))
     rest = job.fresh()
     rest.emitted_before = len(first.output)
     batch.jobs = [rest]
@@ -145,14 +146,14 @@ def test_where_a_slot_is_verified(shift: int) -> None:
     batch.add(0)
     batch.step([0])
     slot = batch.slot(0)
-    rows = batch.denoiser.begin(torch.tensor([slot]), [slot])
+    rows = batch.runner.begin(torch.tensor([slot]), [slot])
     n = len(rows.predicted_index[0])
     written = sorted(g for g, _ in batch.jobs[0].steps[0].committed)
     assert rows.verified_index[1].tolist() == written
     assert rows.shadows == [4]
     assert rows.positions[11:].tolist() == [3, 4, 5, 6]
     assert rows.input_ids[11:].tolist() == [MASK] * 4
-    assert rows.input_ids[:11].tolist() == batch.denoiser.canvas.tokens[slot, :11].tolist()
+    assert rows.input_ids[:11].tolist() == batch.runner.canvas.tokens[slot, :11].tolist()
     want = [11 + g if shift == 0 else (2 if g == 0 else 11 + g - 1) for g in written]
     assert rows.logits_rows[n:].tolist() == want
 
@@ -162,16 +163,16 @@ def test_no_shadows_while_there_is_nothing_to_verify() -> None:
     for i in range(2):
         batch.add(i)
     slots = [batch.slot(0), batch.slot(1)]
-    assert batch.denoiser.begin(torch.tensor(slots), slots).shadows == [0, 0]
+    assert batch.runner.begin(torch.tensor(slots), slots).shadows == [0, 0]
     batch.step([0, 1])
-    assert batch.denoiser.begin(torch.tensor(slots), slots).shadows == [8, 0]
+    assert batch.runner.begin(torch.tensor(slots), slots).shadows == [8, 0]
 
 
 def test_it_goes_with_full_alone_and_needs_room() -> None:
     server = parse_server_options({})
     with pytest.raises(OptionError, match="d2cache_policy 'full' alone"):
-        server.resolve({"decoder": "wino"})
-    options = server.resolve({"decoder": "wino", "policy": "full"})
+        resolve(server, {"decoder": "wino"})
+    options = resolve(server, {"decoder": "wino", "policy": "full"})
     assert (options.window, options.shadow_length(64), options.shadow_length(8)) == (32, 32, 8)
     options.check_canvas(64, 96)
     with pytest.raises(OptionError, match="needs 32 positions"):

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from vllm_d2cache.canvas.grammar import GrammarState
-from vllm_d2cache.canvas.view import CanvasView, FamilyTraits, OptionColumns, SamplingSpec
-from vllm_d2cache.options.server import CONFIDENCE_MEMORIES, SCORES, RequestOptions
+from vllm_d2cache.canvas.request import Request
+from vllm_d2cache.canvas.rows import StepResult
+from vllm_d2cache.canvas.traits import FamilyTraits
+from vllm_d2cache.canvas.view import CanvasView, OptionColumns, canvas_to_positions, first_window, live_slots
+from vllm_d2cache.options.request import SCORES, RequestOptions
 
-# Wider than any text, and still exact in float32.
-_WIDEST_GAP = 1 << 20
+# Exact in float32, and more than any text has slots.
 _MOST_STEPS = 1 << 24
-
-
-@dataclass
-class Request:
-    """What the host knows of a running request."""
-
-    req_id: str
-    prompt_len: int
-    canvas_len: int
-    options: RequestOptions
-    sampling: SamplingSpec
-    row_budget: int = 0  # rows the scheduler reserves for each step after the first
-    given: tuple[int, ...] = ()  # a token id for each canvas slot, -1 = hole; () = holes alone
-    reserved_len: int = 0  # positions it takes the request for: prompt, canvas, and room for shadows
-    grammar: GrammarState | None = None  # what its text must follow; given where options.ordered
+_INTEGERS = ("window", "tokens_per_step", "score", "steps", "longest_run")
 
 
 class CanvasStates:
@@ -43,20 +31,19 @@ class CanvasStates:
         self.traits = traits
         self.device = device
         self.requests: dict[int, Request] = {}
-        self.tokens = torch.zeros(num_slots, max_len, dtype=torch.int32, device=device)
-        self.masked = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by canvas slot
-        self.terminal = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by canvas slot
-        self.refresh = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by position
-        self.observe = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by canvas slot
-        self.eligible = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by canvas slot
-        self.emitted = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self.window_step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # steps in the current window
-        self.prompt_len = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self.canvas_len = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self.seed = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self.sampling = torch.zeros(num_slots, 3, device=device)  # temperature, top_p, top_k
-        self.numbers = torch.zeros(num_slots, len(OptionColumns._fields), device=device)
+
+        def table(dtype: torch.dtype, *width: int) -> torch.Tensor:
+            return torch.zeros(num_slots, *width, dtype=dtype, device=device)
+
+        self.tokens = table(torch.int32, max_len)
+        self.refresh = table(torch.bool, max_len)  # by position
+        # By canvas slot.
+        self.masked, self.terminal = table(torch.bool, max_len), table(torch.bool, max_len)
+        self.observe, self.eligible = table(torch.bool, max_len), table(torch.bool, max_len)
+        self.emitted, self.step, self.window_step = (table(torch.int64) for _ in range(3))
+        self.prompt_len, self.canvas_len, self.seed = (table(torch.int64) for _ in range(3))
+        self.sampling = table(torch.float32, 3)  # temperature, top_p, top_k
+        self.numbers = table(torch.float32, len(OptionColumns._fields))
         self.stop_ids = torch.full((num_slots, 1), -1, dtype=torch.int32, device=device)
 
     def add(self, slot: int, request: Request, prompt: np.ndarray, emitted: int) -> None:
@@ -66,21 +53,19 @@ class CanvasStates:
             prompt: [P] token ids.
             emitted: tokens already handed out before a preemption; they are decoded again but not emitted again.
         """
-        p, g = request.prompt_len, request.canvas_len
+        p, g, t = request.prompt_len, request.canvas_len, request.length
+        request.computed = 0
         self.requests[slot] = request
         self.tokens[slot, :p] = torch.from_numpy(np.ascontiguousarray(prompt, dtype=np.int32)).to(self.device)
-        self.tokens[slot, p : p + g] = self.traits.mask_token_id
-        self.masked[slot] = False
+        self.tokens[slot, p:t] = self.traits.mask_token_id
+        self.masked[slot], self.terminal[slot] = False, False
         self.masked[slot, :g] = True
-        self.terminal[slot] = False
         self._set_stop_ids(slot, request.sampling.stop_token_ids)
         if request.given:
             self._set_given(slot, request)
         self.emitted[slot] = emitted
-        self.step[slot] = 0
-        self.window_step[slot] = 0
-        self.prompt_len[slot] = p
-        self.canvas_len[slot] = g
+        self.step[slot] = self.window_step[slot] = 0
+        self.prompt_len[slot], self.canvas_len[slot] = p, g
         sampling, options = request.sampling, request.options
         self.seed[slot] = sampling.seed
         # The nucleus that shapes confidences also bounds what may be sampled.
@@ -109,16 +94,71 @@ class CanvasStates:
         self.stop_ids[slot] = -1
         self.stop_ids[slot, : len(stop_ids)] = torch.tensor(stop_ids, dtype=torch.int32)
 
-    def view(self, slots: torch.Tensor, slots_host: list[int]) -> CanvasView:
-        """The canvases of ``slots`` [R] as they are now, padded to the widest."""
+    def view(self, slots: torch.Tensor, slots_host: Sequence[int]) -> CanvasView:
+        """The texts of ``slots`` [R] as they are now, padded to the widest."""
         requests = [self.requests[s] for s in slots_host]
-        num_positions = max(r.prompt_len + r.canvas_len for r in requests)
         width = max(r.canvas_len for r in requests)
-        masked, terminal = self.masked[slots, :width], self.terminal[slots, :width]
+        masked, live = self.masked[slots, :width], live_slots(self.terminal[slots, :width])
         options = _columns(self.numbers[slots])
-        return make_view(
-            slots, self.prompt_len[slots], self.canvas_len[slots], masked, terminal, num_positions, options
+        return CanvasView(
+            slots,
+            self.prompt_len[slots],
+            self.canvas_len[slots],
+            masked,
+            live,
+            first_window(masked, live, options.window),
+            self.step[slots],
+            self.window_step[slots],
+            max(r.length for r in requests),
+            options,
         )
+
+    def commit(
+        self, view: CanvasView, committed: torch.Tensor, token: torch.Tensor, revoked: torch.Tensor | None
+    ) -> CanvasView:
+        """Write the committed tokens, mask the revoked ones, and count the step; returns the texts after it.
+
+        Args:
+            committed, revoked: [R, G] bool.
+            token: [R, G] int32, what is written where ``committed``.
+        """
+        slots, width = view.slots, committed.shape[1]
+        text = self.tokens[slots, : view.num_positions]
+        text = torch.where(canvas_to_positions(committed, view), canvas_to_positions(token, view), text)
+        stops = (token.unsqueeze(2) == self.stop_ids[slots].unsqueeze(1)).any(2)
+        masked = view.masked & ~committed
+        terminal = self.terminal[slots, :width] | (stops & committed)
+        if revoked is not None:
+            text = torch.where(canvas_to_positions(revoked, view), self.traits.mask_token_id, text)
+            masked |= revoked
+            terminal &= ~revoked
+        live = live_slots(terminal)
+        start = first_window(masked, live, view.options.window)
+        window_step = torch.where(start == view.window_start, view.window_step + 1, 0)
+        self.tokens[slots, : view.num_positions] = text
+        self.masked[slots, :width], self.terminal[slots, :width] = masked, terminal
+        self.step[slots], self.window_step[slots] = view.step + 1, window_step
+        return replace(view, masked=masked, live=live, window_start=start, step=view.step + 1, window_step=window_step)
+
+    def emit(
+        self, view: CanvasView, committed: torch.Tensor, revoked: torch.Tensor | None, provisional: torch.Tensor | None
+    ) -> StepResult:
+        """Hand out the newly contiguous tokens from the left.
+
+        Args:
+            view: after the commits.
+            provisional: [R] bool, tokens of the current window may be taken back and are kept; None = nobody's.
+        """
+        done = (~view.masked & view.in_canvas).to(torch.int8).cumprod(1).sum(1)
+        if provisional is not None:
+            open_window = view.open.any(1) & provisional
+            done = torch.where(open_window, torch.minimum(done, view.window_start), done)
+        emitted = self.emitted[view.slots]
+        fresh = (done - emitted).clamp(min=0)
+        index = view.prompt_len.unsqueeze(1) + emitted.unsqueeze(1) + view.slot_index
+        tokens = self.tokens[view.slots, : view.num_positions].gather(1, index.clamp(max=view.num_positions - 1))
+        self.emitted[view.slots] = emitted + fresh
+        return StepResult(tokens.long(), fresh.int(), committed, view.masked, revoked)
 
 
 def state_bytes(num_slots: int, max_len: int) -> int:
@@ -133,40 +173,6 @@ def tensor_bytes(owner: object) -> int:
     return sum(value.nbytes for value in held if isinstance(value, torch.Tensor))
 
 
-def make_view(
-    slots: torch.Tensor,
-    prompt_len: torch.Tensor,
-    canvas_len: torch.Tensor,
-    masked: torch.Tensor,
-    terminal: torch.Tensor,
-    num_positions: int,
-    options: OptionColumns,
-) -> CanvasView:
-    """A view with the live slots and the current window worked out.
-
-    The window is the one that holds the first masked live slot: windows fill up from left to right.
-    """
-    live = terminal.cumsum(1) == 0
-    first = (masked & live).to(torch.int8).argmax(1)
-    start = first - first % options.window
-    return CanvasView(slots, prompt_len, canvas_len, masked, live, start, num_positions, options)
-
-
-def canvas_to_positions(mask: torch.Tensor, view: CanvasView, shift: int = 0) -> torch.Tensor:
-    """[R, G] bool (or numbers) over canvas slots as [R, T] over positions, moved left by ``shift``; elsewhere 0."""
-    index = view.prompt_len.unsqueeze(1) + view.slot_index - shift
-    # Slots past a row's canvas land in a column that is cut off.
-    index = torch.where(view.in_canvas, index, view.num_positions)
-    out = mask.new_zeros(mask.shape[0], view.num_positions + 1)
-    return out.scatter_(1, index, mask)[:, : view.num_positions]
-
-
-def positions_to_canvas(mask: torch.Tensor, view: CanvasView, shift: int = 0) -> torch.Tensor:
-    """[R, T] bool over positions as [R, G] bool over the canvas slots that read them."""
-    index = view.prompt_len.unsqueeze(1) + view.slot_index - shift
-    return mask.gather(1, index.clamp(max=view.num_positions - 1)) & view.in_canvas
-
-
 def _option_numbers(options: RequestOptions, canvas_len: int) -> list[float]:
     return [
         options.window_length(canvas_len),
@@ -175,11 +181,6 @@ def _option_numbers(options: RequestOptions, canvas_len: int) -> list[float]:
         options.factor,
         SCORES.index(options.score),
         options.sigma,
-        options.selection_sigma,
-        min(options.current_k, canvas_len),
-        options.rollout_p,
-        min(options.inflate_w, _WIDEST_GAP),
-        CONFIDENCE_MEMORIES.index(options.confidence_memory),
         min(options.steps, _MOST_STEPS),
         options.longest_run(canvas_len),
     ]
@@ -187,7 +188,4 @@ def _option_numbers(options: RequestOptions, canvas_len: int) -> list[float]:
 
 def _columns(numbers: torch.Tensor) -> OptionColumns:
     column = dict(zip(OptionColumns._fields, numbers.unbind(1), strict=True))
-    for name in ("window", "tokens_per_step", "score", "current_k", "inflate_w", "steps", "longest_run"):
-        column[name] = column[name].long()
-    column["latest_memory"] = column["latest_memory"] > 0
-    return OptionColumns(**column)
+    return OptionColumns(**{name: x.long() if name in _INTEGERS else x for name, x in column.items()})

@@ -1,96 +1,33 @@
-"""Small records passed between the stages of a step. Shapes: R rows (requests in this step), T positions, G slots."""
+"""The texts of a step as tensors, and the maps between canvas slots and positions.
+
+Shapes: R rows (requests in this step), T positions, G canvas slots.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
-if TYPE_CHECKING:
-    from vllm_d2cache.mechanisms.base import Finding, Hook, Wish
-
-F = TypeVar("F")
-
-
-class DepthCurve(NamedTuple):
-    """Two half Gaussians that meet in a peak of height 1, over the depth of a network: from 0 to 1 (rivals.md, 4)."""
-
-    peak: float  # depth
-    first: float  # height at depth 0
-    last: float  # height at depth 1
-
-
-# As published for LLaDA-8B-Instruct.
-_LLADA_DRIFT = DepthCurve(0.75, 0.03 / 0.25, 0.13 / 0.25)
-
-
-@dataclass(frozen=True)
-class FamilyTraits:
-    """What the decoding loop must know of a model family (d2cache.md, section 9).
-
-    Attributes:
-        mask_token_id: the token a canvas starts from.
-        logit_shift: canvas slot g reads the logits of position P + g - logit_shift.
-        step_schedule: what the option ``steps`` means (samplers/schedule.py): ``even`` as LLaDA's code has it,
-            ``timestep`` as Dream's.
-        num_layers: of the network, for policies that treat its layers differently.
-        drift_by_depth: where in it representations change most from step to step.
-    """
-
-    mask_token_id: int
-    logit_shift: int = 0
-    step_schedule: str = "even"
-    num_layers: int = 1
-    drift_by_depth: DepthCurve = _LLADA_DRIFT
-
-
-@dataclass(frozen=True)
-class EditSpec:
-    """What a request asks to be done to its logits before a token is chosen."""
-
-    allowed: tuple[int, ...] = ()  # nothing else may be chosen; () = anything
-    bias: tuple[tuple[int, float], ...] = ()  # token id, what is added to its logit
-    banned: tuple[int, ...] = ()  # never chosen
-    min_tokens: int = 0  # in this many first slots none of ``stop_ids`` is chosen
-    stop_ids: tuple[int, ...] = ()
-    penalties: tuple[float, float, float] = (1.0, 0.0, 0.0)  # repetition, frequency, presence; these = off
-
-
-@dataclass(frozen=True)
-class SamplingSpec:
-    """The part of a request's sampling parameters that the row statistics need."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()  # end-of-text included unless the request ignores it
-    num_logprobs: int | None = None  # alternatives to report with each token; None = no log-probabilities
-    edits: EditSpec = EditSpec()
-
 
 class OptionColumns(NamedTuple):
-    """Per-request numbers of the rows in this step, each [R]; see config.RequestOptions for their meaning."""
+    """Per-request numbers of the rows in this step, each [R]; options.request has their meaning."""
 
     window: torch.Tensor  # int64, already resolved to a length in 1..G
     tokens_per_step: torch.Tensor  # int64
     threshold: torch.Tensor  # float32, 0 = off
     factor: torch.Tensor  # float32, 0 = off
-    score: torch.Tensor  # int64, index into config.SCORES
+    score: torch.Tensor  # int64, index into options.request.SCORES
     sigma: torch.Tensor  # float32
-    selection_sigma: torch.Tensor  # float32
-    current_k: torch.Tensor  # int64
-    rollout_p: torch.Tensor  # float32
-    inflate_w: torch.Tensor  # int64
-    latest_memory: torch.Tensor  # bool
     steps: torch.Tensor  # int64, 0 = tokens_per_step decides
     longest_run: torch.Tensor  # int64, most tokens that a step commits from left to right; 0 = in any order
 
 
 @dataclass(frozen=True)
 class CanvasView:
-    """The canvases of the rows in this step. Columns past a row's own T or G are padding and False."""
+    """The texts of the rows in this step. Columns past a row's own T or G are padding and False."""
 
     slots: torch.Tensor  # [R] int64, row -> slot
     prompt_len: torch.Tensor  # [R] int64
@@ -98,176 +35,86 @@ class CanvasView:
     masked: torch.Tensor  # [R, G] bool, canvas slots that still hold the mask
     live: torch.Tensor  # [R, G] bool, canvas slots before the first committed stop token
     window_start: torch.Tensor  # [R] int64, first slot of the current window
+    step: torch.Tensor  # [R] int64, number of the step that is under way or, in a plan, of the next; from 0
+    window_step: torch.Tensor  # [R] int64, the same within the current window
     num_positions: int  # T, the widest of the batch
     options: OptionColumns
 
-    @property
+    @cached_property
+    def length(self) -> torch.Tensor:
+        """[R] int64: positions of the row's own text."""
+        return self.prompt_len + self.canvas_len
+
+    @cached_property
     def slot_index(self) -> torch.Tensor:
         """[1, G] int64."""
         return torch.arange(self.masked.shape[1], device=self.masked.device).unsqueeze(0)
 
-    @property
+    @cached_property
+    def position(self) -> torch.Tensor:
+        """[1, T] int64."""
+        return torch.arange(self.num_positions, device=self.masked.device).unsqueeze(0)
+
+    @cached_property
     def in_canvas(self) -> torch.Tensor:
         """[R, G] bool: the column is one of the row's own slots."""
         return self.slot_index < self.canvas_len.unsqueeze(1)
 
-    @property
-    def lead(self) -> torch.Tensor:
-        """[R] int64: the leftmost mask that may still become a token; 0 where there is none."""
-        return (self.masked & self.live).to(torch.int8).argmax(1)
-
-    @property
+    @cached_property
     def in_text(self) -> torch.Tensor:
         """[R, T] bool: the column is one of the row's own positions."""
-        position = torch.arange(self.num_positions, device=self.masked.device).unsqueeze(0)
-        return position < (self.prompt_len + self.canvas_len).unsqueeze(1)
+        return self.position < self.length.unsqueeze(1)
 
-    @property
+    @cached_property
     def in_window(self) -> torch.Tensor:
         """[R, G] bool: the slot lies in the current window."""
         start = self.window_start.unsqueeze(1)
         inside = (self.slot_index >= start) & (self.slot_index < start + self.options.window.unsqueeze(1))
         return inside & self.in_canvas
 
-    def select(self, rows: torch.Tensor) -> CanvasView:
-        """The view of some rows only."""
-        return CanvasView(
-            self.slots[rows],
-            self.prompt_len[rows],
-            self.canvas_len[rows],
-            self.masked[rows],
-            self.live[rows],
-            self.window_start[rows],
-            self.num_positions,
-            OptionColumns(*(column[rows] for column in self.options)),
-        )
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What a step found out and did; filled by the denoiser, read by the cache policy."""
-
-    committed: torch.Tensor  # [R, G] bool
-    predicted: torch.Tensor  # [R, G] bool, slots whose row statistics exist
-    score: torch.Tensor  # [R, G] float32, the ranking statistic without prior; only where predicted
-    window_start: torch.Tensor  # [R] int64, the window in which this step committed
-    first: torch.Tensor  # [R] bool, the request's first step
-    importance: torch.Tensor | None  # [R, T] float32, attention rollout; None where no policy reads it
-    entropy: torch.Tensor | None = None  # [R, G] float32, nats, 0 where not predicted; None where no policy reads it
-    found: tuple[Finding, ...] = ()  # by the mechanisms of the step's policies
-
-    def of(self, kind: type[F]) -> F:
-        """The finding of that kind; there is one where some policy uses its mechanism."""
-        return next(f for f in self.found if isinstance(f, kind))
-
-    def select(self, rows: torch.Tensor) -> StepOutcome:
-        """The outcome of some rows only."""
-        return StepOutcome(
-            self.committed[rows],
-            self.predicted[rows],
-            self.score[rows],
-            self.window_start[rows],
-            self.first[rows],
-            None if self.importance is None else self.importance[rows],
-            None if self.entropy is None else self.entropy[rows],
-            tuple(f.select(rows) for f in self.found),
-        )
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What a cache policy wants of the next step."""
-
-    refresh: torch.Tensor  # [R, T] bool, positions whose K and V are recomputed
-    observe: torch.Tensor  # [R, G] bool, slots whose statistics the policy wants besides the window's
-    candidates: torch.Tensor | None = None  # [R, G] bool, slots that may be committed; None = all of the window
-    wishes: tuple[Wish, ...] = ()  # one for each mechanism of the policy that takes any
-
-
-@dataclass(frozen=True)
-class StepRows:
-    """The rows that go through the network in this step: ragged, request by request, ascending positions.
-
-    Behind them stand shadow rows (ops/shadow_attention.py), request by request, if a decoder verifies. In a padded step
-    a request has as many rows as it may need at most, known without a word from the device; its last ones are padding,
-    and likewise its last predicted slots.
-    """
-
-    view: CanvasView
-    slots: list[int]  # of the requests, on the host
-    counts: list[int]  # rows of each request, padding included
-    bounds: list[int]  # rows that each request can need in this step: all positions in its first, then its budget
-    refreshed: torch.Tensor  # [R] int64, rows of each request without padding and shadows
-    full: list[bool]  # every position of the request is refreshed; False where padding hides it
-    reads_importance: list[bool]  # the request's policy wants the attention rollout
-    positions: torch.Tensor  # [N] int64, absolute
-    input_ids: torch.Tensor  # [N] int32
-    request: torch.Tensor  # [N - shadows] int64, row of the batch each belongs to
-    live: torch.Tensor  # [N - shadows] bool, not a padding row
-    candidates: torch.Tensor  # [R, G] bool, slots that may be committed
-    predicted: torch.Tensor  # [R, G] bool, slots whose statistics are taken
-    # [n] request and [n] slot of each predicted slot, row-major; slot G, which is none, where there is padding.
-    predicted_index: tuple[torch.Tensor, torch.Tensor]
-    logits_rows: torch.Tensor  # [n + v] int64 into N, one for each predicted slot, then for each verified one
-    verified_index: tuple[torch.Tensor, torch.Tensor]  # [v] request and [v] slot of each committed slot asked about
-    shadows: list[int]  # of each request: rows that stand at the end of all rows and are in no cache
-    prompt_lens: list[int]  # on the host
-    hooks: tuple[Hook, ...] = ()  # of the mechanisms that some request's policy uses
+    @cached_property
+    def open(self) -> torch.Tensor:
+        """[R, G] bool: masks that may still become tokens."""
+        return self.masked & self.live
 
     @property
-    def text_positions(self) -> torch.Tensor:
-        """[N - shadows] int64: ``positions`` without those of shadows."""
-        return self.positions[: self.request.shape[0]]
+    def lead(self) -> torch.Tensor:
+        """[R] int64: the leftmost mask that may still become a token; 0 where there is none."""
+        return self.open.to(torch.int8).argmax(1)
 
-    def found(self) -> tuple[Finding, ...]:
-        """What the hooks have found out, when all layers are over."""
-        results = (hook.result(self.view.num_positions) for hook in self.hooks)
-        return tuple(result for result in results if result is not None)
-
-    def by_request(self) -> list[torch.Tensor]:
-        """The positions of each request's rows."""
-        return list(self.text_positions.split(self.counts))
-
-    def by_slot(self, values: torch.Tensor) -> torch.Tensor:
-        """[n] numbers of the predicted slots as [R, G] over all slots, 0 elsewhere."""
-        table = values.new_zeros(self.predicted.shape[0], self.predicted.shape[1] + 1)
-        # Padding lands in a column that is cut off.
-        table[self.predicted_index] = values
-        return table[:, :-1]
-
-    def without(self, present: torch.Tensor) -> tuple[StepRows, torch.Tensor]:
-        """The same once it is known which rows have left: a slot that is read from such a row has no logits.
-
-        Decoders that verify go with policies that compute everything: rows of their requests do not leave.
-
-        Args:
-            present: [N - shadows] bool.
-
-        Returns:
-            And [m] int64, which of ``logits_rows`` are left.
-        """
-        (who, slot), count = self.predicted_index, len(self.predicted_index[0])
-        asked = present[self.logits_rows[:count]].nonzero().flatten()
-        verified = torch.arange(count, len(self.logits_rows), device=asked.device)
-        stayed = torch.cat([asked, verified])
-        predicted = torch.zeros_like(self.predicted)
-        predicted[who[asked], slot[asked]] = True
-        rows = replace(
-            self,
-            candidates=self.candidates & predicted,
-            predicted=predicted,
-            predicted_index=(who[asked], slot[asked]),
-            logits_rows=self.logits_rows[stayed],
-        )
-        return rows, stayed
+    def select(self, rows: torch.Tensor) -> CanvasView:
+        """The view of some rows only."""
+        lines = (self.slots, self.prompt_len, self.canvas_len, self.masked, self.live, self.window_start, self.step)
+        options = OptionColumns(*(column[rows] for column in self.options))
+        return CanvasView(*(x[rows] for x in lines), self.window_step[rows], self.num_positions, options)
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What the engine is told after a step."""
+def live_slots(terminal: torch.Tensor) -> torch.Tensor:
+    """[R, G] bool: slots before the first of ``terminal`` [R, G] bool, which hold committed stop tokens."""
+    return terminal.cumsum(1) == 0
 
-    tokens: torch.Tensor  # [R, G] int64, newly contiguous tokens, left-aligned
-    num_tokens: torch.Tensor  # [R] int32, how many of them
-    committed: torch.Tensor  # [R, G] bool
-    masked: torch.Tensor  # [R, G] bool, after the commits
-    revoked: torch.Tensor | None = None  # [R, G] bool, committed earlier and masked again; None where nobody verifies
+
+def first_window(masked: torch.Tensor, live: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+    """[R] int64: start of the window with the first masked live slot, as windows fill up from left to right.
+
+    Args:
+        masked, live: [R, G] bool.
+        window: [R] int64, its length.
+    """
+    first = (masked & live).to(torch.int8).argmax(1)
+    return first - first % window
+
+
+def canvas_to_positions(mask: torch.Tensor, view: CanvasView, shift: int = 0) -> torch.Tensor:
+    """[R, G] bool (or numbers) over canvas slots as [R, T] over positions, moved left by ``shift``; elsewhere 0."""
+    index = view.prompt_len.unsqueeze(1) + view.slot_index - shift
+    # Slots past a row's canvas land in a column that is cut off.
+    index = torch.where(view.in_canvas, index, view.num_positions)
+    out = mask.new_zeros(mask.shape[0], view.num_positions + 1)
+    return out.scatter_(1, index, mask)[:, : view.num_positions]
+
+
+def positions_to_canvas(mask: torch.Tensor, view: CanvasView, shift: int = 0) -> torch.Tensor:
+    """[R, T] bool over positions as [R, G] bool over the canvas slots that read them."""
+    index = view.prompt_len.unsqueeze(1) + view.slot_index - shift
+    return mask.gather(1, index.clamp(max=view.num_positions - 1)) & view.in_canvas

@@ -15,7 +15,9 @@ from typing import Any
 from vllm_d2cache.cli import UsageError
 from vllm_d2cache.cli.grid import Cell, Prompt, Setting, general_questions, measure, pairs_of, read_prompts
 from vllm_d2cache.decoders.frequencies import load_frequencies
-from vllm_d2cache.options.server import SECTION, OptionError, parse_server_options
+from vllm_d2cache.options.request import SECTION
+from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.requests.resolve import parse_server_options
 
 _PROMPTS_HELP = (
     'JSON lines: {"prompt": TEXT} or {"messages": [...]}, "max_tokens": N, and maybe "answer": TEXT, which a response '

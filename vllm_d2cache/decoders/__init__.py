@@ -1,37 +1,17 @@
-"""What to commit in a step. One class a decoder, found by name."""
+"""Decoders: what to commit in a step. One class a decoder, found by name (decoders/registry.py)."""
 
-from __future__ import annotations
-
-from vllm_d2cache.decoders.base import Decoder, DecoderResources, DecoderStep, PredictedRows
-from vllm_d2cache.decoders.confidence import ConfidenceDecoder, choose_commits
-from vllm_d2cache.decoders.credit import CreditDecoder
-from vllm_d2cache.decoders.eb import EbDecoder
-from vllm_d2cache.decoders.klass import KlassDecoder
-from vllm_d2cache.decoders.pc import PcDecoder
-from vllm_d2cache.decoders.scores import ranking_score
-from vllm_d2cache.decoders.spread import HierarchicalDecoder, LocalLeapDecoder
-from vllm_d2cache.decoders.wino import WinoDecoder
-
-DECODER_CLASSES: dict[str, type[Decoder]] = {
-    cls.name: cls
-    for cls in (
-        ConfidenceDecoder,
-        EbDecoder,
-        KlassDecoder,
-        PcDecoder,
-        CreditDecoder,
-        HierarchicalDecoder,
-        LocalLeapDecoder,
-        WinoDecoder,
-    )
-}
+from vllm_d2cache.decoders.base import Commits, Decoder, DecoderStep, PredictedRows, rank_candidates, take_best
+from vllm_d2cache.decoders.registry import DECODER_CLASSES
+from vllm_d2cache.options.types import Choice, Number
 
 __all__ = [
     "DECODER_CLASSES",
+    "Choice",
+    "Commits",
     "Decoder",
-    "DecoderResources",
     "DecoderStep",
+    "Number",
     "PredictedRows",
-    "choose_commits",
-    "ranking_score",
+    "rank_candidates",
+    "take_best",
 ]

@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
+from vllm_d2cache.canvas.request import Request
+from vllm_d2cache.canvas.slot_options import SlotOptions
 from vllm_d2cache.canvas.view import CanvasView
+from vllm_d2cache.mechanisms.base import Finding, RequestSize, Use, Worker
 from vllm_d2cache.ops.row_stats import RowParams, RowStats, TileReader
-from vllm_d2cache.options.server import RequestOptions
-
-
-@dataclass(frozen=True)
-class DecoderResources:
-    """What decoders are made from.
-
-    Attributes:
-        num_slots: requests that can run at a time.
-        max_len: most positions a request can have.
-        token_frequencies: [vocab] float32, share of each token in a corpus; None = the server has no table.
-    """
-
-    num_slots: int
-    max_len: int
-    device: torch.device
-    token_frequencies: torch.Tensor | None = None
+from vllm_d2cache.options.types import Choice, Number
 
 
 @dataclass(frozen=True)
 class PredictedRows:
     """The predicted rows of a step, before their statistics are taken; ``mine`` are those of one decoder."""
 
+    view: CanvasView
+    predicted: torch.Tensor  # [R, G] bool, slots that have a row; the rows stand in row-major order
     slots: torch.Tensor  # [n] int64, the request's slot
     canvas_slot: torch.Tensor  # [n] int64
     in_window: torch.Tensor  # [n] bool, the slot lies in the request's current window
     mine: torch.Tensor  # [n] bool
+    members: list[int]  # rows of the batch that are this decoder's, on the host
     hidden: torch.Tensor  # [n, d] final hidden states
     lm_head: Callable[[torch.Tensor], torch.Tensor]  # [m, d] -> [m, vocab] logits
     params: RowParams
@@ -50,11 +40,11 @@ class DecoderStep:
 
     view: CanvasView  # before this step's commits
     candidates: torch.Tensor  # [R, G] bool, masked slots of the current window whose rows were computed
+    token: torch.Tensor  # [R, G] int32, the predicted token; any value where there is no candidate
     score: torch.Tensor  # [R, G] float32, certainty prior included; any value where there is no candidate
     least: torch.Tensor  # [R] int64, commit at least this many, if there are as many candidates
     entropy: torch.Tensor | None  # [R, G] float32, nats; None where no decoder of the step reads it
-    verified: torch.Tensor | None = None  # [R, G] bool, committed slots that shadows were asked about
-    shadow_probability: torch.Tensor | None = None  # [R, G] float32, of the token there; only where verified
+    found: tuple[Finding, ...] = ()  # by the mechanisms of the step
 
     def select(self, rows: torch.Tensor) -> DecoderStep:
         """The step of some rows only."""
@@ -62,12 +52,21 @@ class DecoderStep:
             self,
             view=self.view.select(rows),
             candidates=self.candidates[rows],
+            token=self.token[rows],
             score=self.score[rows],
             least=self.least[rows],
             entropy=None if self.entropy is None else self.entropy[rows],
-            verified=None if self.verified is None else self.verified[rows],
-            shadow_probability=None if self.shadow_probability is None else self.shadow_probability[rows],
+            found=tuple(found.select(rows) for found in self.found),
         )
+
+
+@dataclass(frozen=True)
+class Commits:
+    """What a step writes."""
+
+    slots: torch.Tensor  # [R, G] bool, become tokens: a subset of the candidates, not empty where there are any
+    token: torch.Tensor | None = None  # [R, G] int32, where another token than the predicted one is written
+    revoked: torch.Tensor | None = None  # [R, G] bool, committed earlier and masked again, fewer than ``slots``
 
 
 class Decoder(ABC):
@@ -78,36 +77,53 @@ class Decoder(ABC):
     """
 
     name: ClassVar[str]
+    options: ClassVar[Mapping[str, Number | Choice]] = {}
+    """What a request may set of this decoder alone, with defaults."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Of the options ``threshold``, ``factor`` and ``score``, which not every decoder reads, those that it does."""
+    commits_many: ClassVar[bool] = False
+    """Whether its rule says how many tokens a step commits, with or without a threshold."""
+    default_threshold: ClassVar[float] = 0.0
+    """The threshold of requests that set neither threshold nor factor, for rules that cannot do without; 0 = none."""
+    needs_server: ClassVar[tuple[str, ...]] = ()
+    """Settings of the server without which it cannot be chosen."""
+    ordered: ClassVar[type[Decoder] | None] = None
+    """What takes its place where tokens are committed from left to right; None = it cannot be had there."""
     reads_entropy: ClassVar[bool] = False
     """Whether it needs the entropy of every predicted row."""
     observes_all: ClassVar[bool] = False
     """Whether it needs the statistics of all masked slots that are computed, not of the window's alone."""
     takes_padding: ClassVar[bool] = False
     """Whether its part of a step waits for nothing and minds no padding among the predicted rows (slot G)."""
-    verifies: ClassVar[bool] = False
-    """Whether committed slots of the window are asked about and may be taken back."""
-    keeps_hidden: ClassVar[bool] = False
-    """Whether it keeps the final hidden state of each canvas slot."""
-    option_names: ClassVar[tuple[str, ...]] = ()
-    """Numbers of RequestOptions that it reads by slot, as ``self.number(name, slots)``."""
+    revokes: ClassVar[bool] = False
+    """Whether it may take back what it committed in the current window: nothing of that window is emitted before."""
+    uses: ClassVar[tuple[Use, ...]] = ()
+    """What it needs of the layers (mechanisms/)."""
 
-    def __init__(self, resources: DecoderResources) -> None:
-        self._numbers = torch.zeros(len(self.option_names), resources.num_slots, device=resources.device)
+    def __init__(self, worker: Worker) -> None:
+        self._options = SlotOptions(self.options, worker.num_slots, worker.device)
 
-    def start(self, slot: int, options: RequestOptions, canvas_len: int) -> None:
+    @classmethod
+    def request_bytes(cls, size: RequestSize) -> int:
+        """What it holds of a running request, beyond numbers for each slot."""
+        return 0
+
+    def start(self, slot: int, request: Request) -> None:
         """A request begins, or starts over, in ``slot``: nothing of the last tenant remains."""
-        values = [float(getattr(options, name)) for name in self.option_names]
-        self._numbers[:, slot] = torch.tensor(values)
+        self._options.set(slot, request.options)
 
     def stop(self, slot: int) -> None:  # noqa: B027
         """The request in ``slot`` has ended."""
 
     def number(self, name: str, slots: torch.Tensor) -> torch.Tensor:
         """Option ``name`` of the requests in ``slots``: float32 of the same shape."""
-        return self._numbers[self.option_names.index(name)][slots]
+        return self._options.columns[name][slots].float()
 
     def tile_reader(self, rows: PredictedRows) -> TileReader | None:
-        """What looks at (and may change) the logits of this decoder's rows before their statistics are taken."""
+        """What looks at (and may change) the logits of this decoder's rows before their statistics are taken.
+
+        Asked once in each step, so that a decoder may also look at the rows themselves.
+        """
         return None
 
     def rescore(self, stats: RowStats, score: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -115,12 +131,8 @@ class Decoder(ABC):
         return score
 
     @abstractmethod
-    def choose(self, step: DecoderStep) -> torch.Tensor:
-        """[R, G] bool: slots to commit, a subset of the candidates and not empty where there are any."""
-
-    def revoke(self, step: DecoderStep, committed: torch.Tensor) -> torch.Tensor:
-        """[R, G] bool: verified slots to mask again, fewer than ``committed`` [R, G]. Asked where ``verifies``."""
-        raise NotImplementedError(f"decoder {self.name} does not verify")
+    def choose(self, step: DecoderStep) -> Commits:
+        """The commits of its requests."""
 
 
 def rank_candidates(score: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 
 from vllm_d2cache.canvas.view import OptionColumns
-from vllm_d2cache.decoders.base import Decoder, DecoderStep, rank_candidates, take_best
+from vllm_d2cache.decoders.base import Commits, Decoder, DecoderStep, rank_candidates, take_best
+from vllm_d2cache.decoders.grammar import GrammarDecoder
 
 
 class ConfidenceDecoder(Decoder):
     """Commits the best-scored candidates, as many as the request's rule says."""
 
     name = "confidence"
+    reads = ("threshold", "factor", "score")
     takes_padding = True
+    ordered = GrammarDecoder
 
-    def choose(self, step: DecoderStep) -> torch.Tensor:
+    def choose(self, step: DecoderStep) -> Commits:
         """See :func:`choose_commits`."""
-        return choose_commits(step.score, step.candidates, step.view.options, step.least)
+        return Commits(choose_commits(step.score, step.candidates, step.view.options, step.least))
 
 
 def choose_commits(

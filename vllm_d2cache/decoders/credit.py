@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
+from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.decoders.base import (
+    Commits,
     Decoder,
-    DecoderResources,
     DecoderStep,
     PredictedRows,
     rank_candidates,
     take_best,
 )
 from vllm_d2cache.decoders.pool import CanvasPool
+from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.ops.row_stats import TileReader
-from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.options.types import Number
 
 # How far below the best candidate another may lie and still count as equal to it (rivals.md, section 6.2).
 _TIE = 1e-5
@@ -30,20 +34,27 @@ class CreditDecoder(Decoder):
     """
 
     name = "credit"
-    option_names = ("credit_alpha", "credit_beta", "credit_gamma")
+    options: ClassVar = {
+        "credit_alpha": Number(float, 0, default=0.7),
+        "credit_beta": Number(float, 0, 1, default=0.8),
+        "credit_gamma": Number(float, 0, default=0.2),
+    }
+    reads = ("threshold", "score")
+    commits_many = True
+    default_threshold = 0.9
 
-    def __init__(self, resources: DecoderResources) -> None:
-        super().__init__(resources)
-        device = resources.device
-        self._pool = CanvasPool(resources.num_slots, device)
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        device = worker.device
+        self._pool = CanvasPool(worker.num_slots, device)
         # Line of a canvas slot -> its tokens with credit, -1 behind them, and the credits.
         self._tokens = torch.zeros(0, _MORE_COLUMNS, dtype=torch.int64, device=device)
         self._credit = torch.zeros(0, _MORE_COLUMNS, device=device)
 
-    def start(self, slot: int, options: RequestOptions, canvas_len: int) -> None:
+    def start(self, slot: int, request: Request) -> None:
         """No token has credit."""
-        super().start(slot, options, canvas_len)
-        lines = self._pool.take(slot, canvas_len)
+        super().start(slot, request)
+        lines = self._pool.take(slot, request.canvas_len)
         self._tokens, self._credit = self._pool.fit(self._tokens), self._pool.fit(self._credit)
         self._tokens[lines], self._credit[lines] = -1, 0.0
 
@@ -55,7 +66,7 @@ class CreditDecoder(Decoder):
         """Give credit to the most probable tokens of the window's slots, and raise logits by what has been gathered."""
         line = self._pool.lines(rows.slots, rows.canvas_slot)
         mine = rows.mine & rows.in_window
-        alpha, beta, gamma = (self.number(name, rows.slots) for name in self.option_names)
+        alpha, beta, gamma = (self.number(name, rows.slots) for name in self.options)
 
         def read(i: int, j: int, logits: torch.Tensor) -> None:
             local = mine[i:j].nonzero().flatten()
@@ -90,9 +101,9 @@ class CreditDecoder(Decoder):
         self._tokens[line], self._credit[line] = tokens, credit
         return tokens, credit
 
-    def choose(self, step: DecoderStep) -> torch.Tensor:
+    def choose(self, step: DecoderStep) -> Commits:
         """All that reach the threshold; if none does, the best and what equals it."""
         score = step.score.masked_fill(~step.candidates, -torch.inf)
         limit = torch.minimum(step.view.options.threshold, score.amax(1) - _TIE).unsqueeze(1)
         _, index, _ = rank_candidates(step.score, step.candidates)
-        return (step.candidates & (score >= limit)) | take_best(index, step.candidates, step.least)
+        return Commits((step.candidates & (score >= limit)) | take_best(index, step.candidates, step.least))

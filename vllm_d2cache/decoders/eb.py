@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
-from vllm_d2cache.decoders.base import Decoder, DecoderStep, rank_candidates, take_best
+from vllm_d2cache.decoders.base import Commits, Decoder, DecoderStep, rank_candidates, take_best
+from vllm_d2cache.options.types import Number
 
 
 class EbDecoder(Decoder):
     """Commits the longest head of the ranking whose entropies, less the largest of them, sum to at most gamma."""
 
     name = "eb"
+    options: ClassVar = {
+        "gamma": Number(float, 0, note="nats", default=0.001),
+    }
+    reads = ("score",)
+    commits_many = True
     takes_padding = True
     reads_entropy = True
-    option_names = ("gamma",)
 
-    def choose(self, step: DecoderStep) -> torch.Tensor:
+    def choose(self, step: DecoderStep) -> Commits:
         """The head of the ranking by score; the first candidate always passes, as its own entropy is the largest."""
         assert step.entropy is not None
         _, index, valid = rank_candidates(step.score, step.candidates)
@@ -24,4 +31,4 @@ class EbDecoder(Decoder):
         excess = entropy.cumsum(1) - entropy.cummax(1).values
         gamma = self.number("gamma", step.view.slots).unsqueeze(1)
         count = ((excess <= gamma) & valid).sum(1)
-        return take_best(index, step.candidates, torch.maximum(count, step.least))
+        return Commits(take_best(index, step.candidates, torch.maximum(count, step.least)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_d2cache.options.server import OptionError
+from vllm_d2cache.options.types import OptionError
 
 
 def count_frequencies(documents: Iterable[list[int]], vocab_size: int) -> np.ndarray:

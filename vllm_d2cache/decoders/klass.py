@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
+from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.decoders.base import (
+    Commits,
     Decoder,
-    DecoderResources,
     DecoderStep,
     PredictedRows,
     rank_candidates,
@@ -14,8 +17,9 @@ from vllm_d2cache.decoders.base import (
 )
 from vllm_d2cache.decoders.confidence import allowed_count
 from vllm_d2cache.decoders.pool import CanvasPool
+from vllm_d2cache.mechanisms.base import RequestSize, Worker
 from vllm_d2cache.ops.row_stats import TileReader, scaled_logits
-from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.options.types import Number
 
 # More steps than any request takes, with room to count on in int32.
 _MANY_STEPS = 1 << 30
@@ -30,24 +34,34 @@ class KlassDecoder(Decoder):
     """
 
     name = "klass"
+    options: ClassVar = {
+        "kl_threshold": Number(float, 0, open_low=True, note="nats", default=0.01),
+        "kl_history_length": Number(int, 1, note="steps", default=2),
+    }
+    reads = ("threshold", "factor", "score")
+    commits_many = True
+    default_threshold = 0.9
     observes_all = True
-    keeps_hidden = True
-    option_names = ("kl_threshold", "kl_history_length")
 
-    def __init__(self, resources: DecoderResources) -> None:
-        super().__init__(resources)
-        num_slots, max_len, device = resources.num_slots, resources.max_len, resources.device
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        num_slots, max_len, device = worker.num_slots, worker.max_len, worker.device
         # By canvas slot: for how many steps in a row its divergence has been below the threshold.
         self.calm = torch.zeros(num_slots, max_len, dtype=torch.int32, device=device)
         self._pool = CanvasPool(num_slots, device)
         self._hidden: torch.Tensor | None = None  # [lines, d], of a canvas slot's last computed row
         self._seen = torch.zeros(0, dtype=torch.bool, device=device)  # [lines], whether there has been such a row
 
-    def start(self, slot: int, options: RequestOptions, canvas_len: int) -> None:
+    @classmethod
+    def request_bytes(cls, size: RequestSize) -> int:
+        """A hidden state for each canvas slot, and a copy while the memory of all grows."""
+        return 2 * size.canvas_len * size.row_bytes
+
+    def start(self, slot: int, request: Request) -> None:
         """The history begins with zeros, and with a distribution that is zero everywhere."""
-        super().start(slot, options, canvas_len)
-        self.calm[slot] = min(options.kl_history_length, _MANY_STEPS)
-        lines = self._pool.take(slot, canvas_len)
+        super().start(slot, request)
+        self.calm[slot] = min(request.options.value("kl_history_length"), _MANY_STEPS)
+        lines = self._pool.take(slot, request.canvas_len)
         self._seen = self._pool.fit(self._seen)
         self._seen[lines] = False
 
@@ -80,7 +94,7 @@ class KlassDecoder(Decoder):
 
         return read
 
-    def choose(self, step: DecoderStep) -> torch.Tensor:
+    def choose(self, step: DecoderStep) -> Commits:
         """Stable candidates by the request's rule, else the best ``least`` of all."""
         view = step.view
         length = self.number("kl_history_length", view.slots)
@@ -90,7 +104,7 @@ class KlassDecoder(Decoder):
         settled = take_best(index, stable, allowed_count(ordered, valid, view.options))
         _, index, _ = rank_candidates(step.score, step.candidates)
         best = take_best(index, step.candidates, step.least)
-        return torch.where(settled.any(1, keepdim=True), settled, best)
+        return Commits(torch.where(settled.any(1, keepdim=True), settled, best))
 
 
 def _divergence(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,12 @@ from vllm_d2cache.canvas.view import CanvasView
 _DREAM_EPSILON = 1e-3
 
 
-def least_commits(view: CanvasView, window_step: torch.Tensor, schedule: str) -> torch.Tensor:
+def least_commits(view: CanvasView, schedule: str) -> torch.Tensor:
     """Tokens to commit at least, before it is asked how many candidates there are.
 
     Args:
         view: before this step's commits.
-        window_step: [R] int64, steps the request has spent in its current window before this one.
-        schedule: of the model family, for requests that give ``steps`` (records.FamilyTraits).
+        schedule: of the model family, for requests that give ``steps`` (canvas.traits).
 
     Returns:
         [R] int64, at least 1.
@@ -24,10 +23,10 @@ def least_commits(view: CanvasView, window_step: torch.Tensor, schedule: str) ->
     steps, fixed = view.options.steps, view.options.tokens_per_step
     num_windows = -(-view.canvas_len // view.options.window)
     per_window = steps // num_windows
-    left = (per_window - window_step).clamp(min=1)
+    left = (per_window - view.window_step).clamp(min=1)
     # Masks behind a stop token count as well: they keep the pace of the others.
     masked = (view.masked & view.in_window).sum(1)
-    count = -(-masked // left) if schedule == "even" else _by_timestep(masked, per_window, window_step, left)
+    count = -(-masked // left) if schedule == "even" else _by_timestep(masked, per_window, view.window_step, left)
     return torch.where(steps > 0, count.clamp(min=1), fixed)
 
 

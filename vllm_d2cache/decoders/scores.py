@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_d2cache.ops.row_stats import RowStats
-from vllm_d2cache.options.server import SCORES
+from vllm_d2cache.options.request import SCORES
 
 
 def ranking_score(stats: RowStats, score: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
-from vllm_d2cache.decoders.base import Decoder, DecoderStep, rank_candidates, take_best
+from vllm_d2cache.decoders.base import Commits, Decoder, DecoderStep, rank_candidates, take_best
+from vllm_d2cache.options.types import Number
 
 
 def _best(step: DecoderStep) -> torch.Tensor:
@@ -20,16 +23,21 @@ class HierarchicalDecoder(Decoder):
     """
 
     name = "hierarchical"
-    option_names = ("low_threshold",)
+    options: ClassVar = {
+        "low_threshold": Number(float, 0, 1, default=0.4),
+    }
+    reads = ("threshold", "score")
+    commits_many = True
+    default_threshold = 0.9
 
-    def choose(self, step: DecoderStep) -> torch.Tensor:
+    def choose(self, step: DecoderStep) -> Commits:
         """Leaders, sure candidates, and the best ``least`` in any case."""
         view = step.view
         low = self.number("low_threshold", view.slots).unsqueeze(1)
         threshold = view.options.threshold.unsqueeze(1)
         leaders = run_leaders(view.masked & view.in_window, step.candidates, step.score)
         sure = (leaders & (step.score > low)) | (step.candidates & (step.score > threshold))
-        return sure | _best(step)
+        return Commits(sure | _best(step))
 
 
 def run_leaders(open_slots: torch.Tensor, candidates: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
@@ -55,16 +63,22 @@ class LocalLeapDecoder(Decoder):
     """Around an anchor, a candidate that reaches ``threshold``, the others need only reach ``leap_threshold``."""
 
     name = "localleap"
-    option_names = ("leap_threshold", "leap_radius")
+    options: ClassVar = {
+        "leap_threshold": Number(float, 0, 1, default=0.75),
+        "leap_radius": Number(int, 0, note="positions", default=4),
+    }
+    reads = ("threshold", "score")
+    commits_many = True
+    default_threshold = 0.9
 
-    def choose(self, step: DecoderStep) -> torch.Tensor:
+    def choose(self, step: DecoderStep) -> Commits:
         """Anchors, their confident neighbours, and the best ``least`` in any case."""
         slots = step.view.slots
         relaxed = self.number("leap_threshold", slots).unsqueeze(1)
         radius = self.number("leap_radius", slots).unsqueeze(1)
         anchors = step.candidates & (step.score >= step.view.options.threshold.unsqueeze(1))
         near = _distance(anchors) <= radius
-        return anchors | (step.candidates & near & (step.score >= relaxed)) | _best(step)
+        return Commits(anchors | (step.candidates & near & (step.score >= relaxed)) | _best(step))
 
 
 def _distance(anchors: torch.Tensor) -> torch.Tensor:

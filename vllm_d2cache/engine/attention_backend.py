@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -17,9 +18,14 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_d2cache.mechanisms.base import Hook
-from vllm_d2cache.mechanisms.importance import ImportanceCapture
-from vllm_d2cache.ops.paged_attention import PagedLayout, paged_attention, write_kv
-from vllm_d2cache.ops.shadow_attention import ShadowRows, shadow_attention
+from vllm_d2cache.ops.paged_attention import (
+    AttentionMaps,
+    AttentionShape,
+    MapPlan,
+    PagedLayout,
+    paged_attention,
+    write_kv,
+)
 
 
 @dataclass
@@ -27,13 +33,17 @@ class D2CacheMetadata(AttentionMetadata):
     """What the layers of one forward pass share; built by the model state."""
 
     layout: PagedLayout
-    capture: ImportanceCapture
     hooks: tuple[Hook, ...] = ()  # of the mechanisms of the step
-    shadows: ShadowRows | None = None
+
+    @cached_property
+    def no_maps(self) -> AttentionMaps:
+        """Where attention leaves its maps if no mechanism wants them."""
+        plan = MapPlan.pack([None] * len(self.layout.counts))
+        return AttentionMaps(plan, torch.empty(0, device=self.layout.slots.device))
 
     def use_layout(self, layout: PagedLayout) -> None:
-        """The next layer's rows are those of ``layout``, and the shadows."""
-        self.layout = self.capture.layout = layout
+        """The next layer's rows are those of ``layout``, and those behind the text."""
+        self.layout = layout
 
 
 class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
@@ -84,15 +94,18 @@ class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
         if attn_metadata is None:
             # Memory profiling runs the model before there is a cache.
             return output.zero_()
-        layout, shadows = attn_metadata.layout, attn_metadata.shadows
-        n = layout.slots.shape[0]  # shadows stand behind the rows of the text; their K and V go into no page
+        layout, hooks = attn_metadata.layout, attn_metadata.hooks
+        n = layout.slots.shape[0]  # K and V of rows behind the text go into no page
         write_kv(kv_cache, key[:n], value[:n], layout.slots)
-        for hook in attn_metadata.hooks:
+        maps = attn_metadata.no_maps
+        for hook in hooks:
+            maps = hook.maps(query[:n], kv_cache, self.scale, layout) or maps
+        for hook in hooks:
             layout = hook.before_attention(query[:n], kv_cache, self.scale, layout)
-        maps = attn_metadata.capture.start_layer(query[:n], kv_cache, self.scale)
         paged_attention(query[:n], kv_cache, layout, self.scale, output[:n], maps)
-        if shadows is not None:
-            shadow_attention(query[n:], key[n:], value[n:], kv_cache, layout, shadows, self.scale, output[n:])
+        for hook in hooks:
+            if hook.extra is not None:
+                hook.attend(query[n:], key[n:], value[n:], kv_cache, layout, self.scale, output[n:])
         return output
 
 
@@ -140,3 +153,15 @@ class D2CacheAttentionBackend(AttentionBackend):
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """Heads outside blocks first: a request in consecutive blocks is then one strided matrix a head."""
         return (KVCacheLayout.LHBNC, KVCacheLayout.LBHNC)
+
+
+def attention_shape(config: Any) -> AttentionShape:
+    """What a rank's attention looks like, from a VllmConfig."""
+    model, parallel = config.model_config, config.parallel_config
+    return AttentionShape(
+        model.get_num_attention_heads(parallel),
+        model.get_num_kv_heads(parallel),
+        model.get_head_size(),
+        config.cache_config.block_size,
+        model.dtype,
+    )

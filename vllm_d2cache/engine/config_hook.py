@@ -13,15 +13,20 @@ from vllm.logger import init_logger
 from vllm_d2cache.compat import cpu_runner, front_end
 from vllm_d2cache.compat.internals import model_file, unsupported_version
 from vllm_d2cache.decoders.frequencies import load_frequencies
-from vllm_d2cache.options.server import SECTION, ServerOptions, parse_server_options
+from vllm_d2cache.engine.admission import check_request
+from vllm_d2cache.options.request import SECTION
+from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.requests.fields import check_fields
+from vllm_d2cache.requests.fit import check_room
 from vllm_d2cache.requests.generation_defaults import read_generation_defaults
+from vllm_d2cache.requests.resolve import parse_server_options
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, StructuredOutputsConfig, VllmConfig
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
-REQUEST_CHECK = "vllm_d2cache.requests.check:RequestCheck"
+REQUEST_CHECK = "vllm_d2cache.engine.request_check:RequestCheck"
 SCHEDULER = "vllm_d2cache.engine.scheduler.D2CacheScheduler"
 # The engines of structured output that are tested.
 GRAMMAR_BACKENDS = ("xgrammar", "guidance")
@@ -51,8 +56,9 @@ class DiffusionConfigHook:
                 model_config.max_model_len,
             )
             model_config.max_model_len = DEFAULT_MAX_MODEL_LEN
-        front_end.install_request_check(frozenset(model_config.architectures))
-        front_end.install_beam_search_check(frozenset(model_config.architectures))
+        ours = frozenset(model_config.architectures)
+        front_end.install_request_check(ours, check_request)
+        front_end.install_beam_search_check(ours, front_end.FieldChecks(check_fields, check_room))
         processors = list(model_config.logits_processors or [])
         if REQUEST_CHECK not in processors:
             model_config.logits_processors = [*processors, REQUEST_CHECK]

@@ -21,8 +21,9 @@ from vllm.platforms import current_platform
 from vllm_d2cache.engine.attention_backend import D2CacheMetadata
 from vllm_d2cache.graphs.graph_check import Pages, check_graphs
 from vllm_d2cache.graphs.step_graphs import MAX_LENGTH, StepBuffers, StepGraphs, graph_sizes
-from vllm_d2cache.mechanisms.importance import ImportanceCapture, TensorParallel
+from vllm_d2cache.mechanisms.importance import ImportanceCapture
 from vllm_d2cache.ops.paged_attention import PagedLayout
+from vllm_d2cache.ops.rollout import TensorParallel
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -47,7 +48,7 @@ def record_graphs(
     def forward(
         input_ids: torch.Tensor, positions: torch.Tensor, layout: PagedLayout, capture: ImportanceCapture
     ) -> torch.Tensor:
-        metadata = dict.fromkeys(layers, D2CacheMetadata(layout, capture))
+        metadata = dict.fromkeys(layers, D2CacheMetadata(layout, (capture,)))
         with set_forward_context(metadata, config, num_tokens=positions.shape[0]):
             return model(input_ids=input_ids, positions=positions)
 

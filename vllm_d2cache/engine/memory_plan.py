@@ -12,24 +12,18 @@ from typing import Any
 
 import torch
 
-from vllm_d2cache.canvas.grammar import is_constrained
 from vllm_d2cache.canvas.states import state_bytes, tensor_bytes
-from vllm_d2cache.canvas.view import FamilyTraits
-from vllm_d2cache.decoders import DECODER_CLASSES, DecoderResources
+from vllm_d2cache.canvas.traits import FamilyTraits
+from vllm_d2cache.decoders.registry import DECODER_CLASSES
 from vllm_d2cache.graphs.step_graphs import graph_bytes, graph_sizes
-from vllm_d2cache.mechanisms.base import Worker
-from vllm_d2cache.mechanisms.importance import map_bytes
+from vllm_d2cache.mechanisms.base import RequestSize, Worker
 from vllm_d2cache.ops.row_stats import statistics_bytes
-from vllm_d2cache.options.server import (
-    PREFIX,
-    SECTION,
-    OptionError,
-    RequestOptions,
-    ServerOptions,
-    parse_request_options,
-    parse_server_options,
-)
-from vllm_d2cache.policies import POLICY_CLASSES, row_budget
+from vllm_d2cache.options.request import PREFIX, SECTION, RequestOptions
+from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.policies.budget import row_budget, uses_of
+from vllm_d2cache.policies.registry import POLICY_CLASSES
+from vllm_d2cache.requests.resolve import resolve
 
 GIB = 1 << 30
 DEFAULT_REQUEST_MEMORY = 2 * GIB
@@ -64,14 +58,11 @@ class Network:
         Args:
             budget: ServerOptions.refresh_budget.
         """
-        policy = POLICY_CLASSES[options.policy]
-        held, row = 0, self.hidden_size * self.itemsize
-        if policy.reads_importance:
-            held += map_bytes(self.layers, row_budget(options, prompt_len, canvas_len, budget), prompt_len + canvas_len)
-        held += sum(use.request_bytes(self.layers, row, canvas_len) for use in policy.uses)
-        if DECODER_CLASSES[options.decoder].keeps_hidden:
-            held += 2 * canvas_len * row  # a copy while the memory of all grows
-        return held
+        rows = row_budget(options, prompt_len, canvas_len, budget)
+        size = RequestSize(self.layers, self.hidden_size * self.itemsize, prompt_len, canvas_len, rows)
+        return DECODER_CLASSES[options.decoder].request_bytes(size) + sum(
+            u.request_bytes(size) for u in uses_of(options)
+        )
 
     def partial_row_bytes(self) -> int:
         """Of one row in a PartialForward (stored_outputs.py), beyond what the plain loop over the layers takes.
@@ -116,30 +107,27 @@ def request_memory(options: ServerOptions, network: Network, max_len: int) -> in
     if options.request_memory is not None:
         return int(options.request_memory * GIB)
     prompt = max_len // 2
-    longest = network.request_bytes(options.resolve({}), prompt, max_len - prompt, options.refresh_budget)
+    longest = network.request_bytes(resolve(options, {}), prompt, max_len - prompt, options.refresh_budget)
     return max(DEFAULT_REQUEST_MEMORY, longest)
 
 
-def check_memory(params: Any, config: Any, prompt_len: int) -> None:
+def check_memory(options: RequestOptions, server: ServerOptions, config: Any, prompt_len: int, canvas_len: int) -> None:
     """Refuse a request that could never be admitted.
 
     Args:
-        params: its SamplingParams.
+        options: the request's.
         config: the engine's VllmConfig.
 
     Raises:
         OptionError: it takes more than all running requests together may.
     """
-    additional = config.additional_config
-    server = parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
-    options = server.resolve(parse_request_options(params.extra_args), is_constrained(params))
     network = Network.of(config)
-    needed = network.request_bytes(options, prompt_len, params.max_tokens, server.refresh_budget)
+    needed = network.request_bytes(options, prompt_len, canvas_len, server.refresh_budget)
     limit = request_memory(server, network, config.model_config.max_model_len)
     if needed > limit:
         raise OptionError(
             f"max_tokens: with {PREFIX}policy {options.policy!r}, {prompt_len} prompt tokens and a canvas of "
-            f"{params.max_tokens} take {needed / GIB:.2f} GiB beside K and V; this server allows {limit / GIB:.2f} GiB "
+            f"{canvas_len} take {needed / GIB:.2f} GiB beside K and V; this server allows {limit / GIB:.2f} GiB "
             f'(additional_config["{SECTION}"]["request_memory"])'
         )
 
@@ -152,7 +140,7 @@ def plan_memory(config: Any, options: ServerOptions) -> MemoryPlan:
     handed_on = rows * network.hidden_size * network.itemsize
     return MemoryPlan(
         canvases=state_bytes(slots, length),
-        policies=_policy_bytes(slots, length, options.refresh_budget, network),
+        policies=_policy_bytes(slots, length, options, network.layers),
         requests=request_memory(options, network, length),
         graphs=graph_bytes(graphs, length, network.layers, network.hidden_size, network.itemsize),
         queries=network.layers * rows * network.heads * (network.head_size * network.itemsize + 4),
@@ -169,16 +157,15 @@ def graph_rows(config: Any, options: ServerOptions) -> int:
     return min(options.graph_rows, config.scheduler_config.max_num_batched_tokens)
 
 
-def _policy_bytes(slots: int, length: int, budget: int | None, network: Network) -> int:
-    """State of every policy, mechanism and decoder of this server."""
-    device = torch.device("meta")
-    worker = Worker(slots, length, device, FamilyTraits(-1, num_layers=network.layers), budget)
-    policies = [cls(worker) for cls in POLICY_CLASSES.values()]
-    uses = {type(use): use for cls in POLICY_CLASSES.values() for use in cls.uses}
-    mechanisms = [use.make(worker) for use in uses.values()]
-    resources = DecoderResources(slots, length, device, torch.empty(network.vocab_size, device=device))
-    decoders = [cls(resources) for cls in DECODER_CLASSES.values()]
-    return sum(map(tensor_bytes, [*policies, *mechanisms, *decoders]))
+def _policy_bytes(slots: int, length: int, options: ServerOptions, layers: int) -> int:
+    """State of every policy, decoder and mechanism of this server."""
+    worker = Worker(slots, length, torch.device("meta"), FamilyTraits(0, num_layers=layers), options)
+    owners: list[Any] = [*POLICY_CLASSES.values(), *DECODER_CLASSES.values()]
+    made: list[Any] = [cls(worker) for cls in owners]
+    mechanisms = {type(use): use.make(worker) for cls in owners for use in cls.uses}
+    for mechanism in mechanisms.values():
+        mechanism.allocate()
+    return sum(map(tensor_bytes, [*made, *mechanisms.values()]))
 
 
 class Rehearsal:

@@ -1,12 +1,11 @@
-"""The conductor of a step: vLLM's ModelState hooks, each a few calls into the modules that do the work.
+"""vLLM's ModelState hooks, each a call or two of the step runner (step/runner.py).
 
-Order within a step, as Model Runner V2 calls it: add_request, preprocess_state, prepare_attn, prepare_inputs,
-forward, sampler (runner_sampler.py). It computes nothing itself.
+Order within a step, as Model Runner V2 calls them: add_request, preprocess_state, prepare_attn, prepare_inputs,
+forward, sampler (engine/runner_sampler.py). It computes nothing itself.
 """
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -15,35 +14,31 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
-from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_d2cache.canvas.grammar import GrammarState, is_constrained
-from vllm_d2cache.canvas.states import Request
-from vllm_d2cache.canvas.view import EditSpec, SamplingSpec
+from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.compat.grammars import Grammars
 from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
-from vllm_d2cache.engine.attention_backend import D2CacheMetadata
+from vllm_d2cache.engine.attention_backend import D2CacheMetadata, attention_shape
 from vllm_d2cache.engine.cuda_graphs import record_graphs
 from vllm_d2cache.engine.memory_plan import Rehearsal, plan_memory
 from vllm_d2cache.engine.runner_sampler import D2CacheSampler
 from vllm_d2cache.engine.weight_check import check_finite
-from vllm_d2cache.graphs.step_graphs import GraphStep
-from vllm_d2cache.mechanisms.importance import TensorParallel
+from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.partial_forward import PartialForward, RowHook
-from vllm_d2cache.observe.snapshots import snapshot_interval
 from vllm_d2cache.observe.trace import TraceRecorder
-from vllm_d2cache.ops.backends import AttentionShape, select_backend
-from vllm_d2cache.ops.shadow_attention import ShadowRows
-from vllm_d2cache.options.server import SECTION, parse_request_options, parse_server_options
-from vllm_d2cache.policies import row_budget
-from vllm_d2cache.requests.asked import parse_canvas
-from vllm_d2cache.step.denoiser import Denoiser
-from vllm_d2cache.step.runner import Pages, Step, StepRunner
+from vllm_d2cache.ops.backends import select_backend
+from vllm_d2cache.ops.rollout import TensorParallel
+from vllm_d2cache.policies.budget import row_budget
+from vllm_d2cache.requests.asked import Asked
+from vllm_d2cache.requests.resolve import server_options
+from vllm_d2cache.requests.sampling import sampling_spec
+from vllm_d2cache.step.pages import Pages
+from vllm_d2cache.step.runner import Step, StepRunner
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -56,30 +51,25 @@ class D2CacheModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         check_finite(model.named_parameters())
-        additional = vllm_config.additional_config
-        self.options = parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
-        backend = select_backend(self.options.attention_backend, device, _attention_shape(vllm_config))
+        self.options = server_options(vllm_config)
+        backend = select_backend(self.options.attention_backend, device, attention_shape(vllm_config))
         logger.info("Attention, maps and statistics are computed on %s with %s.", device, backend)
+        size = vllm_config.parallel_config.tensor_parallel_size
+        ranks = TensorParallel(size, tensor_model_parallel_all_reduce) if size > 1 else None
+        worker = Worker(self.max_num_reqs, self.max_model_len, device, model.traits, self.options, ranks)
         # Every rank computes the same; one of them writes.
         writes = self.options.trace_dir is not None and vllm_config.parallel_config.rank == 0
         name = vllm_config.model_config.model
         self.tracer = TraceRecorder(self.options.trace_dir, name) if writes and self.options.trace_dir else None
+        self.steps = StepRunner(worker, may_graph=self.tracer is None)
+        self.step: Step | None = None  # the one under way
         self.rehearsal = Rehearsal(plan_memory(vllm_config, self.options), device)
-        self.step: Step | None = None  # under way
-        size = vllm_config.parallel_config.tensor_parallel_size
-        self._tensor_parallel = TensorParallel(size, tensor_model_parallel_all_reduce) if size > 1 else None
-        self.denoiser = Denoiser(
-            self.max_num_reqs, self.max_model_len, device, model.traits, self.options, self._tensor_parallel
-        )
-        self.steps = StepRunner(self.denoiser, may_graph=self.tracer is None)
         self.watched: set[int] = set()  # slots of requests that want snapshots
         self._slots: dict[str, int] = {}
-        self._first_block: dict[int, int] = {}
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
         self._grammars: Grammars | None = None  # made for the first request that has one
-        self._wants_graphs = (
-            device.type == "cuda" and self.options.graph_rows > 0 and not vllm_config.model_config.enforce_eager
-        )
+        wants_graphs = self.options.graph_rows > 0 and not vllm_config.model_config.enforce_eager
+        self._records_graphs = device.type == "cuda" and wants_graphs  # they are still to be recorded
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Replace vLLM's sampler; there is no rejection sampler."""
@@ -87,54 +77,46 @@ class D2CacheModelState(ModelState):
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Start a request, or start it over after a preemption: the result is the same, its cached K and V are gone."""
-        if self._wants_graphs and self.steps.graphs is None:
+        if self._records_graphs:
             # The first request is one of vLLM's warm-up, at start-up; by then there is a KV cache.
-            self.steps.graphs = record_graphs(
-                self.model, self.vllm_config, self.options.graph_rows, self.device, self._tensor_parallel
+            self._records_graphs = False
+            ranks = self.steps.worker.tensor_parallel
+            self.steps.forms.graphs = record_graphs(
+                self.model, self.vllm_config, self.options.graph_rows, self.device, ranks
             )
-        params = new_req_data.sampling_params
-        if params is None or new_req_data.req_id.startswith("_warmup_"):
+        params, req_id = new_req_data.sampling_params, new_req_data.req_id
+        if params is None or req_id.startswith("_warmup_"):
             return
         prompt, text = new_req_data.prompt_token_ids, new_req_data.prefill_token_ids
-        assert prompt is not None and text is not None
-        options = self.options.resolve(parse_request_options(params.extra_args), is_constrained(params))
-        canvas_len = params.max_tokens  # behind it, the text may hold room for shadows
-        assert canvas_len is not None
-        seed = self.vllm_config.model_config.seed
+        assert prompt is not None and text is not None and params.max_tokens is not None
+        asked, canvas_len = Asked.of(params), params.max_tokens
+        options = asked.options(self.options)
         request = Request(
-            new_req_data.req_id,
+            req_id,
             len(prompt),
             canvas_len,
             options,
-            _sampling_spec(params, new_req_data.req_id, seed),
+            sampling_spec(params, req_id, self.vllm_config.model_config.seed),
             row_budget(options, len(prompt), canvas_len, self.options.refresh_budget),
-            parse_canvas(params.extra_args),
+            asked.canvas,
             len(text),
-            self._start_grammar(params),
+            self._grammar_backend().start(params) if asked.constrained else None,
         )
-        mask = self.denoiser.traits.mask_token_id
-        canvas = np.asarray(text[len(prompt) :])
         # Only tokens already emitted stand in a resumed canvas, and they stand at its left end.
-        emitted = int((canvas != mask).sum())
-        self.denoiser.add(req_index, request, np.asarray(prompt), emitted)
-        self.steps.logprobs.add(req_index, request)
-        if snapshot_interval(params.extra_args):
+        emitted = int((np.asarray(text[len(prompt) :]) != self.steps.worker.traits.mask_token_id).sum())
+        self.steps.add(req_index, request, np.asarray(prompt), emitted)
+        if asked.snapshots:
             self.watched.add(req_index)
-        blocks = new_req_data.block_ids[0]
-        consecutive = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
-        self._first_block[req_index] = blocks[0] if consecutive else -1
-        self._slots[request.req_id] = req_index
+        self._slots[req_id] = req_index
         self._unsettled[req_index] = emitted
         if self.tracer:
             self.tracer.start(req_index, request, list(prompt))
 
-    def _start_grammar(self, params: SamplingParams) -> GrammarState | None:
-        if not is_constrained(params):
-            return None
+    def _grammar_backend(self) -> Grammars:
         if self._grammars is None:
-            all_reduce = None if self._tensor_parallel is None else self._tensor_parallel.all_reduce
-            self._grammars = Grammars(self.vllm_config, self.denoiser.canvas.device, all_reduce)
-        return self._grammars.start(params)
+            ranks = self.steps.worker.tensor_parallel
+            self._grammars = Grammars(self.vllm_config, self.device, None if ranks is None else ranks.all_reduce)
+        return self._grammars
 
     def remove_request(self, req_id: str) -> None:
         """Forget a finished, aborted or preempted request."""
@@ -143,9 +125,8 @@ class D2CacheModelState(ModelState):
             if self.tracer:
                 self.tracer.finish(slot, "abort")
             self._unsettled.pop(slot, None)
-            self.steps.logprobs.remove(slot)
             self.watched.discard(slot)
-            self.denoiser.remove(slot)
+            self.steps.remove(slot)
 
     def preprocess_state(
         self,
@@ -156,7 +137,7 @@ class D2CacheModelState(ModelState):
     ) -> None:
         """Put the refresh set where the runner has contiguous positions."""
         slots = input_batch.idx_mapping_np.tolist()
-        if any(slot not in self.denoiser.canvas.requests for slot in slots):
+        if any(slot not in self.steps.canvas.requests for slot in slots):
             return  # vLLM's own warm-up batch
         self.step = self.steps.open(input_batch.idx_mapping, slots)
         rows = self.step.rows
@@ -166,7 +147,6 @@ class D2CacheModelState(ModelState):
         input_batch.positions[:count] = rows.positions
         input_batch.input_ids[:count] = rows.input_ids
         set_logits_rows(input_batch, rows.logits_rows)
-        self.model.head_in_sampler = True
 
     def prepare_attn(
         self,
@@ -182,21 +162,18 @@ class D2CacheModelState(ModelState):
         """Where the fresh K and V go, and where each request's keys lie."""
         if self.step is None:
             return None  # type: ignore[return-value]  # a dummy run: attention does nothing
-        rows = self.step.rows
-        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        pages = Pages(block_tables[0], block_size, [self._first_block[s] for s in rows.slots])
-        step = self.steps.place(self.step, pages)
-        if isinstance(step.leaves, GraphStep):
-            self.model.replay = step.leaves.replay
+        groups = kv_cache_config.kv_cache_groups
+        step = self.steps.place(self.step, Pages(block_tables[0], groups[0].kv_cache_spec.block_size))
+        self.model.step.head_in_sampler = True
+        if step.graph is not None:
+            self.model.step.replay = step.graph.replay
             return None  # type: ignore[return-value]  # the graph has its own
-        assert step.layout is not None and step.leaves is not None
-        shadows = None
-        if any(rows.shadows):
-            shadows = ShadowRows(rows.shadows, rows.positions[len(rows.text_positions) :])
-        metadata = D2CacheMetadata(step.layout, step.leaves, rows.hooks, shadows)
-        if choosing := [hook for hook in rows.hooks if isinstance(hook, RowHook)]:
-            self.model.partial_forward = PartialForward(choosing, step.layout, metadata.use_layout)
-        return dict.fromkeys((name for g in kv_cache_config.kv_cache_groups for name in g.layer_names), metadata)
+        assert step.layout is not None
+        metadata = D2CacheMetadata(step.layout, step.hooks)
+        choosing = [hook for hook in step.hooks if isinstance(hook, RowHook)]
+        if choosing:
+            self.model.step.partial_forward = PartialForward(choosing, step.layout, metadata.use_layout)
+        return dict.fromkeys((name for group in groups for name in group.layer_names), metadata)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Give the model the rows of the refresh sets alone: what was reserved beyond them costs nothing."""
@@ -206,7 +183,7 @@ class D2CacheModelState(ModelState):
             return {}
         for slot in self.step.rows.slots:
             if slot in self._unsettled:
-                request = self.denoiser.canvas.requests[slot]
+                request = self.steps.canvas.requests[slot]
                 computed = request.reserved_len - request.row_budget
                 settle_request_state(req_states, slot, request.prompt_len + self._unsettled.pop(slot), computed)
         count = self.step.rows.positions.shape[0]
@@ -215,8 +192,7 @@ class D2CacheModelState(ModelState):
     def finish_step(self) -> None:
         """Called by the sampler at its end."""
         self.step = None
-        self.model.head_in_sampler = False
-        self.model.partial_forward = self.model.replay = None
+        self.model.step.clear()
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """Nothing beyond vLLM's own dummy inputs."""
@@ -229,47 +205,3 @@ class D2CacheModelState(ModelState):
         req_states: RequestState,
     ) -> None:
         """Token ids only."""
-
-
-def _attention_shape(config: VllmConfig) -> AttentionShape:
-    """What a rank's attention looks like."""
-    model, parallel = config.model_config, config.parallel_config
-    return AttentionShape(
-        model.get_num_attention_heads(parallel),
-        model.get_num_kv_heads(parallel),
-        model.get_head_size(),
-        config.cache_config.block_size,
-        model.dtype,
-    )
-
-
-def _sampling_spec(params: SamplingParams, req_id: str, engine_seed: int) -> SamplingSpec:
-    stop = list(params.stop_token_ids or ())
-    if params.eos_token_id is not None:
-        stop.append(params.eos_token_id)
-    seed = params.seed
-    if seed is None:
-        # The same on every rank, different for every request.
-        digest = hashlib.blake2b(f"{engine_seed}:{req_id}".encode(), digest_size=8).digest()
-        seed = int.from_bytes(digest, "little", signed=True)
-    return SamplingSpec(
-        params.temperature,
-        params.top_p,
-        max(0, params.top_k),
-        seed,
-        tuple(dict.fromkeys(stop)),
-        params.logprobs,
-        _edit_spec(params),
-    )
-
-
-def _edit_spec(params: SamplingParams) -> EditSpec:
-    """What request_fit.py let through: bad words of one token, lists that leave something to choose."""
-    return EditSpec(
-        tuple(params.allowed_token_ids or ()),
-        tuple((params.logit_bias or {}).items()),
-        tuple(ids[0] for ids in params.bad_words_token_ids or ()),
-        params.min_tokens,
-        tuple(sorted(params.all_stop_token_ids)),
-        (params.repetition_penalty, params.frequency_penalty, params.presence_penalty),
-    )

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from vllm_d2cache.engine.memory_plan import Rehearsal
 from vllm_d2cache.observe.snapshots import append_snapshots
+from vllm_d2cache.observe.trace import TraceRecorder
 from vllm_d2cache.ops.host import upload
+from vllm_d2cache.step.runner import Step, StepRunner
 
-if TYPE_CHECKING:
-    from vllm_d2cache.engine.model_state import D2CacheModelState
+
+class StepHolder(Protocol):
+    """What the sampler uses of the model state."""
+
+    steps: StepRunner
+    step: Step | None
+    tracer: TraceRecorder | None
+    rehearsal: Rehearsal
+    watched: set[int]
+    model: Any
+
+    def finish_step(self) -> None:
+        """The step is over."""
 
 
 class _NoPenalties:
@@ -33,7 +47,7 @@ class D2CacheSampler:
     penalties_state = _NoPenalties()
     compute_nans = False
 
-    def __init__(self, state: D2CacheModelState, base: Any) -> None:
+    def __init__(self, state: StepHolder, base: Any) -> None:
         self.state = state
         self.sampling_states = base.sampling_states
 
@@ -53,26 +67,26 @@ class D2CacheSampler:
         if state.step is None:
             state.rehearsal.sample()
             return _nothing(input_batch.num_reqs, logits.device)
-        denoiser = state.denoiser
+        canvas = state.steps.canvas
         closed = state.steps.close(state.step, logits, state.model.lm_logits)
         rows, result = closed.rows, closed.result
         if state.tracer:
-            state.tracer.step(rows, result, denoiser.canvas, closed.stats.confidence)
+            state.tracer.step(rows, result, canvas, closed.stats.confidence)
         # The worker's computed count stays where the scheduler rolls it back to.
-        budgets = [denoiser.canvas.requests[s].row_budget for s in rows.slots]
+        budgets = [canvas.requests[s].row_budget for s in rows.slots]
         rejected = upload(budgets, torch.int32, logits.device)
         state.finish_step()
         logprobs = None if closed.logprobs is None else LogprobsTensors(*closed.logprobs)
         # Rows and commits of each request: compat/internals.py, take_step_report.
         counts = rows.refreshed
-        if any(rows.shadows):
-            counts = counts + upload(rows.shadows, torch.int64, logits.device)
+        if any(rows.extra):
+            counts = counts + upload(rows.extra, torch.int64, logits.device)
         commits = result.committed.sum(1)
         if result.revoked is not None:
             commits = commits - result.revoked.sum(1)
         report = torch.stack([counts, commits], dim=1)
         if state.watched:
-            report = append_snapshots(report, denoiser.canvas, rows.slots, state.watched)
+            report = append_snapshots(report, canvas, rows.slots, state.watched)
         return SamplerOutput(result.tokens, logprobs, report, result.num_tokens, rejected)
 
 

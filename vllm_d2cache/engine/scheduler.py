@@ -30,10 +30,12 @@ from vllm_d2cache.compat.internals import (
 )
 from vllm_d2cache.engine.memory_plan import Network, request_memory
 from vllm_d2cache.engine.startup_log import plan_lines
-from vllm_d2cache.observe.figures import RequestFigures, wants_report
-from vllm_d2cache.observe.snapshots import read_snapshots, snapshot_interval
-from vllm_d2cache.options.server import SECTION, parse_request_options, parse_server_options
-from vllm_d2cache.policies import row_budget
+from vllm_d2cache.observe.figures import RequestFigures
+from vllm_d2cache.observe.snapshots import read_snapshots
+from vllm_d2cache.options.request import SECTION
+from vllm_d2cache.policies.budget import extra_rows, row_budget
+from vllm_d2cache.requests.asked import Asked
+from vllm_d2cache.requests.resolve import server_options
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
@@ -43,8 +45,7 @@ class D2CacheScheduler(AsyncScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        additional = self.vllm_config.additional_config
-        self.options = parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
+        self.options = server_options(self.vllm_config)
         self.mask_token_id: int = self.vllm_config.model_config.hf_config.mask_token_id
         # A canvas position needs no further slot behind the last one, unlike a sampled token.
         self.num_sampled_tokens_per_step = 0
@@ -55,6 +56,7 @@ class D2CacheScheduler(AsyncScheduler):
         self._memory = request_memory(self.options, self._network, self.vllm_config.model_config.max_model_len)
         self._held: dict[str, int] = {}  # bytes of this memory that a request takes while it runs
         self._figures: dict[str, RequestFigures] = {}
+        self._reporting: set[str] = set()  # requests that want their figures
         self._intervals: dict[str, int] = {}  # steps between snapshots, of requests that want any
         self._totals: Counter[tuple[str, str]] = Counter()  # by policy and name, since they were last sent
         for line in plan_lines(self.vllm_config, self.options, self.kv_cache_config.num_blocks):
@@ -64,10 +66,10 @@ class D2CacheScheduler(AsyncScheduler):
         """Append the canvas and work out the row budget."""
         params = request.sampling_params
         assert params is not None
-        options = self.options.resolve(parse_request_options(params.extra_args), request.use_structured_output)
-        # Shadows are rows without a place in the text: they are reserved behind it.
-        shadows = options.shadow_length(request.max_tokens)
-        append_canvas(request, self.mask_token_id, request.max_tokens + shadows)
+        asked = Asked.of(params)
+        options = asked.options(self.options)
+        # Rows without a place in the text are reserved behind it.
+        append_canvas(request, self.mask_token_id, request.max_tokens + extra_rows(options, request.max_tokens))
         self._budgets[request.request_id] = row_budget(
             options, request.num_prompt_tokens, request.max_tokens, self.options.refresh_budget
         )
@@ -76,8 +78,10 @@ class D2CacheScheduler(AsyncScheduler):
         )
         length = request.num_prompt_tokens + request.max_tokens
         self._figures[request.request_id] = RequestFigures(options.policy, length, request.max_tokens)
-        if interval := snapshot_interval(params.extra_args):
-            self._intervals[request.request_id] = interval
+        if asked.snapshots:
+            self._intervals[request.request_id] = asked.snapshots
+        if asked.report:
+            self._reporting.add(request.request_id)
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -192,10 +196,10 @@ class D2CacheScheduler(AsyncScheduler):
         self._intervals.pop(request.request_id, None)
         figures = self._figures.pop(request.request_id, None)
         kv_transfer_params, ec_transfer_params = super()._free_request(request, delay_free_blocks=delay_free_blocks)
-        params = request.sampling_params
-        if figures is not None and params is not None and wants_report(params.extra_args):
+        if figures is not None and request.request_id in self._reporting:
             # vLLM returns these with the finished request; nothing else is ever in them here.
             kv_transfer_params = {SECTION: figures.report(request.num_output_tokens)}
+        self._reporting.discard(request.request_id)
         return kv_transfer_params, ec_transfer_params
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:

@@ -6,8 +6,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from vllm_d2cache.engine.memory_plan import Network, graph_rows, plan_memory
-from vllm_d2cache.options.server import RequestOptions, ServerOptions
-from vllm_d2cache.policies import row_budget
+from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.policies.budget import row_budget
+from vllm_d2cache.requests.resolve import resolve
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,7 +25,7 @@ def plan_lines(config: VllmConfig, options: ServerOptions, num_kv_blocks: int) -
     """
     model, scheduler, parallel = config.model_config, config.scheduler_config, config.parallel_config
     length, slots = model.max_model_len, scheduler.max_num_seqs
-    defaults = options.resolve({})
+    defaults = resolve(options, {})
     block = config.cache_config.block_size
     positions = num_kv_blocks * block
     per_position = _kv_bytes_per_position(config)
@@ -49,9 +51,11 @@ def plan_lines(config: VllmConfig, options: ServerOptions, num_kv_blocks: int) -
 
 def _decoding(options: RequestOptions) -> str:
     """The policy, and what differs from the published defaults."""
-    plain = asdict(RequestOptions())
-    changed = [f"{k}={v}" for k, v in asdict(options).items() if v != plain.get(k) and k != "policy"]
-    return ", ".join([f"policy {options.policy}", *changed])
+    plain, own = asdict(resolve(ServerOptions({}), {"policy": options.policy})), ("policy_options", "decoder_options")
+    said = {k: v for k, v in asdict(options).items() if k not in own and v != plain[k]}
+    for name in own:
+        said |= {k: v for k, v in getattr(options, name).items() if v != plain[name].get(k)}
+    return ", ".join([f"policy {options.policy}", *(f"{k}={v}" for k, v in said.items())])
 
 
 def _budget(defaults: RequestOptions, options: ServerOptions) -> str:

@@ -12,17 +12,26 @@ imports vLLM.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
 import torch
 
-from vllm_d2cache.canvas.view import StepRows
-from vllm_d2cache.mechanisms.importance import ImportanceCapture, MapPool, TensorParallel, keeps_map, with_slack
+from vllm_d2cache.canvas.rows import StepRows
+from vllm_d2cache.mechanisms.base import Hook, Use
+from vllm_d2cache.mechanisms.importance import (
+    Importance,
+    ImportanceCapture,
+    MapPool,
+    ReadsImportance,
+    keeps_map,
+    with_slack,
+)
 from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.paged_attention import MapPlan, PagedLayout
+from vllm_d2cache.ops.rollout import TensorParallel
 
 Forward = Callable[[torch.Tensor, torch.Tensor, PagedLayout, ImportanceCapture], torch.Tensor]
 """The network: [N] int32 token ids at [N] int64 positions, layout and capture -> [N, d] final hidden states."""
@@ -141,15 +150,15 @@ class StepBuffers:
 
 
 @dataclass(frozen=True)
-class GraphStep:
-    """One step by a graph: ``replay`` in place of the forward pass, then ``importance`` as from a capture."""
+class GraphStep(Hook):
+    """One step by a graph: ``replay`` in place of the forward pass, then what it has found out."""
 
     replay: Callable[[], torch.Tensor]
-    result: torch.Tensor | None  # [R, max length] float32, None where no request reads it
+    importance: torch.Tensor | None  # [R, max length] float32, None where no request reads it
 
-    def importance(self, num_positions: int) -> torch.Tensor | None:
-        """[R, num_positions] float32 rollout; rows of requests that do not read it hold anything."""
-        return None if self.result is None else self.result[:, :num_positions]
+    def result(self, num_positions: int) -> Importance | None:
+        """See Hook."""
+        return None if self.importance is None else Importance(self.importance[:, :num_positions])
 
 
 class StepGraphs:
@@ -197,28 +206,29 @@ class StepGraphs:
         assert importance is not None
         buffers.importance[:n] = importance
 
-    def fitting(self, bounds: list[int], lengths: list[int], reads_importance: list[bool]) -> GraphSize | None:
+    def fitting(self, bounds: list[int], lengths: list[int], uses: Sequence[tuple[Use, ...]]) -> GraphSize | None:
         """The smallest graph for a padded batch; None where it has to run eagerly.
 
         Args:
             bounds: rows of each request.
             lengths: positions of each request.
-            reads_importance: likewise; who reads it must keep its maps, as queries are not recorded.
+            uses: likewise; who reads importance must keep its maps, as queries are not recorded.
         """
         if max(lengths) > self.buffers.max_length:
             return None
-        kept = zip(bounds, lengths, reads_importance, strict=True)
+        kept = zip(bounds, lengths, _reads_importance(uses), strict=True)
         if any(reads and not keeps_map(bound, length) for bound, length, reads in kept):
             return None
         start = bisect_left(self.sizes, sum(bounds), key=lambda size: size.rows)
         return next((size for size in self.sizes[start:] if size.requests >= len(bounds)), None)
 
-    def step(self, size: GraphSize, rows: StepRows, layout: PagedLayout) -> GraphStep:
+    def step(self, size: GraphSize, rows: StepRows, layout: PagedLayout, uses: Sequence[tuple[Use, ...]]) -> GraphStep:
         """Load a padded batch that :meth:`fitting` gave ``size``."""
-        kept = zip(layout.counts, layout.lengths, rows.reads_importance, strict=True)
+        reading = _reads_importance(uses)
+        kept = zip(layout.counts, layout.lengths, reading, strict=True)
         plan = MapPlan.pack([(n, t) if reads else None for n, t, reads in kept])
         self.buffers.load(size, rows.input_ids, rows.positions, layout, plan)
-        result = self.buffers.importance[: len(layout.counts)] if any(rows.reads_importance) else None
+        result = self.buffers.importance[: len(layout.counts)] if any(reading) else None
         return GraphStep(partial(self.run, size), result)
 
     def run(self, size: GraphSize) -> torch.Tensor:
@@ -226,3 +236,8 @@ class StepGraphs:
         self._replay[size]()
         assert self.buffers.hidden is not None
         return self.buffers.hidden[: size.rows]
+
+
+def _reads_importance(uses: Sequence[tuple[Use, ...]]) -> list[bool]:
+    """Of each request, whether it needs the rollout that a graph works out."""
+    return [any(isinstance(use, ReadsImportance) for use in mine) for mine in uses]

@@ -1,27 +1,33 @@
-"""The seam between a step and what a policy needs of the layers beyond fresh K and V.
+"""The seam between a step and what a policy or a decoder needs of the layers beyond fresh K and V.
 
-A policy *uses* mechanisms (:class:`Use`), and asks for a step's share of each in its plan (:class:`Wish`). A mechanism
-keeps wishes and memories by slot. In a step it opens a :class:`Hook`, which the layers call, and which may find
-something out for the policy (:class:`Finding`). The step itself knows nothing of any mechanism but this file.
+Either *uses* mechanisms (:class:`Use`); a policy asks for a step's share of each in its plan (:class:`Wish`). A
+mechanism keeps wishes and memories by slot. In a step it opens a :class:`Hook`, which the layers call, and which may
+find something out (:class:`Finding`). The step itself knows nothing of any mechanism but this file.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 
-from vllm_d2cache.canvas.view import CanvasView, FamilyTraits
-from vllm_d2cache.ops.paged_attention import PagedLayout
+from vllm_d2cache.canvas.rows import ExtraRows, StepRows
+from vllm_d2cache.canvas.states import CanvasStates
+from vllm_d2cache.canvas.traits import FamilyTraits
+from vllm_d2cache.canvas.view import CanvasView
+from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout
 from vllm_d2cache.ops.rollout import TensorParallel
+from vllm_d2cache.options.server import ServerOptions
 
-if TYPE_CHECKING:
-    from vllm_d2cache.canvas.view import StepRows
+# What a mechanism can need of the layers, or take from them. In every layer:
+KEYS = "keys"  # each row sees all keys of its text
+ROWS = "rows"  # every row of the step is computed
+FRESH = "fresh K and V of the whole text in every step"
 
-KEYS, ROWS = "keys", "rows"  # every layer's rows see all keys; every layer computes all rows
+F = TypeVar("F", bound="Finding")
 
 
 @dataclass(frozen=True)
@@ -32,26 +38,63 @@ class Worker:
     max_len: int  # most positions a request can have
     device: torch.device
     traits: FamilyTraits
-    refresh_budget: int | None = None
+    server: ServerOptions = ServerOptions({})  # noqa: RUF009  # frozen
     tensor_parallel: TensorParallel | None = None
+
+
+class RequestSize(NamedTuple):
+    """What the memory of a running request is worked out from."""
+
+    layers: int
+    row_bytes: int  # of a hidden state
+    prompt_len: int
+    canvas_len: int
+    row_budget: int  # most rows of its text in a step after the first
+
+    @property
+    def length(self) -> int:
+        """Positions, T."""
+        return self.prompt_len + self.canvas_len
 
 
 @dataclass(frozen=True)
 class Use(ABC):
-    """That a policy uses a mechanism, and how: what is known before anything is allocated."""
+    """That a policy or a decoder uses a mechanism, and how: what is known before anything is allocated."""
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    """What it needs of all layers: nothing else of the same request may take it."""
     takes: ClassVar[frozenset[str]] = frozenset()
-    """What it needs of all layers, and what it takes from them: others of the same policy cannot need that."""
+    """What it takes from the layers."""
+    takes_padding: ClassVar[bool] = False
+    """Whether steps with padding rows are all the same to it, and it waits for nothing: such steps can be graphs."""
 
     @abstractmethod
     def make(self, worker: Worker) -> Mechanism:
-        """The mechanism; one serves all policies."""
+        """The mechanism; one serves all requests."""
 
-    def request_bytes(self, layers: int, row_bytes: int, canvas_len: int) -> int:
+    def request_bytes(self, size: RequestSize) -> int:
         """What a running request holds."""
         return 0
+
+    def extra_rows(self, window: int) -> int:
+        """Most rows behind the text in a step, where ``window`` positions may be committed at a time."""
+        return 0
+
+
+def conflict(uses: Iterable[Use], takes: frozenset[str] = frozenset()) -> str | None:
+    """Why these cannot serve one request, or None.
+
+    Args:
+        takes: what the policy itself takes from the layers.
+    """
+    uses = list(uses)
+    takers = [("the policy", takes), *((use.name, use.takes) for use in uses)]
+    for use in uses:
+        for name, taken in takers:
+            if name != use.name and (lacking := taken & use.needs):
+                return f"{use.name} and {name}: the one needs {' and '.join(sorted(lacking))}, which the other takes"
+    return None
 
 
 @dataclass(frozen=True)
@@ -65,25 +108,47 @@ class Finding(ABC):
     """What a hook has found out; tensors have a line for each row of the step."""
 
     @abstractmethod
-    def select(self, rows: torch.Tensor) -> Finding:
+    def select(self, rows: torch.Tensor) -> Self:
         """That of some rows only."""
 
 
+def finding(found: Iterable[Finding], kind: type[F]) -> F:
+    """The one of that kind; there is one where some request of the step uses its mechanism."""
+    return next(f for f in found if isinstance(f, kind))
+
+
+Ask = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(hidden [v, d], request [v], slot [v], token [v]) -> [v] float32, the probability of each token at its slot under the
+request's own sampling parameters."""
+
+
 class Mechanism(ABC):
-    """State of one mechanism for all requests whose policy uses it."""
+    """State of one mechanism for all requests that use it.
+
+    Slot-indexed tensors are made in ``allocate`` and given up in ``release``: they exist while some request uses them.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def allocate(self) -> None:  # noqa: B027
+        """A request begins to use it, and no other does."""
+
+    def release(self) -> None:  # noqa: B027
+        """No request uses it any more."""
 
     @abstractmethod
-    def store(self, view: CanvasView, wish: Any) -> None:
-        """Keep the wish until the next step."""
-
-    @abstractmethod
-    def open(self, rows: StepRows, members: dict[int, Use], lengths: Sequence[int]) -> Hook:
+    def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> Hook:
         """Its part of a step.
 
         Args:
-            members: rows of the batch whose policies use it, and how.
-            lengths: T of each row of the batch.
+            members: rows of the batch whose requests use it, and how.
+            canvas: of the running requests; read only.
         """
+
+    def store(self, view: CanvasView, wish: Any) -> None:
+        """Keep the wish until the next step."""
+        raise NotImplementedError(f"{type(self).__name__} takes no wishes")
 
     def forget(self, slot: int) -> None:  # noqa: B027
         """The request in ``slot`` has ended, or starts over."""
@@ -94,6 +159,11 @@ class Hook:
 
     chooses_rows: ClassVar[bool] = False
     """Whether layers differ in their rows: PartialForward then runs them."""
+    extra: ExtraRows | None = None
+    """Rows that it adds behind the text."""
+
+    def place(self, layout: PagedLayout) -> None:
+        """Before the forward pass: where K and V of the text's rows go."""
 
     def before_attention(
         self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float, layout: PagedLayout
@@ -101,14 +171,87 @@ class Hook:
         """Fresh K and V of the layer's rows are in the cache; returns the keys that attention is to see."""
         return layout
 
+    def maps(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float, layout: PagedLayout
+    ) -> AttentionMaps | None:
+        """Where attention is to leave its maps; None = nowhere. One hook of a step has any."""
+        return None
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        layout: PagedLayout,
+        scale: float,
+        output: torch.Tensor,
+    ) -> None:
+        """Attention of its extra rows [S, heads, head size] and fresh K and V of theirs; writes ``output``."""
+
+    def read(self, hidden: torch.Tensor, ask: Ask) -> None:
+        """Final hidden states [v, d] of the rows that ``extra`` asked for."""
+
     def keys_attended(self, r: int) -> int | None:
         """How many keys the rows of request ``r`` see; None = all."""
         return None
 
-    def result(self, num_positions: int) -> Finding | None:
-        """What was found out, when all layers are over."""
+    def present(self) -> torch.Tensor | None:
+        """[N - S] bool: rows of the text that have reached the end; None = all have."""
         return None
 
-    def present(self) -> torch.Tensor | None:
-        """[N] bool: rows that have reached the end; None = all have."""
+    def result(self, num_positions: int) -> Finding | None:
+        """What was found out, when all layers are over and ``read`` has been called."""
         return None
+
+
+class Mechanisms:
+    """The mechanisms that running requests use. Each is made for the first request that does.
+
+    Args:
+        canvas: of the running requests; read only.
+    """
+
+    def __init__(self, worker: Worker, canvas: CanvasStates) -> None:
+        self.worker = worker
+        self.canvas = canvas
+        self._made: dict[type[Use], Mechanism] = {}
+        self._uses: dict[int, tuple[Use, ...]] = {}  # slot -> uses of its request
+
+    def enter(self, slot: int, uses: tuple[Use, ...]) -> None:
+        """The request in ``slot`` begins."""
+        self.leave(slot)
+        for use in uses:
+            kind = type(use)
+            if kind not in self._made:
+                self._made[kind] = use.make(self.worker)
+            if not self._used(kind):
+                self._made[kind].allocate()
+        self._uses[slot] = uses
+
+    def leave(self, slot: int) -> None:
+        """The request in ``slot`` has ended, or starts over."""
+        for use in self._uses.pop(slot, ()):
+            self._made[type(use)].forget(slot)
+            if not self._used(type(use)):
+                self._made[type(use)].release()
+
+    def _used(self, kind: type[Use]) -> bool:
+        return any(type(use) is kind for uses in self._uses.values() for use in uses)
+
+    def uses(self, slot: int) -> tuple[Use, ...]:
+        """What the request in ``slot`` uses."""
+        return self._uses[slot]
+
+    def store(self, view: CanvasView, wishes: Iterable[Wish]) -> None:
+        """Keep the wishes of a plan until the next step."""
+        for wish in wishes:
+            self._made[wish.use].store(view, wish)
+
+    def open(self, rows: StepRows) -> tuple[Hook, ...]:
+        """A hook of each mechanism that some request of the step uses."""
+        members: dict[type[Use], dict[int, Use]] = {}
+        for r, slot in enumerate(rows.slots):
+            for use in self._uses[slot]:
+                members.setdefault(type(use), {})[r] = use
+        return tuple(self._made[kind].open(rows, mine, self.canvas) for kind, mine in members.items())

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import torch
 
-from vllm_d2cache.canvas.view import StepRows
+from vllm_d2cache.canvas.rows import StepRows
 
 
 def canvas_rows(rows: StepRows, chosen: Iterable[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:

@@ -6,14 +6,14 @@ and keys, so that no attention map is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
-from vllm_d2cache.canvas.states import canvas_to_positions
-from vllm_d2cache.canvas.view import CanvasView, StepRows
+from vllm_d2cache.canvas.rows import StepRows
+from vllm_d2cache.canvas.states import CanvasStates
+from vllm_d2cache.canvas.view import canvas_to_positions
 from vllm_d2cache.mechanisms.base import KEYS, ROWS, Finding, Hook, Mechanism, Use, Worker
 from vllm_d2cache.ops.attention_drift import attention_to, received_attention, shared_similarity
 from vllm_d2cache.ops.paged_attention import PagedLayout, read_kv
@@ -65,27 +65,24 @@ class DriftMeter(Mechanism):
     """What each slot's last step attended to."""
 
     def __init__(self, worker: Worker) -> None:
-        self.tensor_parallel = worker.tensor_parallel
+        super().__init__(worker)
         self.memory: dict[int, Focus] = {}
-
-    def store(self, view: CanvasView, wish: Any) -> None:
-        """There is nothing to wish."""
 
     def forget(self, slot: int) -> None:
         """See Mechanism."""
         self.memory.pop(slot, None)
 
-    def open(self, rows: StepRows, members: dict[int, Use], lengths: Sequence[int]) -> DriftHook:
+    def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> DriftHook:
         """See Mechanism."""
         view = rows.view
-        watched: list[WatchedRows | None] = [None] * len(lengths)
+        watched: list[WatchedRows | None] = [None] * len(rows.slots)
         looking = canvas_to_positions(rows.candidates, view)
         known = ~canvas_to_positions(view.masked, view)
         of_rows = rows.by_request()
         for r in members:
             index = looking[r][of_rows[r]].nonzero().flatten()
-            watched[r] = WatchedRows(index, of_rows[r][index], known[r, : lengths[r]])
-        return DriftHook(watched, rows.slots, self.memory, self.tensor_parallel)
+            watched[r] = WatchedRows(index, of_rows[r][index], known[r, : rows.lengths[r]])
+        return DriftHook(watched, rows.slots, self.memory, self.worker.tensor_parallel)
 
 
 class _LayerFocus(NamedTuple):

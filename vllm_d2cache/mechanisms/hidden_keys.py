@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
 
-from vllm_d2cache.canvas.view import CanvasView, StepRows
+from vllm_d2cache.canvas.rows import StepRows
+from vllm_d2cache.canvas.states import CanvasStates
+from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.mechanisms.base import KEYS, Hook, Mechanism, Use, Wish, Worker
 from vllm_d2cache.ops.key_choice import choose_keys, mean_query_scores
 from vllm_d2cache.ops.paged_attention import PagedLayout, read_kv
@@ -60,10 +61,18 @@ class HiddenKeys(Mechanism):
     """What each slot sees, and what its layers have chosen."""
 
     def __init__(self, worker: Worker) -> None:
-        self.tensor_parallel = worker.tensor_parallel
-        self.visible = torch.zeros(worker.num_slots, worker.max_len, dtype=torch.bool, device=worker.device)
-        self.kept = torch.zeros(worker.num_slots, len(KeptKeys._fields), dtype=torch.int64, device=worker.device)
+        super().__init__(worker)
         self.chosen: dict[int, list[torch.Tensor]] = {}  # slot -> of each layer, [n] int64 ascending
+
+    def allocate(self) -> None:
+        """See Mechanism."""
+        slots, device = self.worker.num_slots, self.worker.device
+        self.visible = torch.zeros(slots, self.worker.max_len, dtype=torch.bool, device=device)
+        self.kept = torch.zeros(slots, len(KeptKeys._fields), dtype=torch.int64, device=device)
+
+    def release(self) -> None:
+        """See Mechanism."""
+        del self.visible, self.kept
 
     def store(self, view: CanvasView, wish: VisibleKeys) -> None:
         """See Mechanism."""
@@ -74,10 +83,11 @@ class HiddenKeys(Mechanism):
         """See Mechanism."""
         self.chosen.pop(slot, None)
 
-    def open(self, rows: StepRows, members: dict[int, Use], lengths: Sequence[int]) -> KeysHook:
+    def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> KeysHook:
         """Waits for the device: how many keys there are."""
         view, mine = rows.view, list(members)
-        hook = KeysHook([None] * len(lengths), [None] * len(lengths), rows.slots, self.chosen, self.tensor_parallel)
+        nobody: list[None] = [None] * len(rows.slots)
+        hook = KeysHook([*nobody], [*nobody], rows.slots, self.chosen, self.worker.tensor_parallel)
         at = torch.tensor(mine, device=view.slots.device)
         visible = self.visible[view.slots[at], : view.num_positions] & view.in_text[at]
         numbers = self.kept[view.slots[at]].tolist()
@@ -90,7 +100,7 @@ class HiddenKeys(Mechanism):
                 inside = (slot >= 0) & view.in_window[r][slot.clamp(min=0)]
                 queries = inside.nonzero().flatten()
                 hook.choices[r] = KeyChoice(bool(choose), positions, queries, count, pool)
-            elif counts[i] < lengths[r]:
+            elif counts[i] < rows.lengths[r]:
                 hook.keys[r] = positions
         return hook
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 
+from vllm_d2cache.canvas.rows import StepRows
+from vllm_d2cache.canvas.states import CanvasStates
+from vllm_d2cache.mechanisms.base import KEYS, ROWS, Finding, Hook, Mechanism, RequestSize, Use, Worker
 from vllm_d2cache.ops.dispatch import chosen
 from vllm_d2cache.ops.paged_attention import AttentionMaps, MapPlan, PagedLayout
 from vllm_d2cache.ops.rollout import LayerRecord, TensorParallel, batched_rollout
-
-__all__ = ["ImportanceCapture", "MapPool", "TensorParallel"]
 
 # A map is kept while rows * _MAP_SHARE <= T. A graph takes requests whose bound is that low: they keep theirs anyway.
 _MAP_SHARE = 4
@@ -39,7 +41,7 @@ class MapPool:
 
 
 @dataclass
-class ImportanceCapture:
+class ImportanceCapture(Hook):
     """Filled layer by layer during one forward pass.
 
     Attributes:
@@ -74,8 +76,14 @@ class ImportanceCapture:
         """Whether some request leaves queries instead of maps."""
         return any(w and shape is None for w, shape in zip(self.wanted, self.plan.shapes, strict=True))
 
-    def start_layer(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> AttentionMaps:
-        """Register a layer; returns where the attention op is to leave its maps."""
+    def start_layer(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float, layout: PagedLayout | None = None
+    ) -> AttentionMaps:
+        """Register a layer; returns where the attention op is to leave its maps.
+
+        Args:
+            layout: of the layer's own rows; None = all of the step's.
+        """
         plan = self.plan
         lse = None
         if self._replays and chosen(query.device) != "torch":
@@ -83,8 +91,12 @@ class ImportanceCapture:
         maps = AttentionMaps(plan, self.pool.take(len(self.layers), plan.elements, query.device), lse)
         # The runner may use the buffer again in the next layer.
         kept = query.clone() if self._replays else None
-        self.layers.append(LayerRecord(maps, kept, kv_cache, scale, self.layout))
+        self.layers.append(LayerRecord(maps, kept, kv_cache, scale, layout or self.layout))
         return maps
+
+    def maps(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float, layout: PagedLayout) -> AttentionMaps:
+        """See Hook."""
+        return self.start_layer(query, kv_cache, scale, layout)
 
     def importance(self, num_positions: int) -> torch.Tensor | None:
         """[R, num_positions] float32 rollout of the requests that want it (0 elsewhere); None if none does."""
@@ -127,3 +139,71 @@ def map_bytes(num_layers: int, bound: int, length: int) -> int:
 def with_slack(elements: int) -> int:
     """Rounded up so that a slowly growing need does not allocate in every step."""
     return elements + elements // 4
+
+
+@dataclass(frozen=True)
+class ReadsImportance(Use):
+    """Attention rollout is worked out in every step."""
+
+    name: ClassVar[str] = "attention importance"
+    needs: ClassVar[frozenset[str]] = frozenset({KEYS, ROWS})
+    takes_padding: ClassVar[bool] = True
+
+    def make(self, worker: Worker) -> ImportanceMaps:
+        """See ImportanceMaps."""
+        return ImportanceMaps(worker)
+
+    def request_bytes(self, size: RequestSize) -> int:
+        """Its maps."""
+        return map_bytes(size.layers, size.row_budget, size.length)
+
+
+@dataclass(frozen=True)
+class Importance(Finding):
+    """How much attention each position receives, through all layers."""
+
+    values: torch.Tensor  # [R, T] float32; lines of requests that do not read it hold anything
+
+    def select(self, rows: torch.Tensor) -> Importance:
+        """See Finding."""
+        return Importance(self.values[rows])
+
+
+class ImportanceMaps(Mechanism):
+    """Memory for the maps of a step."""
+
+    def allocate(self) -> None:
+        """See Mechanism."""
+        self.pool = MapPool()
+
+    def release(self) -> None:
+        """See Mechanism."""
+        del self.pool
+
+    def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> ImportanceHook:
+        """See Mechanism."""
+        wanted = [r in members for r in range(len(rows.slots))]
+        return ImportanceHook(wanted, rows.text_positions, self.pool, self.worker.tensor_parallel)
+
+
+@dataclass
+class ImportanceHook(Hook):
+    """The capture of one forward pass."""
+
+    wanted: list[bool]
+    positions: torch.Tensor  # [N - S] int64
+    pool: MapPool
+    tensor_parallel: TensorParallel | None
+
+    def place(self, layout: PagedLayout) -> None:
+        """See Hook."""
+        self.capture = ImportanceCapture(layout, self.wanted, self.positions, self.pool, self.tensor_parallel)
+
+    def maps(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float, layout: PagedLayout) -> AttentionMaps:
+        """See Hook."""
+        return self.capture.start_layer(query, kv_cache, scale, layout)
+
+    def result(self, num_positions: int) -> Importance | None:
+        """See Hook."""
+        values = self.capture.importance(num_positions)
+        return None if values is None else Importance(values)

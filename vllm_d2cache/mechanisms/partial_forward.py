@@ -1,7 +1,7 @@
 """A forward pass whose layers compute a part of its rows: the hooks of the step say which.
 
-Rows that no hook lets a layer compute keep their place in the stream. Shadows (ops/shadow_attention.py) stand behind
-the rows of the text and are always computed. No vLLM here: a layer is whatever has the interface below.
+Rows that no hook lets a layer compute keep their place in the stream. Rows behind the text are always computed. A layer
+is whatever has the interface below.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class BeforeLayer:
     positions: torch.Tensor  # [N] int64
     hidden: torch.Tensor  # [N, d]
     residual: torch.Tensor  # [N, d]
-    slots: torch.Tensor  # [N - shadows] int64, flat KV slot of each
+    slots: torch.Tensor  # [N - S] int64, flat KV slot of each
 
 
 class RowHook(Hook):
@@ -103,8 +103,8 @@ class PartialForward:
         for hook in self.hooks:
             hook.narrow(at, computed)
             counts = hook.counts(at.number, counts)
-        shadows = at.hidden.shape[0] - at.slots.shape[0]
-        index = computed.nonzero_static(size=sum(counts) + shadows).flatten()
+        behind = at.hidden.shape[0] - at.slots.shape[0]
+        index = computed.nonzero_static(size=sum(counts) + behind).flatten()
         fresh, stream = at.hidden[index], at.residual[index]
         keepers = [hook for hook in self.hooks if hook.keeps_outputs]
         before = fresh.float() + stream.float() if keepers else None

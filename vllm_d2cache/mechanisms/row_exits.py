@@ -8,14 +8,15 @@ and it has no logits: the slots that are read from it are not candidates of this
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas.view import CanvasView, StepRows
-from vllm_d2cache.mechanisms.base import KEYS, ROWS, Mechanism, Use, Wish, Worker
+from vllm_d2cache.canvas.rows import StepRows
+from vllm_d2cache.canvas.states import CanvasStates
+from vllm_d2cache.canvas.view import CanvasView
+from vllm_d2cache.mechanisms.base import KEYS, ROWS, Mechanism, RequestSize, Use, Wish, Worker
 from vllm_d2cache.mechanisms.canvas_rows import canvas_rows
 from vllm_d2cache.mechanisms.partial_forward import BeforeLayer, RowHook
 from vllm_d2cache.mechanisms.row_store import RowStore
@@ -37,9 +38,9 @@ class DropsRows(Use):
         """See ExitMemory."""
         return ExitMemory(worker)
 
-    def request_bytes(self, layers: int, row_bytes: int, canvas_len: int) -> int:
+    def request_bytes(self, size: RequestSize) -> int:
         """A hidden state behind each of these layers, for the canvas and the position before it."""
-        return self.layers * (canvas_len + 1) * row_bytes
+        return self.layers * (size.canvas_len + 1) * size.row_bytes
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,19 @@ class ExitMemory(Mechanism):
     """Hidden states of rows that stayed, and the wishes for the next step."""
 
     def __init__(self, worker: Worker) -> None:
-        slots, device = worker.num_slots, worker.device
-        self.keep = torch.zeros(slots, worker.traits.num_layers, dtype=torch.int64, device=device)
-        self.bias = torch.zeros(slots, worker.max_len, device=device)
-        self.weight = torch.zeros(slots, device=device)
+        super().__init__(worker)
         self.states = RowStore()
+
+    def allocate(self) -> None:
+        """See Mechanism."""
+        slots, device = self.worker.num_slots, self.worker.device
+        self.keep = torch.zeros(slots, self.worker.traits.num_layers, dtype=torch.int64, device=device)
+        self.bias = torch.zeros(slots, self.worker.max_len, device=device)
+        self.weight = torch.zeros(slots, device=device)
+
+    def release(self) -> None:
+        """See Mechanism."""
+        del self.keep, self.bias, self.weight
 
     def store(self, view: CanvasView, wish: RowExits) -> None:
         """See Mechanism."""
@@ -78,7 +87,7 @@ class ExitMemory(Mechanism):
         """See Mechanism."""
         self.states.drop(slot)
 
-    def open(self, rows: StepRows, members: dict[int, Use], lengths: Sequence[int]) -> RowGate:
+    def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> RowGate:
         """Waits for the device: how many rows leave."""
         slots, dropping = rows.view.slots, list(members)
         remembered = canvas_rows(rows, dropping)
@@ -97,7 +106,7 @@ class ExitMemory(Mechanism):
             staying=staying[1:],
             exits=exits,
             remembered=remembered,
-            capacity={r: lengths[r] - rows.prompt_lens[r] + 1 for r in dropping},
+            capacity={r: rows.lengths[r] - rows.prompt_lens[r] + 1 for r in dropping},
             request=rows.request,
             bias=self.bias[slots[rows.request], rows.text_positions],
             weight=self.weight[slots[rows.request]],

@@ -7,14 +7,15 @@ other marked rows add what the layer has stored for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas.view import CanvasView, StepRows
-from vllm_d2cache.mechanisms.base import ROWS, Mechanism, Use, Wish, Worker
+from vllm_d2cache.canvas.rows import StepRows
+from vllm_d2cache.canvas.states import CanvasStates
+from vllm_d2cache.canvas.view import CanvasView
+from vllm_d2cache.mechanisms.base import ROWS, Mechanism, RequestSize, Use, Wish, Worker
 from vllm_d2cache.mechanisms.canvas_rows import canvas_rows
 from vllm_d2cache.mechanisms.partial_forward import BeforeLayer, RowHook
 from vllm_d2cache.mechanisms.row_store import RowStore
@@ -39,9 +40,9 @@ class StoresOutputs(Use):
         """See OutputStore."""
         return OutputStore(worker)
 
-    def request_bytes(self, layers: int, row_bytes: int, canvas_len: int) -> int:
+    def request_bytes(self, size: RequestSize) -> int:
         """An output of each layer but the first, for the canvas and the position before it."""
-        return (layers - 1) * (canvas_len + 1) * row_bytes
+        return (size.layers - 1) * (size.canvas_len + 1) * size.row_bytes
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,23 @@ class OutputStore(Mechanism):
     """Outputs of layers, and the wishes for the next step."""
 
     def __init__(self, worker: Worker) -> None:
-        self.worker = worker
+        super().__init__(worker)
+        self.outputs = RowStore()
+        # Of the model, not of requests: found once.
+        self.directions = ValueDirections(worker.tensor_parallel)
+
+    def allocate(self) -> None:
+        """See Mechanism."""
+        worker = self.worker
         slots, device = worker.num_slots, worker.device
         # By position: 1 where layers may take their stored outputs, 2 where values are compared as well.
         self.kind = torch.zeros(slots, worker.max_len, dtype=torch.int8, device=device)
         self.count = torch.zeros(slots, worker.traits.num_layers - 1, dtype=torch.int64, device=device)
         self.proxy_rank = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.outputs = RowStore()
-        self.directions = ValueDirections(worker.tensor_parallel)
+
+    def release(self) -> None:
+        """See Mechanism."""
+        del self.kind, self.count, self.proxy_rank
 
     def store(self, view: CanvasView, wish: StoredOutputs) -> None:
         """See Mechanism."""
@@ -82,14 +92,14 @@ class OutputStore(Mechanism):
         """See Mechanism."""
         self.outputs.drop(slot)
 
-    def open(self, rows: StepRows, members: dict[int, Use], lengths: Sequence[int]) -> OutputHook:
+    def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> OutputHook:
         """Waits for the device: how many rows each layer computes."""
         view, device = rows.view, self.worker.device
-        stores = torch.zeros(len(lengths), dtype=torch.bool, device=device)
+        stores = torch.zeros(len(rows.slots), dtype=torch.bool, device=device)
         stores[list(members)] = True
         kind = self.kind[view.slots[rows.request], rows.text_positions] * stores[rows.request]
         count = self.count[view.slots]
-        computed, compared = torch.zeros(2, len(lengths), 1, dtype=torch.int64, device=device)
+        computed, compared = torch.zeros(2, len(rows.slots), 1, dtype=torch.int64, device=device)
         computed.index_add_(0, rows.request, (kind == 0).long().unsqueeze(1))
         compared.index_add_(0, rows.request, (kind == 2).long().unsqueeze(1))
         index = (kind == 2).nonzero().flatten()
@@ -106,7 +116,7 @@ class OutputStore(Mechanism):
             computed=(computed + torch.minimum(compared, count)).t().tolist(),
             proxied=proxied,
             kept=canvas_rows(rows, members),
-            capacity={r: lengths[r] - rows.prompt_lens[r] + 1 for r in members},
+            capacity={r: rows.lengths[r] - rows.prompt_lens[r] + 1 for r in members},
             slots=rows.slots,
             outputs=self.outputs,
             directions=self.directions,

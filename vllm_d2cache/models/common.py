@@ -7,6 +7,7 @@ the tensors, and its configuration the sizes and switches (shape.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -238,6 +239,25 @@ class LayerStack(nn.Module):
         return hidden
 
 
+@dataclass
+class ModelStep:
+    """What the model state sets while a step is under way.
+
+    Attributes:
+        head_in_sampler: the sampler applies the LM head itself, a tile of rows at a time.
+        partial_forward: runs the layers in place of the plain loop, where they differ in their rows.
+        replay: does the step as a CUDA graph, its inputs being in place.
+    """
+
+    head_in_sampler: bool = False
+    partial_forward: PartialForward | None = None
+    replay: Callable[[], torch.Tensor] | None = None
+
+    def clear(self) -> None:
+        """The step is over."""
+        self.head_in_sampler, self.partial_forward, self.replay = False, None, None
+
+
 class DiffusionLM(nn.Module):
     """A masked diffusion language model; subclasses name the tensors of their checkpoints."""
 
@@ -276,13 +296,7 @@ class DiffusionLM(nn.Module):
         if shape.tied_head:
             self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
         self.logits_processor = LogitsProcessor(shape.embedding_size, shape.vocab_size)
-        # Set by the model state while a step is under way: the sampler then applies the head itself, a tile of rows
-        # at a time, and compute_logits hands the hidden states through.
-        self.head_in_sampler = False
-        # Likewise, where a request's policy stores outputs of layers: runs the layers in place of the plain loop.
-        self.partial_forward: PartialForward | None = None
-        # Likewise, where a CUDA graph does the step: replays it, its inputs being in place.
-        self.replay: Callable[[], torch.Tensor] | None = None
+        self.step = ModelStep()
 
     @staticmethod
     def tensor_shapes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
@@ -308,12 +322,12 @@ class DiffusionLM(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[N] token ids at [N] absolute positions, in any order -> [N, d] final hidden states."""
-        if self.replay is not None:
-            return self.replay()
+        if self.step.replay is not None:
+            return self.step.replay()
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.partial_forward is None:
+        if self.step.partial_forward is None:
             return self.stack(positions, hidden)
-        hidden, residual = self.partial_forward.run(self.layers, positions, hidden)
+        hidden, residual = self.step.partial_forward.run(self.layers, positions, hidden)
         hidden, _ = self.norm(hidden, residual)
         return hidden
 
@@ -322,8 +336,8 @@ class DiffusionLM(nn.Module):
         return self.logits_processor(self.lm_head, hidden)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, d] -> [n, vocab] logits, or ``hidden`` itself within a step (see ``head_in_sampler``)."""
-        return hidden if self.head_in_sampler else self.lm_logits(hidden)
+        """[n, d] -> [n, vocab] logits, or ``hidden`` itself within a step."""
+        return hidden if self.step.head_in_sampler else self.lm_logits(hidden)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint in the family's published layout.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from vllm_d2cache.canvas.view import DepthCurve, FamilyTraits
+from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.models.shape import TransformerShape
 
 
@@ -262,7 +262,7 @@ class DreamConfig(HubConfig):
             logit_shift=1,
             step_schedule="timestep",
             num_layers=self.num_hidden_layers,
-            drift_by_depth=DepthCurve(0.5, 1 / 6, 5 / 6),
+            family="dream",
         )
 
     def shape(self) -> TransformerShape:

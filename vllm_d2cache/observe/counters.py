@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from vllm_d2cache.canvas.view import StepRows
+from vllm_d2cache.canvas.rows import StepRows
+from vllm_d2cache.mechanisms.base import Hook
 
 
 @dataclass
@@ -26,7 +28,7 @@ class StepCounters:
 
     @property
     def rows(self) -> int:
-        """Rows that went through the network: positions recomputed, and shadows (ops/shadow_attention.py)."""
+        """Rows that went through the network: positions recomputed, and rows behind the text."""
         return self._sum(0)
 
     @property
@@ -42,18 +44,20 @@ class StepCounters:
     def _sum(self, index: int) -> int:
         return 0 if self._sums is None else int(self._sums[index])
 
-    def add(self, rows: StepRows, lengths: list[int], committed: torch.Tensor) -> None:
+    def add(self, rows: StepRows, hooks: Sequence[Hook], committed: torch.Tensor) -> None:
         """Count one forward pass.
 
         Args:
-            lengths: keys that the rows of each request attended to.
+            hooks: of the step, which know what its rows attended to.
             committed: [R, G] bool.
         """
         self.forwards += 1
         self.steps += len(rows.slots)
-        self.keys += sum(lengths)
-        refreshed = rows.refreshed.sum() + sum(rows.shadows)
-        predicted = rows.predicted.sum() + len(rows.verified_index[0])
+        for r, length in enumerate(rows.lengths):
+            seen = [keys for hook in hooks if (keys := hook.keys_attended(r)) is not None]
+            self.keys += min(seen, default=length)
+        refreshed = rows.refreshed.sum() + sum(rows.extra)
+        predicted = rows.predicted.sum() + len(rows.logits_rows) - len(rows.predicted_index[0])
         now = torch.stack([refreshed, predicted, committed.sum()])
         self._sums = now if self._sums is None else self._sums + now
 

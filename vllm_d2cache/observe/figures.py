@@ -7,11 +7,8 @@ rows were really computed and how many tokens committed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from vllm_d2cache.options.server import REPORT, OptionError
 
 # Names of the totals, one of each for every policy.
 TOTALS = (
@@ -73,16 +70,3 @@ class RequestFigures:
             "rows_saved": self.saved,
             "saved_share": round(self.saved / everything, 4) if everything else 0.0,
         }
-
-
-def wants_report(extra_args: Mapping[str, Any] | None) -> bool:
-    """Whether a request asks for its figures: ``d2cache_report``.
-
-    Raises:
-        OptionError: the value is neither true nor false.
-    """
-    value = (extra_args or {}).get(REPORT, False)
-    # JSON booleans arrive as 0 and 1 through vllm_xargs.
-    if value not in (0, 1) or isinstance(value, float):
-        raise OptionError(f"{REPORT}: must be true or false (1 or 0), got {value!r}")
-    return bool(value)

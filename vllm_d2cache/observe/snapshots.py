@@ -6,7 +6,7 @@ canvases of those who watch are therefore written one behind the other and cut i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -14,23 +14,10 @@ import torch
 
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.ops.host import upload
-from vllm_d2cache.options.server import SNAPSHOTS, OptionError
-from vllm_d2cache.requests.asked import HOLE
 
+MASKED = -1
 # What a snapshot has no token and no mask for: past the canvas, or behind a stop token.
 _NOTHING = -2
-
-
-def snapshot_interval(extra_args: Mapping[str, Any] | None) -> int:
-    """Every how many steps a request wants a snapshot, 0 = never: ``d2cache_snapshots``.
-
-    Raises:
-        OptionError: not an integer >= 0.
-    """
-    value = (extra_args or {}).get(SNAPSHOTS, 0)
-    if not isinstance(value, int) or value < 0:  # true is 1
-        raise OptionError(f"{SNAPSHOTS}: must be an integer >= 0 (steps; 1 = every step, 0 = none), got {value!r}")
-    return int(value)
 
 
 def take_snapshots(canvas: CanvasStates, slots: Sequence[int]) -> torch.Tensor:
@@ -45,7 +32,7 @@ def take_snapshots(canvas: CanvasStates, slots: Sequence[int]) -> torch.Tensor:
     tokens = canvas.tokens[index].gather(1, positions.clamp(max=canvas.tokens.shape[1] - 1)).long()
     terminal = canvas.terminal[index, :width].to(torch.int32)
     dead = (terminal.cumsum(1) > terminal) | (column >= canvas.canvas_len[index].unsqueeze(1))
-    return tokens.masked_fill_(canvas.masked[index, :width], HOLE).masked_fill_(dead, _NOTHING)
+    return tokens.masked_fill_(canvas.masked[index, :width], MASKED).masked_fill_(dead, _NOTHING)
 
 
 def append_snapshots(
@@ -80,5 +67,5 @@ def read_snapshots(numbers: Sequence[int]) -> dict[int, list[int]]:
 
 def pieces(canvas: Sequence[int], decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
     """A canvas as runs from left to right: ``{"text": ...}`` of tokens, ``{"masks": count}`` of masks."""
-    runs = ((masked, list(run)) for masked, run in groupby(canvas, key=lambda token: token == HOLE))
+    runs = ((masked, list(run)) for masked, run in groupby(canvas, key=lambda token: token == MASKED))
     return [{"masks": len(run)} if masked else {"text": decode(run)} for masked, run in runs]

@@ -12,8 +12,9 @@ from typing import IO, Any
 
 import torch
 
-from vllm_d2cache.canvas.states import CanvasStates, Request
-from vllm_d2cache.canvas.view import StepResult, StepRows
+from vllm_d2cache.canvas.request import Request
+from vllm_d2cache.canvas.rows import StepResult, StepRows
+from vllm_d2cache.canvas.states import CanvasStates
 
 _LONGEST_NAME = 200
 
@@ -81,8 +82,8 @@ class TraceRecorder:
                 "confidence": [round(c, 6) for c in by_slot[r, committed].tolist()],
                 "elapsed": round(now - self._started[slot], 6),
             }
-            if rows.shadows[r] and result.revoked is not None:
-                line |= {"shadows": rows.shadows[r], "revoked": result.revoked[r].nonzero().flatten().tolist()}
+            if rows.extra[r] and result.revoked is not None:
+                line |= {"shadows": rows.extra[r], "revoked": result.revoked[r].nonzero().flatten().tolist()}
             self._write(slot, line)
             self._steps[slot] += 1
             if result.num_tokens[r] > 0:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 
 import torch
 
 from vllm_d2cache.ops import dispatch
-from vllm_d2cache.ops.paged_attention import AttentionMaps, MapPlan, PagedLayout, paged_attention, write_kv
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """One rank's attention."""
-
-    heads: int
-    kv_heads: int
-    head_size: int
-    block_size: int  # positions of a KV block
-    dtype: torch.dtype
+from vllm_d2cache.ops.paged_attention import (
+    AttentionMaps,
+    AttentionShape,
+    MapPlan,
+    PagedLayout,
+    paged_attention,
+    write_kv,
+)
 
 
 class BackendError(RuntimeError):

@@ -71,8 +71,6 @@ class RowStats:
     confidence: torch.Tensor  # [n] float32: probability of ``token``
     margin: torch.Tensor | None  # [n] float32: top probability minus the second
     entropy: torch.Tensor | None  # [n] float32, nats, >= 0
-    verified: torch.Tensor | None = None  # [v] float32: probability of the token of each verified slot
-    lead_token: torch.Tensor | None = None  # [m] int64: of the m requests with a grammar, what it allows their leads
 
 
 def row_stats(

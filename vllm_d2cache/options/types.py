@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 
+class OptionError(ValueError):
+    """An option is unknown or out of range. The message names the field and the valid values."""
+
+
 @dataclass(frozen=True)
 class Number:
     """An int or float option within [low, high] (or (low, high] when ``open_low``).
 
     Attributes:
-        default: of an option that a policy adds; the other options have theirs in config.RequestOptions.
+        default: of an option that a policy or decoder adds; all others have theirs in options.request.RequestOptions.
     """
 
     kind: type

@@ -4,51 +4,92 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
-from vllm_d2cache.canvas.states import canvas_to_positions
-from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
-from vllm_d2cache.mechanisms.base import Use, Worker
-from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.canvas.slot_options import SlotOptions
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
+from vllm_d2cache.mechanisms.base import FRESH, F, Finding, Use, Wish, Worker, finding
+from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Choice, Number
 
-# More than any text has positions, and far from overflow.
-_LARGEST = 1 << 40
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step found out and did."""
+
+    committed: torch.Tensor  # [R, G] bool
+    predicted: torch.Tensor  # [R, G] bool, slots whose row statistics exist
+    score: torch.Tensor  # [R, G] float32, the ranking statistic without prior; only where predicted
+    window_start: torch.Tensor  # [R] int64, the window in which this step committed
+    first: torch.Tensor  # [R] bool, the request's first step
+    entropy: torch.Tensor | None = None  # [R, G] float32, nats, 0 where not predicted; None where no policy reads it
+    found: tuple[Finding, ...] = ()  # by the mechanisms of the step
+
+    def of(self, kind: type[F]) -> F:
+        """The finding of that kind; there is one where some request of the step uses its mechanism."""
+        return finding(self.found, kind)
+
+    def select(self, rows: torch.Tensor) -> StepOutcome:
+        """The outcome of some rows only."""
+        return replace(
+            self,
+            committed=self.committed[rows],
+            predicted=self.predicted[rows],
+            score=self.score[rows],
+            window_start=self.window_start[rows],
+            first=self.first[rows],
+            entropy=None if self.entropy is None else self.entropy[rows],
+            found=tuple(found.select(rows) for found in self.found),
+        )
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a cache policy wants of the next step."""
+
+    refresh: torch.Tensor  # [R, T] bool, positions whose K and V are recomputed
+    observe: torch.Tensor  # [R, G] bool, slots whose statistics the policy wants besides the window's
+    candidates: torch.Tensor | None = None  # [R, G] bool, slots that may be committed; None = all of the window
+    wishes: tuple[Wish, ...] = ()  # one for each mechanism of the policy that takes any
 
 
 class CachePolicy(ABC):
     """Decides the refresh set of each step for the requests that chose it.
 
     A policy works on all its requests of a step at once and must not let one influence another. What it remembers
-    is slot-indexed and overwritten in ``first_plan``. Making one only allocates: the
-    engine learns how much by making each on torch's meta device.
-
+    is slot-indexed and overwritten in ``first_plan``. Making one only allocates: the engine learns how much by making
+    each on torch's meta device.
     """
 
     name: ClassVar[str]
     options: ClassVar[Mapping[str, Number | Choice]] = {}
-    """What a request may set of this policy alone: a field of config.RequestOptions, or an option with a default."""
+    """What a request may set of this policy alone, with defaults."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Published settings of decoding options; they apply where neither request nor server sets one."""
+    parallel_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Of ``options``, other defaults where a rule decides how many tokens a step commits."""
     takes_all_options: ClassVar[bool] = False
     """Whether a request may name other policies' options too; for the one that others are compared with."""
-    reads_importance: ClassVar[bool] = False
-    """Whether the engine must collect attention maps and compute the rollout for this policy's requests."""
     reads_entropy: ClassVar[bool] = False
     """Whether the engine must compute the entropy of the predicted slots' distributions."""
+    refreshes_all: ClassVar[bool] = False
+    """Whether every step recomputes the whole text."""
     uses: ClassVar[tuple[Use, ...]] = ()
     """What it needs of the layers beyond fresh K and V (mechanisms/)."""
 
     def __init__(self, worker: Worker) -> None:
         self.traits = worker.traits
         self.logit_shift = worker.traits.logit_shift
-        self.refresh_budget = worker.refresh_budget
-        self._columns = {
-            name: torch.zeros(worker.num_slots, dtype=_column_type(spec), device=worker.device)
-            for name, spec in self.options.items()
-        }
+        self.refresh_budget = worker.server.refresh_budget
+        self._options = SlotOptions(self.options, worker.num_slots, worker.device)
+
+    @classmethod
+    def takes(cls) -> frozenset[str]:
+        """What its refresh sets take from the layers, beside what its mechanisms do."""
+        return frozenset() if cls.refreshes_all else frozenset({FRESH})
 
     @staticmethod
     @abstractmethod
@@ -57,14 +98,11 @@ class CachePolicy(ABC):
 
     def start(self, slot: int, options: RequestOptions) -> None:
         """Take down the options of the request that gets ``slot``; ``first_plan`` follows."""
-        for name, spec in self.options.items():
-            value = options.value(name)
-            number = spec.values.index(value) if isinstance(spec, Choice) else min(value, _LARGEST)
-            self._columns[name][slot] = number
+        self._options.set(slot, options)
 
     def option(self, name: str, view: CanvasView) -> torch.Tensor:
         """[R] one of ``options``: int64 for integers and for choices (index into their values), float64 otherwise."""
-        return self._columns[name][view.slots]
+        return self._options.columns[name][view.slots]
 
     def read_from(self, slots: torch.Tensor, view: CanvasView) -> torch.Tensor:
         """[R, T] bool: the positions whose rows give the logits of canvas ``slots`` [R, G] bool.
@@ -75,15 +113,11 @@ class CachePolicy(ABC):
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """The plan of a request's first step: everything, as nothing is cached yet."""
-        return StepPlan(view.in_text, torch.zeros_like(view.masked))
+        return StepPlan(view.in_text, nothing(view))
 
     @abstractmethod
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """The plan of the next step, from the canvases after this step's commits and what the step found."""
-
-
-def _column_type(spec: Number | Choice) -> torch.dtype:
-    return torch.float64 if isinstance(spec, Number) and spec.kind is float else torch.int64
 
 
 def nothing(view: CanvasView) -> torch.Tensor:

@@ -9,12 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas.states import canvas_to_positions
-from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
-from vllm_d2cache.mechanisms.base import Worker
-from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
+from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Choice, Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 DECODE, PREFILL, PD = VARIANTS = ("decode", "prefill", "pd")
 
@@ -33,12 +31,6 @@ class DKVPolicy(CachePolicy):
     }
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
 
-    def __init__(self, worker: Worker) -> None:
-        super().__init__(worker)
-        self.window_step = torch.zeros(
-            worker.num_slots, dtype=torch.int64, device=worker.device
-        )  # of the step under way
-
     @staticmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
         """All positions for ``decode``; else the canvas and, in a shifted family, the position before it."""
@@ -46,17 +38,11 @@ class DKVPolicy(CachePolicy):
             return prompt_len + canvas_len
         return min(prompt_len, 1) + canvas_len
 
-    def first_plan(self, view: CanvasView) -> StepPlan:
-        """Everything."""
-        self.window_step[view.slots] = 0
-        return super().first_plan(view)
-
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Masked positions, the last commits, and now and then all that may be refreshed."""
         variant = self.option("dkv_variant", view).unsqueeze(1)
         every = self.option("cache_steps", view)
-        step = torch.where(view.window_start != outcome.window_start, 0, self.window_step[view.slots] + 1)
-        self.window_step[view.slots] = step
+        step = view.window_step
         due = (step % every == 0).unsqueeze(1)
         decode = variant == VARIANTS.index(DECODE)
         due |= decode & (step == 1).unsqueeze(1)

@@ -9,13 +9,11 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas.states import canvas_to_positions
-from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
-from vllm_d2cache.mechanisms.base import Worker
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.stored_outputs import StoredOutputs, StoresOutputs
-from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 
 class DLLMCachePolicy(CachePolicy):
@@ -34,12 +32,6 @@ class DLLMCachePolicy(CachePolicy):
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
     uses = (StoresOutputs(),)
 
-    def __init__(self, worker: Worker) -> None:
-        super().__init__(worker)
-        self.step = torch.zeros(
-            worker.num_slots, dtype=torch.int64, device=worker.device
-        )  # number of the step under way
-
     @staticmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
         """All positions, when the prompt is refreshed; a refresh budget does not apply."""
@@ -47,13 +39,11 @@ class DLLMCachePolicy(CachePolicy):
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything, in all layers."""
-        self.step[view.slots] = 0
-        return self._plan(view, torch.zeros_like(view.slots))
+        return self._plan(view, view.step)
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """The canvas, and the prompt where it is due."""
-        self.step[view.slots] += 1
-        return self._plan(view, self.step[view.slots])
+        return self._plan(view, view.step)
 
     def _plan(self, view: CanvasView, step: torch.Tensor) -> StepPlan:
         """Step number ``step`` [R]."""

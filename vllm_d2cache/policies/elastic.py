@@ -9,13 +9,12 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas.states import canvas_to_positions
-from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.drift import Drift, ReadsDrift
-from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 
 class ElasticPolicy(CachePolicy):

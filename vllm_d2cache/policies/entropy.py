@@ -9,12 +9,11 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas.states import canvas_to_positions
-from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.base import Worker
-from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 
 class EntropyPolicy(CachePolicy):
@@ -34,9 +33,6 @@ class EntropyPolicy(CachePolicy):
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
-        self.step = torch.zeros(
-            worker.num_slots, dtype=torch.int64, device=worker.device
-        )  # number of the step under way, from 1
         # By canvas slot: the number of the step that committed it, 0 for none.
         self.committed_in = torch.zeros(worker.num_slots, worker.max_len, dtype=torch.int64, device=worker.device)
 
@@ -47,7 +43,6 @@ class EntropyPolicy(CachePolicy):
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything."""
-        self.step[view.slots] = 1
         self.committed_in[view.slots] = 0
         return super().first_plan(view)
 
@@ -64,10 +59,9 @@ class EntropyPolicy(CachePolicy):
     def _latest(self, view: CanvasView, outcome: StepOutcome) -> torch.Tensor:
         """[R, G] bool: the last commits. Ties in the order of commitment go to the lower slot."""
         width = view.masked.shape[1]
-        step = self.step[view.slots].unsqueeze(1)
-        when = torch.where(outcome.committed, step, self.committed_in[view.slots, :width])
+        # The next step's number is the last one's, counted from 1.
+        when = torch.where(outcome.committed, view.step.unsqueeze(1), self.committed_in[view.slots, :width])
         self.committed_in[view.slots, :width] = when
-        self.step[view.slots] += 1
         index = when.argsort(dim=1, descending=True, stable=True)
         first_k = (view.slot_index < self.option("entropy_k", view).unsqueeze(1)).expand_as(index)
         recent = torch.zeros_like(outcome.committed).scatter_(1, index, first_k)

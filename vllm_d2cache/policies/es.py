@@ -7,13 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas.states import canvas_to_positions
-from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.row_exits import DropsRows, RowExits
-from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 # Behind the layer at this depth, that share of the rows stays.
 PROPORTION_STEPS = ((1 / 8, 0.5), (1 / 4, 0.25))
@@ -42,9 +41,6 @@ class ESPolicy(CachePolicy):
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
-        self.window_step = torch.zeros(
-            worker.num_slots, dtype=torch.int64, device=worker.device
-        )  # of the step under way
         # By canvas slot, as the step under way found or finds them.
         self.confidence = torch.zeros(worker.num_slots, worker.max_len, device=worker.device)
         self.masked = torch.zeros(worker.num_slots, worker.max_len, dtype=torch.bool, device=worker.device)
@@ -57,7 +53,6 @@ class ESPolicy(CachePolicy):
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything, and nobody leaves."""
         width = view.masked.shape[1]
-        self.window_step[view.slots] = 0
         self.confidence[view.slots, :width] = 0
         self.masked[view.slots, :width] = view.masked
         stays = torch.ones_like(view.slots, dtype=torch.bool)
@@ -68,8 +63,6 @@ class ESPolicy(CachePolicy):
         """The window, and at its start all from the first of the last commits on."""
         slots, width = view.slots, view.masked.shape[1]
         entered = view.window_start != outcome.window_start
-        step = torch.where(entered, 0, self.window_step[slots] + 1)
-        self.window_step[slots] = step
         changed = view.masked ^ self.masked[slots, :width]
         self.masked[slots, :width] = view.masked
         confidence = torch.where(outcome.predicted, outcome.score, self.confidence[slots, :width]) * view.masked
@@ -77,14 +70,13 @@ class ESPolicy(CachePolicy):
 
         # As published: a window begins with the step number that it would have if those before it had taken a step a
         # slot, whenever they ended.
-        number = view.window_start + step
+        number = view.window_start + view.window_step
         prompt_due = number % self.option("prompt_update_freq", view) == 0
         stays = prompt_due | (number % self.option("block_update_freq", view) == 0)
         window_end = (view.window_start + view.options.window).unsqueeze(1)
         since_change = (changed.cumsum(1) > 0) & (view.slot_index < window_end) & entered.unsqueeze(1)
         window = canvas_to_positions(view.in_window | changed | since_change & view.in_canvas, view)
-        position = torch.arange(view.num_positions, device=slots.device).unsqueeze(0)
-        before_end = view.in_text & (position < view.prompt_len.unsqueeze(1) + window_end)
+        before_end = view.in_text & (view.position < view.prompt_len.unsqueeze(1) + window_end)
         refresh = window | self.read_from(view.in_window, view) | (before_end & prompt_due.unsqueeze(1))
         return StepPlan(refresh, nothing(view), wishes=(self._exits(view, refresh, changed, stays),))
 

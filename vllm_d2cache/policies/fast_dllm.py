@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
-from vllm_d2cache.options.server import RequestOptions
-from vllm_d2cache.policies.base import CachePolicy, nothing
+from vllm_d2cache.canvas.view import CanvasView
+from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 
 class PrefixPolicy(CachePolicy):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
-from vllm_d2cache.options.server import RequestOptions
-from vllm_d2cache.policies.base import CachePolicy
+from vllm_d2cache.canvas.view import CanvasView
+from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 
 
 class FullPolicy(CachePolicy):
@@ -17,6 +17,7 @@ class FullPolicy(CachePolicy):
 
     name = "full"
     takes_all_options = True
+    refreshes_all = True
 
     @staticmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:

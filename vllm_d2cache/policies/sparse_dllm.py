@@ -9,13 +9,11 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas.states import canvas_to_positions
-from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
-from vllm_d2cache.mechanisms.base import Worker
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.hidden_keys import HidesKeys, KeptKeys, VisibleKeys
-from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 
 class SparseDLLMPolicy(CachePolicy):
@@ -33,12 +31,6 @@ class SparseDLLMPolicy(CachePolicy):
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
     uses = (HidesKeys(),)
 
-    def __init__(self, worker: Worker) -> None:
-        super().__init__(worker)
-        self.window_step = torch.zeros(
-            worker.num_slots, dtype=torch.int64, device=worker.device
-        )  # of the step under way
-
     @staticmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
         """All positions, at the start of a window; a refresh budget does not apply."""
@@ -46,14 +38,11 @@ class SparseDLLMPolicy(CachePolicy):
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything, and all of it visible."""
-        self.window_step[view.slots] = 0
-        return self._plan(view, torch.zeros_like(view.slots))
+        return self._plan(view, view.window_step)
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Everything in the first two steps of a window, then the window."""
-        step = torch.where(view.window_start != outcome.window_start, 0, self.window_step[view.slots] + 1)
-        self.window_step[view.slots] = step
-        return self._plan(view, step)
+        return self._plan(view, view.window_step)
 
     def _plan(self, view: CanvasView, step: torch.Tensor) -> StepPlan:
         """Step number ``step`` [R] of the current windows."""

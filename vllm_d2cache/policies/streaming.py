@@ -9,12 +9,11 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas.states import canvas_to_positions
-from vllm_d2cache.canvas.view import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.hidden_keys import HidesKeys, VisibleKeys
-from vllm_d2cache.options.server import RequestOptions
+from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 
 class StreamingPolicy(CachePolicy):
@@ -51,5 +50,4 @@ class StreamingPolicy(CachePolicy):
         start = view.prompt_len + view.window_start
         end = (start + view.options.window + self.option("suffix_window", view)).unsqueeze(1)
         last = (view.prompt_len + view.canvas_len - 1).unsqueeze(1)
-        position = torch.arange(view.num_positions, device=start.device).unsqueeze(0)
-        return ((position < end) | (position == last)) & view.in_text
+        return ((view.position < end) | (view.position == last)) & view.in_text

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_d2cache.options.server import REPORT, SNAPSHOTS, OptionError
+from vllm_d2cache.options.request import REPORT, SNAPSHOTS
+from vllm_d2cache.options.types import OptionError
 
 # Field -> why it can have no effect. Any value but the field's default is refused.
 WITHOUT_EFFECT: dict[str, str] = {

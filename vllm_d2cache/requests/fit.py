@@ -4,18 +4,64 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_d2cache.options.server import CANVAS, OptionError
-from vllm_d2cache.requests.asked import HOLE, parse_canvas
+from vllm_d2cache.decoders.registry import DECODER_CLASSES
+from vllm_d2cache.options.request import CANVAS, PREFIX, RequestOptions
+from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.policies.budget import extra_rows
+from vllm_d2cache.requests.asked import HOLE
 
 # Entries a request may list; the tables of all running requests are as wide as the longest list.
 LONGEST_LIST = 1024
 
 
-def check_fit(params: Any, vocab_size: int, mask_token_id: int) -> None:
+def check_room(field: str, asked: int, room: int) -> None:
+    """Refuse a canvas of ``asked`` positions where ``room`` are left behind the prompt; ``field`` asked for it.
+
+    Raises:
+        OptionError: names the field and the valid values.
+    """
+    if asked > room:
+        raise OptionError(
+            f"{field}: a canvas of {asked} positions does not fit behind this prompt; valid values are 1 to {room}"
+        )
+
+
+def check_options_fit(options: RequestOptions, canvas_length: int, room: int, given: bool) -> None:
+    """Refuse options that do not go with a canvas of ``canvas_length`` where ``room`` positions are left for it.
+
+    Args:
+        given: the request gives the canvas in part.
+
+    Raises:
+        OptionError: ``steps`` cannot be divided among the windows, there is no room for rows behind the text, or the
+            decoder cannot tell given tokens from its own.
+    """
+    if given and DECODER_CLASSES[options.decoder].revokes:
+        raise OptionError(
+            f"{PREFIX}decoder: {options.decoder!r} may take back any token of its window and does not go with "
+            f"{CANVAS}, whose tokens must stay; choose another decoder"
+        )
+    behind = extra_rows(options, canvas_length)
+    if canvas_length + behind > room:
+        raise OptionError(
+            f"{PREFIX}decoder: {options.decoder!r} needs {behind} positions, its window, besides the canvas of "
+            f"{canvas_length}; behind this prompt there is room for {room}"
+        )
+    window = options.window_length(canvas_length)
+    windows = -(-canvas_length // window)
+    if options.steps % windows:
+        raise OptionError(
+            f"{PREFIX}steps: must be a multiple of {windows}, the windows of {window} positions in a canvas of "
+            f"{canvas_length}, got {options.steps}"
+        )
+
+
+def check_fit(params: Any, canvas: tuple[int, ...], vocab_size: int, mask_token_id: int) -> None:
     """Refuse what this model cannot do.
 
     Args:
         params: vLLM's SamplingParams after the tokenizer and the generation configuration were applied to them.
+        canvas: that the request gives (requests/asked.py).
 
     Raises:
         OptionError: naming the field and its valid values.
@@ -28,7 +74,8 @@ def check_fit(params: Any, vocab_size: int, mask_token_id: int) -> None:
             raise OptionError(f"{field}: must have at most {LONGEST_LIST} entries, got {len(entries)}")
     banned = _banned(params)
     _check_choice(params, banned, vocab_size, mask_token_id)
-    _check_canvas(params, vocab_size, mask_token_id)
+    if canvas:
+        _check_canvas(params, canvas, vocab_size, mask_token_id)
 
 
 def _banned(params: Any) -> set[int]:
@@ -60,10 +107,7 @@ def _check_choice(params: Any, banned: set[int], vocab_size: int, mask_token_id:
         )
 
 
-def _check_canvas(params: Any, vocab_size: int, mask_token_id: int) -> None:
-    canvas = parse_canvas(params.extra_args)
-    if not canvas:
-        return
+def _check_canvas(params: Any, canvas: tuple[int, ...], vocab_size: int, mask_token_id: int) -> None:
     if params.max_tokens != len(canvas):
         raise OptionError(
             f"max_tokens: must be the length of {CANVAS}, {len(canvas)}, or be left out over HTTP; "

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_d2cache.canvas.states import CanvasStates, Request
-from vllm_d2cache.canvas.view import EditSpec, StepRows
+from vllm_d2cache.canvas.request import EditSpec, Request
+from vllm_d2cache.canvas.rows import StepRows
+from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.ops.logit_edits import NO_PENALTIES, LogitEdits, RowEdits
 
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_d2cache.canvas.states import CanvasStates, Request
-from vllm_d2cache.canvas.view import StepResult, StepRows
+from vllm_d2cache.canvas.request import Request
+from vllm_d2cache.canvas.rows import StepResult, StepRows
+from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.ops.top_logprobs import top_logprobs
 
 

@@ -1,40 +1,37 @@
-"""One step, from the plans of the last one to the tokens that it emits, on whatever runs the network. No vLLM.
+"""The life of a step: the file to read first. No vLLM; whatever runs the network calls three methods in turn.
 
-``open`` says which rows go through the network, ``place`` where their K and V go and what the layers leave behind,
-``close`` what became of them. vLLM's hooks call them in turn (model_state.py, runner_sampler.py).
+A scheduler says which requests have a step. ``open`` turns their plans into *rows*, ``place`` says where K and V of the
+rows go. Then the caller runs the *layers*, which call the hooks of mechanisms (attention *importance* is one).
+``close`` takes *statistics* of what was predicted, lets decoders *commit* and policies *plan* the next step, and says
+what to *emit*.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 
-from vllm_d2cache.canvas.view import StepResult, StepRows
-from vllm_d2cache.graphs.step_graphs import GraphSize, GraphStep, StepGraphs
-from vllm_d2cache.mechanisms.importance import ImportanceCapture, MapPool
+from vllm_d2cache.canvas.request import Request
+from vllm_d2cache.canvas.rows import StepResult, StepRows
+from vllm_d2cache.canvas.states import CanvasStates
+from vllm_d2cache.graphs.step_graphs import GraphSize, GraphStep
+from vllm_d2cache.mechanisms.base import Hook, Mechanisms, Worker
+from vllm_d2cache.observe.counters import StepCounters
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.row_stats import RowStats
-from vllm_d2cache.policies import POLICY_CLASSES
-from vllm_d2cache.step.denoiser import Denoiser
+from vllm_d2cache.policies.base import StepOutcome
+from vllm_d2cache.policies.budget import uses_of
+from vllm_d2cache.step.constraints import Constraints
+from vllm_d2cache.step.decoding import Decoding, LMHead
+from vllm_d2cache.step.form import StepForms
 from vllm_d2cache.step.logprobs import EmittedLogprobs, LogprobRecorder
-
-
-@dataclass(frozen=True)
-class Pages:
-    """Where the texts of the step's requests lie."""
-
-    table: torch.Tensor  # [R, blocks] int, KV block ids
-    block_size: int
-    first_block: list[int]  # of each request, -1 where its blocks are not consecutive
-
-    def slots(self, rows: StepRows) -> torch.Tensor:
-        """[N - shadows] int64: flat KV slot of each row, -1 for padding. Shadows have no page."""
-        block = rows.text_positions.div(self.block_size, rounding_mode="floor")
-        within = rows.text_positions - block * self.block_size
-        slots = self.table[rows.request, block].long() * self.block_size + within
-        return torch.where(rows.live, slots, -1)
+from vllm_d2cache.step.pages import Pages
+from vllm_d2cache.step.planning import Planning
+from vllm_d2cache.step.rows import select_rows
 
 
 @dataclass
@@ -42,9 +39,14 @@ class Step:
     """A step under way."""
 
     rows: StepRows
+    hooks: tuple[Hook, ...]  # of the mechanisms that its requests use; a graph in their place
     size: GraphSize | None = None  # the graph that does it; None = eager
-    layout: PagedLayout | None = None
-    leaves: ImportanceCapture | GraphStep | None = None  # what the forward pass leaves for the importance
+    layout: PagedLayout | None = None  # once it is placed
+
+    @property
+    def graph(self) -> GraphStep | None:
+        """What is replayed in place of the forward pass."""
+        return next((hook for hook in self.hooks if isinstance(hook, GraphStep)), None)
 
 
 @dataclass(frozen=True)
@@ -58,62 +60,106 @@ class Closed:
 
 
 class StepRunner:
-    """Runs the steps of one worker.
+    """Runs the steps of one worker: texts, decoders, policies and mechanisms of all its running requests.
 
     Args:
         may_graph: False while something reads steps on the host (traces).
     """
 
-    def __init__(self, denoiser: Denoiser, may_graph: bool = True) -> None:
-        self.denoiser = denoiser
-        self.logprobs = LogprobRecorder(denoiser.canvas)
-        self.graphs: StepGraphs | None = None
-        self._may_graph = may_graph
-        self._pool = MapPool()
+    def __init__(self, worker: Worker, may_graph: bool = True) -> None:
+        self.worker = worker
+        self.canvas = CanvasStates(worker.num_slots, worker.max_len, worker.device, worker.traits)
+        self.constraints = Constraints(self.canvas)
+        self.mechanisms = Mechanisms(worker, self.canvas)
+        self.planning = Planning(worker, self.canvas, self.mechanisms)
+        self.decoding = Decoding(worker, self.canvas, self.constraints)
+        self.logprobs = LogprobRecorder(self.canvas)
+        self.counters = StepCounters()
+        parts = (self.canvas, self.mechanisms, self.decoding, self.constraints, self.logprobs)
+        self.forms = StepForms(*parts, may_graph)
 
-    def open(self, slots: torch.Tensor, slots_host: Sequence[int]) -> Step:
-        """The rows of a step of these requests: [R] int64 on the device, and the same on the host."""
-        size = self._fitting_graph(slots_host)
-        return Step(self.denoiser.begin(slots, slots_host, padded=size is not None), size)
+    def add(self, slot: int, request: Request, prompt: np.ndarray, emitted: int = 0) -> None:
+        """Start a request in ``slot``, or start it over; see CanvasStates.add."""
+        self.canvas.add(slot, request, prompt, emitted)
+        self.mechanisms.enter(slot, uses_of(request.options))
+        self.constraints.add(slot, request)
+        self.planning.start(slot)
+        self.decoding.start(slot)
+        self.logprobs.add(slot, request)
+
+    def remove(self, slot: int) -> None:
+        """Forget the request in ``slot``."""
+        self.decoding.stop(slot)
+        self.constraints.remove(slot)
+        self.mechanisms.leave(slot)
+        self.logprobs.remove(slot)
+        self.canvas.remove(slot)
+
+    def open(self, slots: torch.Tensor, slots_host: Sequence[int], padded: bool = False) -> Step:
+        """The rows of a step of these requests: [R] int64 on the device, and the same on the host.
+
+        Args:
+            padded: give each request as many rows as it can need (step/rows.py), also where no graph wants it; only
+                where ``forms.can_pad``.
+        """
+        size = self.forms.fitting_graph(slots_host)
+        observes = self.decoding.observes_all(slots_host)
+        rows = select_rows(self.canvas, slots, slots_host, observes, padded or size is not None)
+        for slot in slots_host:
+            request = self.canvas.requests[slot]
+            request.computed = request.length
+        if size is not None:
+            return Step(rows, (), size)
+        hooks = self.mechanisms.open(rows)
+        return Step(rows.with_extra([hook.extra for hook in hooks if hook.extra is not None]), hooks)
 
     def place(self, step: Step, pages: Pages) -> Step:
-        """Where K and V of the rows go, and where the layers leave what the importance is made from."""
-        rows, ranks = step.rows, self.denoiser.worker.tensor_parallel
-        lengths = [r.prompt_len + r.canvas_len for r in self._requests(rows.slots)]
-        layout = PagedLayout(rows.counts, lengths, pages.table, pages.first_block, pages.slots(rows))
+        """Where K and V of the rows go, and what the layers are to leave behind."""
+        rows = step.rows
+        first_blocks = pages.first_blocks(rows.lengths)
+        layout = PagedLayout(rows.counts, rows.lengths, pages.table, first_blocks, pages.slots(rows))
         step.layout = layout
-        if step.size is not None and self.graphs is not None:
-            step.leaves = self.graphs.step(step.size, rows, layout)
-        else:
-            step.leaves = ImportanceCapture(layout, rows.reads_importance, rows.text_positions, self._pool, ranks)
+        if step.size is not None:
+            assert self.forms.graphs is not None
+            uses = [self.mechanisms.uses(slot) for slot in rows.slots]
+            step.hooks = (self.forms.graphs.step(step.size, rows, layout, uses),)
+        for hook in step.hooks:
+            hook.place(layout)
         return step
 
-    def close(self, step: Step, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor]) -> Closed:
+    def close(self, step: Step, hidden: torch.Tensor, lm_head: LMHead) -> Closed:
         """Statistics, commits, the next plans, and what is emitted.
 
         Args:
             hidden: [n + v, d] final hidden states of ``rows.logits_rows``.
         """
         rows = step.rows
-        for present in (p for hook in rows.hooks if (p := hook.present()) is not None):
+        for present in (p for hook in step.hooks if (p := hook.present()) is not None):
             rows, stayed = rows.without(present)
             hidden = hidden[stayed]
-        assert step.leaves is not None
-        stats = self.denoiser.row_stats(rows, hidden, lm_head)
-        importance = step.leaves.importance(rows.view.num_positions)
-        result = self.denoiser.finish(rows, stats, importance, rows.found())
+        hidden, behind = hidden.tensor_split([len(rows.predicted_index[0])])
+        for hook in step.hooks:
+            if hook.extra is not None:
+                hook.read(behind, partial(self.decoding.probability, rows, lm_head))
+        want_entropy = self.planning.reads_entropy(rows.slots)
+        stats = self.decoding.row_stats(rows, hidden, lm_head, want_entropy)
+        results = (hook.result(rows.view.num_positions) for hook in step.hooks)
+        found = tuple(result for result in results if result is not None)
+
+        score, token, commits = self.decoding.choose(rows, stats, found)
+        token = token if commits.token is None else commits.token
+        view = self.canvas.commit(rows.view, commits.slots, token, commits.revoked)
+        outcome = StepOutcome(
+            commits.slots,
+            rows.predicted,
+            score,
+            rows.view.window_start,
+            rows.view.step == 0,
+            rows.by_slot(stats.entropy) if want_entropy and stats.entropy is not None else None,
+            found,
+        )
+        self.planning.next(view, outcome, rows.slots)
+        provisional = self.decoding.provisional(rows.slots)
+        result = self.canvas.emit(view, commits.slots, commits.revoked, provisional)
+        self.counters.add(rows, step.hooks, commits.slots)
         return Closed(rows, stats, result, self.logprobs.record(rows, result, hidden, lm_head))
-
-    def _fitting_graph(self, slots: Sequence[int]) -> GraphSize | None:
-        """The graph that does a step of these requests; None = eager, with exact rows."""
-        if self.graphs is None or not self._may_graph or self.logprobs.any_of(slots):
-            return None
-        if not self.denoiser.can_pad(slots):
-            return None
-        requests = self._requests(slots)
-        lengths = [r.prompt_len + r.canvas_len for r in requests]
-        reads = [POLICY_CLASSES[r.options.policy].reads_importance for r in requests]
-        return self.graphs.fitting([r.row_budget for r in requests], lengths, reads)
-
-    def _requests(self, slots: Sequence[int]):
-        return [self.denoiser.canvas.requests[s] for s in slots]
