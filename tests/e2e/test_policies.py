@@ -56,7 +56,7 @@ def test_attention_maps_are_taken_for_those_who_read_them(engine: Engine, monkey
 
     monkeypatch.setattr(capture.MapPool, "take", counted_take)
     monkeypatch.setattr(rollout_op, "rollout", counted_rollout)
-    frugal = [options for options in OPTIONS if not POLICY_CLASSES[options.get("policy", "d2cache")].reads_importance]
+    frugal = [options for options in OPTIONS if not POLICY_CLASSES[options.get("policy", "d2cache")].uses]
     engine.run([request(options, seed) for seed, options in enumerate(frugal)])
     assert (sum(elements), rollouts) == (0, [])
     ((_, trace), _) = engine.run([request({"current_k": 1}, 0), request({"policy": "dual"}, 5)])
@@ -86,7 +86,7 @@ def test_drift_is_measured_for_those_who_read_it(engine: Engine, monkeypatch: py
 def test_directions_are_found_for_those_who_compare_by_them(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for each layer but the first, whatever the number of requests and steps."""
     state = runner_of(engine).model_state
-    store = state.steps._mechanisms[StoresOutputs]
+    store = state.steps.mechanisms._made[StoresOutputs]
     monkeypatch.setattr(store, "directions", value_directions.ValueDirections())
     sizes: list[tuple[int, ...]] = []
     eigh = torch.linalg.eigh

@@ -49,7 +49,7 @@ def denoise(model: DenseModel, prompt: list[int], canvas: int, options: RequestO
         chosen = commit(scores, options)
         if not memory:
             memory = dict.fromkeys(range(canvas), 0.0) | {g: p.score for g, p in predictions.items()}
-        elif options.value("confidence_memory") == "latest":
+        elif options.policy_options.get("confidence_memory") == "latest":
             memory |= {g: p.score for g, p in predictions.items()}
         for g in chosen:
             tokens[start + g] = predictions[g].token

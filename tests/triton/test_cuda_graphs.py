@@ -61,7 +61,7 @@ def test_replays_decide_what_eager_steps_decide(graphed: Loop, device: torch.dev
             want, got = eager.step(padded=False, slots=slots), graphed.step(slots=slots)
             assert torch.equal(got.committed, want.committed), slots
             assert torch.equal(got.tokens, want.tokens), slots
-            assert torch.equal(graphed.denoiser.canvas.refresh, eager.denoiser.canvas.refresh), slots
+            assert torch.equal(graphed.steps.canvas.refresh, eager.steps.canvas.refresh), slots
     assert graphed.graph_steps == 24
 
 

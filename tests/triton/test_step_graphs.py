@@ -52,7 +52,7 @@ def test_replays_of_other_batches_decide_what_eager_steps_decide(device: torch.d
         want, got = eager.step(padded=False, slots=slots), graphed.step(slots=slots)
         assert torch.equal(got.committed, want.committed), slots
         assert torch.equal(got.tokens, want.tokens), slots
-        assert torch.equal(graphed.denoiser.canvas.refresh, eager.denoiser.canvas.refresh), slots
+        assert torch.equal(graphed.steps.canvas.refresh, eager.steps.canvas.refresh), slots
     assert graphed.graph_steps == 6
     for got_cache, want_cache in zip(graphed.caches, eager.caches, strict=True):
         torch.testing.assert_close(got_cache, want_cache, rtol=1e-5, atol=1e-6)

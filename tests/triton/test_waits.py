@@ -68,7 +68,7 @@ def test_kernels_decide_the_same_in_padded_steps(
         want, got = exact.step(padded=False), padded.step(padded=step > 0)
         assert torch.equal(got.committed, want.committed), step
         assert torch.equal(got.tokens, want.tokens), step
-        assert torch.equal(padded.denoiser.canvas.refresh, exact.denoiser.canvas.refresh), step
+        assert torch.equal(padded.steps.canvas.refresh, exact.steps.canvas.refresh), step
 
 
 @pytest.mark.parametrize(

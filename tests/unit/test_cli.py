@@ -102,8 +102,10 @@ class TestSettings:
         pairs, left_out = pairs_of(policies, decoders, ServerOptions({}))
         assert [(p.label, d.label) for p, d in pairs] == [("full", "eb"), ("d2cache", "eb"), ("full", "wino")]
         assert len(left_out) == 1
-        assert left_out[0].startswith("d2cache, wino: d2cache_decoder: 'wino' verifies")
-        with pytest.raises(UsageError, match="'wino' verifies"):
+        assert left_out[0].startswith(
+            "d2cache, wino: d2cache_decoder: 'wino' does not go with d2cache_policy 'd2cache'"
+        )
+        with pytest.raises(UsageError, match="with 'full' alone"):
             pairs_of(policies[1:], decoders[1:], ServerOptions({}))
 
     @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ class TestSettings:
             (["--decoders", "eb:gama=1"], "unknown request option"),
             (["--decoders", "eb:threshold=0.9"], "not an option of d2cache_decoder 'eb'"),
             (["--decoders", "eb:gamma"], "options are KEY=VALUE"),
-            (["--decoders", "pc"], "needs a table of corpus frequencies"),
+            (["--decoders", "pc"], "needs token_frequencies"),
             (["--batch", "0"], "--batch must be >= 1"),
             (["--plot", "x.gif"], r"--plot must end in"),
             (["--out", "x.csv"], r"--out must end in \.json"),

@@ -94,7 +94,8 @@ def test_a_token_is_not_penalised_for_itself_where_it_is_verified() -> None:
     batch.add(0)
     batch.step([0])
     ((written, token),) = batch.jobs[0].steps[0].committed
-    rows = batch.runner.begin(torch.tensor([batch.slot(0)]), [batch.slot(0)])
+    step = batch.runner.open(torch.tensor([batch.slot(0)]), [batch.slot(0)])
+    rows = step.rows
     edits = batch.runner.constraints.of_slots(rows, torch.zeros(4, dtype=torch.int64), torch.arange(4))
     assert edits is not None
     logits = torch.zeros(4, VOCAB)
@@ -106,5 +107,6 @@ def test_nobody_asks_nothing_is_built() -> None:
     batch = Batch([FakeJob([1, 2], 4, sampling=SamplingSpec(edits=EditSpec(stop_ids=(3,))))])
     batch.add(0)
     slots = [batch.slot(0)]
-    rows = batch.runner.begin(torch.tensor(slots), slots)
+    step = batch.runner.open(torch.tensor(slots), slots)
+    rows = step.rows
     assert batch.runner.constraints.of_slots(rows, *rows.predicted_index) is None

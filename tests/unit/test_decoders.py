@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -11,20 +12,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.views import view_of
-from vllm_d2cache.decoders import DECODER_CLASSES, Decoder, DecoderResources, DecoderStep, PredictedRows
+from vllm_d2cache.canvas.request import Request, SamplingSpec
+from vllm_d2cache.canvas.traits import FamilyTraits
+from vllm_d2cache.decoders import DECODER_CLASSES, Decoder, DecoderStep, PredictedRows
 from vllm_d2cache.decoders.klass import KlassDecoder
 from vllm_d2cache.decoders.pool import CanvasPool
+from vllm_d2cache.mechanisms.base import Finding, Worker
+from vllm_d2cache.mechanisms.shadows import Verified
 from vllm_d2cache.ops.row_stats import RowParams, RowStats
 from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.options.server import ServerOptions
 
-FREQUENCIES = torch.tensor([0.5, 0.25, 0.125, 1.0, 0.0])
+SERVER = ServerOptions({}, token_frequencies=str(Path(__file__).with_name("token_freq_5.npy")))
+
+
+def request(name: str, **own: Any) -> Request:
+    """One that has chosen a decoder, with options of the decoder's own."""
+    options = {option: own.get(option, spec.default) for option, spec in DECODER_CLASSES[name].options.items()}
+    return Request("r", 0, 64, RequestOptions(decoder=name, decoder_options=options), SamplingSpec())
 
 
 def made(name: str, num_slots: int = 1, **options: Any) -> Decoder:
     """A decoder whose slots all hold requests with these options."""
-    decoder = DECODER_CLASSES[name](DecoderResources(num_slots, 64, torch.device("cpu"), FREQUENCIES))
+    decoder = DECODER_CLASSES[name](Worker(num_slots, 64, torch.device("cpu"), FamilyTraits(0), SERVER))
     for slot in range(num_slots):
-        decoder.start(slot, RequestOptions(decoder=name, **options), 64)
+        decoder.start(slot, request(name, **options))
     return decoder
 
 
@@ -38,18 +50,22 @@ def step_of(
     if candidates is not None:
         chosen = torch.zeros_like(chosen)
         chosen[0, candidates] = True
+    # Nothing has been verified where nobody says so.
+    found: tuple[Finding, ...] = (Verified(torch.zeros_like(chosen), torch.zeros(chosen.shape)),)
     return DecoderStep(
         view,
         chosen,
+        torch.zeros_like(chosen, dtype=torch.int32),
         torch.tensor([score]),
         torch.tensor([least]),
         None if entropy is None else torch.tensor([entropy]),
+        found,
     )
 
 
 def chosen(decoder: Decoder, step: DecoderStep) -> list[int]:
     """Slots committed for the one request."""
-    return decoder.choose(step)[0].nonzero().flatten().tolist()
+    return decoder.choose(step).slots[0].nonzero().flatten().tolist()
 
 
 class TestEb:
@@ -142,7 +158,7 @@ class TestKlass:
         same = torch.tensor([[0.0, 1.0]])
         feed(decoder, same, [0])
         decoder.stop(0)
-        decoder.start(0, RequestOptions(decoder="klass"), 64)
+        decoder.start(0, request("klass"))
         assert decoder.calm[0, 0] == 2
         feed(decoder, same, [0])
         assert decoder.calm[0, 0] == 0, "there is no last distribution"
@@ -161,7 +177,7 @@ class TestPc:
     def test_the_clip_is_each_requests_own(self) -> None:
         stats = RowStats(torch.tensor([4, 4]), torch.tensor([0.5, 1.0]), None, None)
         decoder = made("pc", num_slots=2)
-        decoder.start(1, RequestOptions(decoder="pc", clip_alpha=0.25), 64)
+        decoder.start(1, request("pc", clip_alpha=0.25))
         got = decoder.rescore(stats, torch.zeros(2), torch.tensor([0, 1]))
         torch.testing.assert_close(got, torch.tensor([10.0, 0.25]))
 
@@ -183,8 +199,21 @@ def feed(
     slots = torch.zeros(n, dtype=torch.int64)
     yes = torch.ones(n, dtype=torch.bool)
     inside = yes if in_window is None else torch.tensor(in_window)
+    view = view_of(["#" * (1 + max(canvas_slots))], [1])
+    predicted = torch.zeros_like(view.masked)
+    predicted[0, canvas_slots] = True
     rows = PredictedRows(
-        slots, torch.tensor(canvas_slots), inside, yes, logits.clone(), torch.clone, params, logits.shape[1] - 1
+        view,
+        predicted,
+        slots,
+        torch.tensor(canvas_slots),
+        inside,
+        yes,
+        [0],
+        logits.clone(),
+        torch.clone,
+        params,
+        logits.shape[1] - 1,
     )
     read = decoder.tile_reader(rows)
     assert read is not None
@@ -251,7 +280,7 @@ class TestCredit:
         first = feed(decoder, logits, [0])
         feed(decoder, logits, [0])
         decoder.stop(0)
-        decoder.start(0, RequestOptions(decoder="credit"), 64)
+        decoder.start(0, request("credit"))
         assert torch.equal(feed(decoder, logits, [0]), first)
 
     def test_the_threshold_rule(self) -> None:

@@ -17,8 +17,9 @@ from tests.unit.batches import MASK, VOCAB, Batch, FakeJob, run_alone
 from tests.unit.strategies import POLICIES, jobs
 from vllm_d2cache.canvas.request import Request, SamplingSpec
 from vllm_d2cache.decoders import DECODER_CLASSES
-from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.policies import POLICY_CLASSES
+from vllm_d2cache.requests.resolve import resolve
 
 
 @given(jobs())
@@ -195,7 +196,8 @@ def test_the_network_sees_committed_tokens_and_masks() -> None:
     slot = batch.slot(0)
     known: dict[int, int] = {}
     for _ in range(5):
-        rows = batch.runner.begin(torch.tensor([slot]), [slot])
+        step = batch.runner.open(torch.tensor([slot]), [slot])
+        rows = step.rows
         assert rows.input_ids.tolist() == [1, 2, *(known.get(g, MASK) for g in range(5))]
         batch.step([0])
         known |= dict(job.steps[-1].committed)
@@ -231,7 +233,8 @@ def test_shifted_logits_come_from_the_position_on_the_left(shift: int) -> None:
     batch = Batch([FakeJob([1, 2, 3], 4, {"policy": "full"})], shift=shift)
     batch.add(0)
     slot = batch.slot(0)
-    rows = batch.runner.begin(torch.tensor([slot]), [slot])
+    step = batch.runner.open(torch.tensor([slot]), [slot])
+    rows = step.rows
     assert rows.positions[rows.logits_rows].tolist() == [3 + g - shift for g in range(4)]
 
 
@@ -297,7 +300,7 @@ def test_stop_ids_of_different_lengths_do_not_mix() -> None:
 
 def test_add_takes_any_integer_array() -> None:
     batch = Batch([FakeJob([1, 2, 3], 4)])
-    request = Request("x", 3, 4, RequestOptions(), SamplingSpec())
+    request = Request("x", 3, 4, resolve(ServerOptions({}), {}), SamplingSpec())
     for dtype in (np.int32, np.int64):
         batch.runner.add(0, request, np.array([[9, 8, 7], [3, 2, 1]], dtype=dtype)[1, ::-1])
         assert batch.runner.canvas.tokens[0, :7].tolist() == [1, 2, 3, *[MASK] * 4]

@@ -12,7 +12,7 @@ from torch import nn
 from tests.reference.llada import DenseLlada
 from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE, load_case
-from tests.unit.batches import LAYERS, Batch, FakeJob
+from tests.unit.batches import LAYERS, Batch, FakeJob, hook_of
 from tests.unit.replay import one_by_one, replay
 from vllm_d2cache.mechanisms.partial_forward import BeforeLayer, PartialForward
 from vllm_d2cache.mechanisms.row_store import RowStore
@@ -72,13 +72,14 @@ def test_rows_of_mates_are_computed_and_nobody_else_pays() -> None:
         batch.add(i)
     slots = [batch.slot(i) for i in range(2)]
     batch.step([0, 1])
-    rows = batch.runner.begin(torch.tensor(slots), slots)
-    (hook,) = rows.hooks
+    step = batch.runner.open(torch.tensor(slots), slots)
+    rows = step.rows
+    hook = hook_of(step, OutputHook)
     first = rows.counts[0]
     assert hook.stored.tolist() == [False] * first + [True] * 6
     assert hook.computed == [[first, 1]] * (LAYERS - 1)
     assert list(hook.kept) == [1]
-    assert batch.runner.begin(torch.tensor(slots[:1]), slots[:1]).hooks == ()
+    assert hook_of(batch.runner.open(torch.tensor(slots[:1]), slots[:1]), OutputHook) is None
 
 
 # ---- layers

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from tests.unit.batches import Batch, FakeJob
+from tests.unit.batches import Batch, FakeJob, hook_of
 from tests.unit.replay import Replayed, one_by_one, replay
+from vllm_d2cache.mechanisms.drift import DriftHook
 
 P, G = 3, 8
 ALL = list(range(P + G))
@@ -65,6 +66,6 @@ def test_nobody_else_is_watched() -> None:
     for i in range(3):
         batch.add(i)
     slots = [batch.slot(i) for i in range(3)]
-    rows = batch.runner.begin(torch.tensor(slots), slots)
-    assert [w is not None for w in rows.hooks[0].watched] == [True, False, False]
-    assert batch.runner.begin(torch.tensor(slots[1:]), slots[1:]).hooks == ()
+    step = batch.runner.open(torch.tensor(slots), slots)
+    assert [w is not None for w in hook_of(step, DriftHook).watched] == [True, False, False]
+    assert hook_of(batch.runner.open(torch.tensor(slots[1:]), slots[1:]), DriftHook) is None

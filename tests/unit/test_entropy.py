@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.batches import VOCAB, Batch, FakeJob
+from tests.unit.batches import VOCAB, Batch, FakeJob, without_layers
 from tests.unit.replay import one_by_one, replay
 from tests.unit.views import outcome_of, view_of
+from vllm_d2cache.canvas.traits import FamilyTraits
+from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.policies import POLICY_CLASSES
 
 P, G = 3, 8
@@ -45,8 +47,8 @@ def test_an_uncertain_commit_is_followed_by_everything() -> None:
 def test_the_most_uncertain_commit_of_a_step_decides() -> None:
     """One of three commits has an entropy above the threshold."""
     view = view_of(["...#", "...#"], [2, 2])
-    made = POLICY_CLASSES["entropy"](4, 16, torch.device("cpu"), 0, None)
-    made._columns["entropy_tau"][:] = 0.5
+    made = POLICY_CLASSES["entropy"](Worker(4, 16, torch.device("cpu"), FamilyTraits(0)))
+    made._options.columns["entropy_tau"][:] = 0.5
     made.first_plan(view)
     outcome = outcome_of(view, committed=[[0, 1, 2], [0, 1, 2]])
     entropy = torch.tensor([[0.1, 0.9, 0.2, 9.0], [0.1, 0.2, 0.3, 9.0]])
@@ -72,7 +74,9 @@ def test_entropies_are_computed_for_those_who_read_them(options: dict[str, Any],
     batch = Batch([FakeJob([1, 2], 5, options)])
     batch.add(0)
     slot = batch.slot(0)
-    rows = batch.runner.begin(torch.tensor([slot]), [slot])
+    step = batch.runner.open(torch.tensor([slot]), [slot])
+    rows = step.rows
     logits = torch.zeros(len(rows.logits_rows), VOCAB)
-    stats = batch.runner.row_stats(rows, logits, torch.clone)
+    step.hooks = without_layers(step, [batch.jobs[0].numbers()[1]])
+    stats = batch.runner.close(step, logits, torch.clone).stats
     assert (stats.margin is not None, stats.entropy is not None) == (False, want)

@@ -12,7 +12,7 @@ from tests.reference.dream import DenseDream
 from tests.reference.llada import DenseLlada
 from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
-from tests.unit.batches import LAYERS, Batch, FakeJob, run_alone
+from tests.unit.batches import LAYERS, Batch, FakeJob, hook_of, run_alone
 from tests.unit.replay import one_by_one, replay
 from vllm_d2cache.mechanisms.row_exits import RowGate
 from vllm_d2cache.mechanisms.row_store import RowStore
@@ -204,12 +204,13 @@ def test_rows_of_mates_stay_and_nobody_else_pays() -> None:
         batch.add(i)
     slots = [batch.slot(i) for i in range(2)]
     batch.step([0, 1])
-    rows = batch.runner.begin(torch.tensor(slots), slots)
-    (gate,) = rows.hooks
+    step = batch.runner.open(torch.tensor(slots), slots)
+    rows = step.rows
+    gate = hook_of(step, RowGate)
     first = rows.counts[0]
     assert gate.staying[LAYERS - 1] == [first, 3]
     assert list(gate.remembered) == [1]
-    assert batch.runner.begin(torch.tensor(slots[:1]), slots[:1]).hooks == ()
+    assert hook_of(batch.runner.open(torch.tensor(slots[:1]), slots[:1]), RowGate) is None
 
 
 # ---- against the specification in loops, on a network

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from vllm_d2cache.observe.figures import TOTALS, RequestFigures, wants_report
+from vllm_d2cache.observe.figures import TOTALS, RequestFigures
 from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.requests.asked import Asked
 
 
 def test_a_request_by_hand() -> None:
@@ -75,13 +78,17 @@ def test_the_arithmetic_of_vllms_benchmark() -> None:
     assert (length, canvases, steps - canvases) == (16, 3, 21)
 
 
+def asked(extra_args: dict[str, Any] | None) -> Asked:
+    return Asked.of(SimpleNamespace(extra_args=extra_args, structured_outputs=None))
+
+
 @pytest.mark.parametrize(("value", "wants"), [(True, True), (1, True), (0, False), (False, False)])
 def test_report_is_asked_for(value: object, wants: bool) -> None:
-    assert wants_report({"d2cache_report": value}) is wants
-    assert not wants_report(None)
+    assert asked({"d2cache_report": value}).report is wants
+    assert not asked(None).report
 
 
 @pytest.mark.parametrize("value", ["yes", 2, -1, 0.5, 1.0, [1], None])
 def test_bad_report_is_refused(value: object) -> None:
     with pytest.raises(OptionError, match=r"^d2cache_report: must be true or false"):
-        wants_report({"d2cache_report": value})
+        asked({"d2cache_report": value})

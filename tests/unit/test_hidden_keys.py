@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from tests.unit.batches import Batch, FakeJob
+from tests.unit.batches import Batch, FakeJob, hook_of
 from tests.unit.replay import Replayed, one_by_one, replay
+from vllm_d2cache.mechanisms.hidden_keys import KeysHook
 
 P = 3
 
@@ -90,6 +91,6 @@ def test_nobody_pays_for_keys_that_nobody_hides() -> None:
     for i in range(3):
         batch.add(i)
     slots = [batch.slot(i) for i in range(3)]
-    with_mate = batch.runner.begin(torch.tensor(slots), slots).hooks[0].keys
+    with_mate = hook_of(batch.runner.open(torch.tensor(slots), slots), KeysHook).keys
     assert with_mate[0] is None and with_mate[1:] == [None, None], "its window of 32 sees all of 30"
-    assert batch.runner.begin(torch.tensor(slots[1:]), slots[1:]).hooks == ()
+    assert hook_of(batch.runner.open(torch.tensor(slots[1:]), slots[1:]), KeysHook) is None

@@ -14,7 +14,7 @@ from tests.unit.batches import MASK, VOCAB, Batch, FakeJob, run_alone
 from tests.unit.strategies import jobs
 from vllm_d2cache.canvas.request import SamplingSpec
 from vllm_d2cache.options.types import OptionError
-from vllm_d2cache.requests.asked import parse_canvas
+from vllm_d2cache.requests.asked import Asked
 from vllm_d2cache.requests.fit import check_fit
 from vllm_d2cache.requests.resolve import parse_request_options
 
@@ -71,8 +71,8 @@ def test_a_fixed_token_is_certain_and_has_no_alternatives() -> None:
 
 
 def test_parse() -> None:
-    assert parse_canvas(None) == parse_canvas({}) == ()
-    assert parse_canvas({"d2cache_canvas": [5, -1, None, 7]}) == (5, -1, -1, 7)
+    assert given(None) == given({}) == ()
+    assert given({"d2cache_canvas": [5, -1, None, 7]}) == (5, -1, -1, 7)
     assert parse_request_options({"d2cache_canvas": [5, -1], "d2cache_window": 2}) == {"window": 2}
 
 
@@ -90,8 +90,16 @@ def test_parse() -> None:
 )
 def test_bad_canvas_is_refused(value: Any, said: str) -> None:
     with pytest.raises(OptionError, match=said) as caught:
-        parse_canvas({"d2cache_canvas": value})
+        given({"d2cache_canvas": value})
     assert str(caught.value).startswith("d2cache_canvas: ")
+
+
+def given(extra_args: dict[str, Any] | None) -> tuple[int, ...]:
+    return Asked.of(SimpleNamespace(extra_args=extra_args, structured_outputs=None)).canvas
+
+
+def fit(params: SimpleNamespace) -> None:
+    check_fit(params, given(params.extra_args), VOCAB, MASK)
 
 
 def params(**fields: Any) -> SimpleNamespace:
@@ -123,12 +131,12 @@ def params(**fields: Any) -> SimpleNamespace:
 )
 def test_what_the_model_cannot_do_is_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match="^" + said):
-        check_fit(params(**fields), VOCAB, MASK)
+        fit(params(**fields))
 
 
 def test_what_fits_passes() -> None:
-    check_fit(params(), VOCAB, MASK)
-    check_fit(
+    fit(params())
+    fit(
         params(
             extra_args={"d2cache_canvas": [1, -1, -1, 2]},
             logprobs=13,
@@ -137,7 +145,5 @@ def test_what_fits_passes() -> None:
             bad_words=["a"],
             bad_words_token_ids=[[3]],
             min_tokens=2,
-        ),
-        VOCAB,
-        MASK,
+        )
     )

@@ -6,30 +6,33 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_d2cache.step.denoiser import Denoiser
 
 from tests.ops.shapes import Shapes
+from tests.unit.batches import without_layers
 from vllm_d2cache.canvas.request import Request, SamplingSpec
 from vllm_d2cache.canvas.traits import FamilyTraits
+from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.ops.row_stats import ROWS_PER_TILE
 from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.requests.resolve import resolve
+from vllm_d2cache.step.runner import StepRunner
 
 PROMPT, CANVAS, VOCAB, WIDTH = 150, 170, 577, 4
 TOTAL = PROMPT + CANVAS
 
 
 def run_steps(shapes: Shapes, options: RequestOptions, sampling: SamplingSpec, steps: int) -> None:
-    denoiser = Denoiser(2, TOTAL, torch.device("cpu"), FamilyTraits(0), ServerOptions({}))
+    runner = StepRunner(Worker(2, TOTAL, torch.device("cpu"), FamilyTraits(0)))
     head = torch.randn(WIDTH, VOCAB)
     request = Request("r", PROMPT, CANVAS, options, sampling)
     with shapes:
-        denoiser.add(1, request, torch.ones(PROMPT, dtype=torch.int64).numpy())
+        runner.add(1, request, torch.ones(PROMPT, dtype=torch.int64).numpy())
         for _ in range(steps):
-            rows = denoiser.begin(torch.tensor([1]), [1])
-            hidden = torch.randn(rows.positions.shape[0], WIDTH)[rows.logits_rows]
-            stats = denoiser.row_stats(rows, hidden, lambda x: x @ head)
-            denoiser.finish(rows, stats, torch.rand(1, TOTAL))
+            step = runner.open(torch.tensor([1]), [1])
+            hidden = torch.randn(step.rows.positions.shape[0], WIDTH)[step.rows.logits_rows]
+            step.hooks = without_layers(step, [torch.rand(TOTAL)])
+            runner.close(step, hidden, lambda x: x @ head)
 
 
 CASES: list[dict[str, Any]] = [{}, {"policy": "full"}, {"score": "entropy", "inflate_w": 4, "window": 32}]
@@ -45,7 +48,7 @@ CASES += [
 @pytest.mark.parametrize("options", CASES)
 def test_no_square_and_no_vocabulary_of_all_rows(options: dict[str, Any], temperature: float) -> None:
     shapes = Shapes()
-    run_steps(shapes, RequestOptions(**options), SamplingSpec(temperature, 0.9, 5), 3)
+    run_steps(shapes, resolve(ServerOptions({}), options), SamplingSpec(temperature, 0.9, 5), 3)
     assert shapes.seen
     # The density's windows [slots, reach of the prior] stay below: they grow with the canvas alone.
     squares = {s: f for s, f in shapes.squares(TOTAL).items() if VOCAB not in s}

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from vllm_d2cache.step.denoiser import Denoiser
 
 from tests.ops.live import LiveMemory
+from tests.unit.batches import without_layers
 from tests.unit.test_startup_log import LAYERS, LENGTH, SHAPE, SLOTS
 from tests.unit.test_startup_log import config as engine_config
 from vllm_d2cache.canvas.request import EditSpec, Request, SamplingSpec
 from vllm_d2cache.canvas.states import tensor_bytes
 from vllm_d2cache.canvas.traits import FamilyTraits
-from vllm_d2cache.canvas.view import StoredRows
+from vllm_d2cache.decoders import DECODER_CLASSES
 from vllm_d2cache.engine.memory_plan import (
     DEFAULT_REQUEST_MEMORY,
     GIB,
@@ -28,17 +27,20 @@ from vllm_d2cache.engine.memory_plan import (
     request_memory,
 )
 from vllm_d2cache.graphs.step_graphs import StepBuffers, graph_sizes
+from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.importance import ImportanceCapture, MapPool, keeps_map
 from vllm_d2cache.mechanisms.partial_forward import PartialForward
 from vllm_d2cache.mechanisms.row_store import RowStore
+from vllm_d2cache.mechanisms.stored_outputs import OutputHook
 from vllm_d2cache.mechanisms.value_directions import ValueDirections
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.row_stats import ROWS_PER_TILE, statistics_bytes
-from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.policies.budget import row_budget
 from vllm_d2cache.requests.resolve import parse_server_options, resolve
+from vllm_d2cache.step.runner import StepRunner
 
 CPU = torch.device("cpu")
 NETWORK = Network(layers=3, hidden_size=64, heads=4, intermediate_size=96, head_size=16, vocab_size=4001, itemsize=4)
@@ -62,7 +64,7 @@ def captured(counts: list[int], lengths: list[int], bounds: list[int], pool: Map
 )
 def test_maps_and_queries(requests: list[tuple[int, int]]) -> None:
     """First steps of all, then later ones with as many rows as each can need; a short text never keeps maps."""
-    options = RequestOptions()
+    options = resolve(PLAIN, {})
     budgets = [row_budget(options, *r, None) for r in requests]
     lengths = [sum(r) for r in requests]
     held = sum(NETWORK.request_bytes(options, *r, None) for r in requests)
@@ -102,17 +104,17 @@ def test_statistics(chosen: dict[str, Any], sampling: SamplingSpec) -> None:
     """Tiles full of rows, whatever is asked of them; the LM head's own output among it."""
     prompt, canvas, vocab = 8, 3 * ROWS_PER_TILE, NETWORK.vocab_size
     options = resolve(PLAIN, chosen)
-    denoiser = Denoiser(2, prompt + canvas, CPU, FamilyTraits(0), PLAIN)
-    denoiser.add(0, Request("r", prompt, canvas, options, sampling), torch.ones(prompt, dtype=torch.int64).numpy())
+    runner = StepRunner(Worker(2, prompt + canvas, CPU, FamilyTraits(0)))
+    runner.add(0, Request("r", prompt, canvas, options, sampling), torch.ones(prompt, dtype=torch.int64).numpy())
     head = torch.randn(4, vocab)
     for _ in range(2):
-        rows = denoiser.begin(torch.tensor([0]), [0])
-        hidden = torch.randn(rows.positions.shape[0], 4)[rows.logits_rows]
+        step = runner.open(torch.tensor([0]), [0])
+        hidden = torch.randn(step.rows.positions.shape[0], 4)[step.rows.logits_rows]
+        step.hooks = without_layers(step, [torch.rand(prompt + canvas)])
         with LiveMemory() as live:
-            stats = denoiser.row_stats(rows, hidden, lambda x: x @ head)
+            runner.close(step, hidden, lambda x: x @ head)
         # Some numbers for each row, not for each logit of a row.
         assert live.peak <= statistics_bytes(vocab, 4) + 200 * len(hidden)
-        denoiser.finish(rows, stats, torch.rand(1, prompt + canvas))
 
 
 def test_the_statistics_of_a_tile_are_not_overestimated_by_much() -> None:
@@ -122,11 +124,10 @@ def test_the_statistics_of_a_tile_are_not_overestimated_by_much() -> None:
 def test_stored_outputs() -> None:
     prompt, canvas = 9, 20
     options = resolve(PLAIN, {"policy": "dllm_cache"})
-    denoiser = Denoiser(1, prompt + canvas, CPU, FamilyTraits(0), PLAIN)
+    runner = StepRunner(Worker(1, prompt + canvas, CPU, FamilyTraits(0)))
     request = Request("r", prompt, canvas, options, SamplingSpec())
-    denoiser.add(0, request, torch.ones(prompt, dtype=torch.int64).numpy())
-    stored = denoiser.begin(torch.tensor([0]), [0]).stored
-    assert stored is not None
+    runner.add(0, request, torch.ones(prompt, dtype=torch.int64).numpy())
+    (stored,) = runner.open(torch.tensor([0]), [0]).hooks
     row = NETWORK.hidden_size * NETWORK.itemsize
     assert NETWORK.request_bytes(options, prompt, canvas, None) == (NETWORK.layers - 1) * stored.capacity[0] * row
 
@@ -157,9 +158,11 @@ def test_layers_that_compute_a_part_of_their_rows(width: int) -> None:
     none = torch.empty(0, dtype=torch.int64)
     behind = len(layers) - 1
     count = torch.zeros(1, behind, dtype=torch.int64)
-    stored = StoredRows(positions < 0, none, positions * 0, count, [[rows]] * behind, None, kept, {0: rows})
-    store = RowStore()
-    partial = PartialForward(stored, None, [0], layout, lambda layout: None, store, ValueDirections())
+    computed = [[rows]] * behind
+    hook = OutputHook(
+        positions < 0, none, positions * 0, count, computed, None, kept, {0: rows}, [0], RowStore(), ValueDirections()
+    )
+    partial = PartialForward([hook], layout, lambda layout: None)
     partial.run(layers, positions, embedding)  # makes the store
     with LiveMemory() as live:
         partial.run(layers, positions, embedding)
@@ -176,11 +179,10 @@ def test_layers_that_compute_a_part_of_their_rows(width: int) -> None:
 def test_hidden_states_where_rows_leave(layers: int) -> None:
     prompt, canvas = 9, 20
     options = resolve(PLAIN, {"policy": "es"})
-    denoiser = Denoiser(1, prompt + canvas, CPU, FamilyTraits(0, num_layers=layers), PLAIN)
+    runner = StepRunner(Worker(1, prompt + canvas, CPU, FamilyTraits(0, num_layers=layers)))
     request = Request("r", prompt, canvas, options, SamplingSpec())
-    denoiser.add(0, request, torch.ones(prompt, dtype=torch.int64).numpy())
-    exiting = denoiser.begin(torch.tensor([0]), [0]).exiting
-    assert exiting is not None
+    runner.add(0, request, torch.ones(prompt, dtype=torch.int64).numpy())
+    (exiting,) = runner.open(torch.tensor([0]), [0]).hooks
     row = NETWORK.hidden_size * NETWORK.itemsize
     held = sum(0 in exits for exits in exiting.exits) * exiting.capacity[0] * row
     planned = replace(NETWORK, layers=layers).request_bytes(options, prompt, canvas, None)
@@ -190,12 +192,13 @@ def test_hidden_states_where_rows_leave(layers: int) -> None:
 def test_state_of_policies_and_decoders() -> None:
     plan = plan_memory(engine_config(), PLAIN)
     with LiveMemory() as live:
-        denoiser = Denoiser(SLOTS, LENGTH, CPU, FamilyTraits(0, num_layers=LAYERS), PLAIN)
+        runner = StepRunner(Worker(SLOTS, LENGTH, CPU, FamilyTraits(0, num_layers=LAYERS)))
         at_start = live.now
         for name in ("d2cache", "entropy", "window_diffusion", "dllm_cache", "dkv"):
-            denoiser._policy(name)
+            runner.planning.policy(name)
+            runner.mechanisms.enter(0, POLICY_CLASSES[name].uses)
         for name in ("confidence", "klass", "credit", "wino"):
-            denoiser.decoding.decoder(name)
+            runner.decoding.decoder(DECODER_CLASSES[name])
         made = live.now - at_start
     assert plan.canvases <= at_start
     assert 0.3 * plan.policies <= made <= plan.policies
@@ -224,20 +227,18 @@ def test_what_running_requests_may_hold() -> None:
     assert request_memory(PLAIN, network, LENGTH) == DEFAULT_REQUEST_MEMORY
     assert request_memory(parse_server_options({"request_memory": 0.5}), network, LENGTH) == GIB // 2
     large = replace(network, layers=32)
-    longest = large.request_bytes(RequestOptions(), 16_000, 16_000, None)
+    longest = large.request_bytes(resolve(PLAIN, {}), 16_000, 16_000, None)
     assert request_memory(PLAIN, large, 32_000) == longest > DEFAULT_REQUEST_MEMORY
-    assert large.request_bytes(RequestOptions(policy="full"), 100, 100, None) == 0
+    assert large.request_bytes(resolve(PLAIN, {"policy": "full"}), 100, 100, None) == 0
 
 
 def test_a_request_that_can_never_be_admitted() -> None:
     config = engine_config()
-    config.additional_config = {"d2cache": {"request_memory": 0.001}}
-    params = SimpleNamespace(extra_args=None, max_tokens=64, structured_outputs=None)
-    check_memory(params, config, 100)
+    options, tight = resolve(PLAIN, {}), parse_server_options({"request_memory": 0.001})
+    check_memory(options, tight, config, 100, 64)
     with pytest.raises(OptionError, match=r"max_tokens: with d2cache_policy 'd2cache', 900 prompt tokens .* 0.00 GiB"):
-        check_memory(params, config, 900)
-    config.additional_config = None
-    check_memory(params, config, 900)
+        check_memory(options, tight, config, 900, 64)
+    check_memory(options, PLAIN, config, 900, 64)
 
 
 def test_the_rehearsal_takes_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:

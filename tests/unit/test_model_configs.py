@@ -11,7 +11,6 @@ from tests.reference.llada_moe import CONFIG as MOE
 from tests.reference.oracle import ORACLE
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.models.configs import DreamConfig, LLaDAConfig, LLaDAMoEConfig
-from vllm_d2cache.policies.spa import DepthCurve
 
 DREAM: dict[str, Any] = json.loads((ORACLE / "dream" / "config.json").read_text())
 
@@ -22,7 +21,7 @@ def test_dream_without_keys_is_the_published_one() -> None:
     assert (shape.hidden_size, shape.num_layers, shape.head_size, shape.kv_size) == (3584, 28, 128, 512)
     assert (shape.qkv_bias, shape.rope_in_fp32, shape.tied_head) == (True, False, False)
     assert config.traits() == FamilyTraits(
-        151666, logit_shift=1, step_schedule="timestep", num_layers=28, drift_by_depth=DepthCurve(0.5, 1 / 6, 5 / 6)
+        151666, logit_shift=1, step_schedule="timestep", num_layers=28, family="dream"
     )
 
 

@@ -62,9 +62,10 @@ def test_a_padded_step_is_as_wide_as_the_budgets() -> None:
         batch.add(i)
     batch.step([0, 1])
     slots = [batch.slot(0), batch.slot(1)]
-    rows = batch.runner.begin(torch.tensor(slots), slots, padded=True)
+    step = batch.runner.open(torch.tensor(slots), slots, padded=True)
+    rows = step.rows
     budgets = [batch.runner.canvas.requests[s].row_budget for s in slots]
-    assert rows.counts == rows.bounds == budgets
+    assert rows.counts == budgets
     assert rows.positions.shape == rows.live.shape == (sum(budgets),)
     assert rows.refreshed.tolist() == [int(part.sum()) for part in rows.live.split(budgets)]
     assert not rows.live.all()

@@ -10,26 +10,44 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit import views
 from tests.unit.batches import Batch, FakeJob, run_alone
 from tests.unit.strategies import POLICIES as STRATEGIES
 from tests.unit.strategies import jobs
-from tests.unit.views import outcome_of, view_of
+from tests.unit.views import outcome_of
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.mechanisms.base import Worker
-from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.mechanisms.importance import ReadsImportance
+from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.policies.base import StepOutcome, StepPlan
 from vllm_d2cache.policies.d2cache import D2CachePolicy
 from vllm_d2cache.policies.full import FullPolicy
+from vllm_d2cache.requests.resolve import resolve
+
+OWN = {"selection_sigma": 0, "current_k": 1000, "rollout_p": 0, "inflate_w": 0, "confidence_memory": 0}
 
 
-def policy(shift: int = 0, budget: int | None = None) -> D2CachePolicy:
-    return D2CachePolicy(Worker(8, 64, torch.device("cpu"), FamilyTraits(370, shift), budget))
+def view_of(masked: list[str], prompt_len: list[int], *stops: Any, **options: Any) -> CanvasView:
+    """As in views.py; options of the policy's own, one value for all rows or a list, go with the view."""
+    own = {name: options.pop(name, value) for name, value in OWN.items()}
+    view = views.view_of(masked, prompt_len, *stops, **options)
+    view.__dict__["own"] = own
+    return view
+
+
+def policy(view: CanvasView, shift: int = 0, budget: int | None = None, slots: int = 64) -> D2CachePolicy:
+    server = ServerOptions({}, refresh_budget=budget)
+    made = D2CachePolicy(Worker(8, slots, torch.device("cpu"), FamilyTraits(370, shift), server))
+    for name, value in view.__dict__["own"].items():
+        column = made._options.columns[name]
+        column[: len(view.slots)] = torch.tensor(value, dtype=column.dtype)
+    return made
 
 
 def plan(view: CanvasView, outcome: StepOutcome, shift: int = 0) -> StepPlan:
-    return policy(shift).next_plan(view, outcome)
+    return policy(view, shift).next_plan(view, outcome)
 
 
 def refreshed(view: CanvasView, outcome: StepOutcome, shift: int = 0) -> list[list[int]]:
@@ -105,10 +123,10 @@ def test_each_row_searches_by_itself() -> None:
 # ---- the confidence memory
 
 
-@pytest.mark.parametrize(("latest", "want"), [(0.0, 0), (1.0, 2)])
+@pytest.mark.parametrize(("latest", "want"), [(0, 0), (1, 2)])
 def test_memory_is_of_the_first_step_or_of_the_latest(latest: float, want: int) -> None:
-    made = policy()
-    view = view_of(["###"], [3], current_k=1, latest_memory=latest)
+    view = view_of(["###"], [3], current_k=1, confidence_memory=latest)
+    made = policy(view)
     importance = [[1.0] + [0.0] * 5]
     made.first_plan(view)
     made.next_plan(view, outcome_of(view, [[0.9, 0.2, 0.1]], importance))
@@ -118,8 +136,8 @@ def test_memory_is_of_the_first_step_or_of_the_latest(latest: float, want: int) 
 
 
 def test_latest_memory_keeps_what_this_step_did_not_predict() -> None:
-    made = policy()
-    view = view_of(["###"], [3], current_k=1, latest_memory=1)
+    view = view_of(["###"], [3], current_k=1, confidence_memory=1)
+    made = policy(view)
     importance = [[1.0] + [0.0] * 5]
     made.next_plan(view, outcome_of(view, [[0.5, 0.9, 0.1]], importance))
     second = outcome_of(view, [[0.6, 0.0, 0.7]], importance, first=False)
@@ -129,7 +147,7 @@ def test_latest_memory_keeps_what_this_step_did_not_predict() -> None:
 
 def test_latest_memory_observes_what_it_refreshes() -> None:
     for latest in (0, 1):
-        view = view_of(["####"], [3], current_k=2, latest_memory=latest)
+        view = view_of(["####"], [3], current_k=2, confidence_memory=latest)
         importance = [[1.0] + [0.0] * 6]
         got = plan(view, outcome_of(view, [[0.1, 0.9, 0.8, 0.2]], importance))
         assert got.observe[0].tolist() == ([False, True, True, False] if latest else [False] * 4)
@@ -258,24 +276,24 @@ def test_max_rows_bounds_every_later_step(job: FakeJob) -> None:
 def test_max_rows_holds_for_level_importance(prompt: int, canvas: int, p: float) -> None:
     """Level importance is the worst case of a head: its length is all of p times the candidates."""
     view = view_of(["#" * (canvas - 1) + "."], [prompt], current_k=1, rollout_p=p)
-    options = RequestOptions(current_k=1, rollout_p=p)
+    options = resolve(ServerOptions({}), {"current_k": 1, "rollout_p": p})
     bound = D2CachePolicy.max_rows(options, prompt, canvas, None)
-    made = D2CachePolicy(Worker(1, 200, torch.device("cpu"), FamilyTraits(370)))
+    made = policy(view, slots=200)
     got = made.next_plan(view, outcome_of(view, committed=[[canvas - 1]]))
     assert int(got.refresh.sum()) <= bound <= prompt + canvas
 
 
 def test_published_default_bound() -> None:
     """32 masked, one commit, a tenth of the text."""
-    assert D2CachePolicy.max_rows(RequestOptions(), 767, 257, None) == 32 + 1 + 103
-    assert D2CachePolicy.max_rows(RequestOptions(), 767, 257, 64) == 64
-    assert FullPolicy.max_rows(RequestOptions(), 767, 257, 64) == 1024
+    assert D2CachePolicy.max_rows(resolve(ServerOptions({}), {}), 767, 257, None) == 32 + 1 + 103
+    assert D2CachePolicy.max_rows(resolve(ServerOptions({}), {}), 767, 257, 64) == 64
+    assert FullPolicy.max_rows(resolve(ServerOptions({}), {}), 767, 257, 64) == 1024
 
 
 def test_policies_are_found_by_name() -> None:
     assert set(POLICY_CLASSES) == set(STRATEGIES), "every policy takes part in the property tests"
-    assert POLICY_CLASSES["d2cache"].reads_importance
-    assert not POLICY_CLASSES["full"].reads_importance
+    assert [type(use) for use in POLICY_CLASSES["d2cache"].uses] == [ReadsImportance]
+    assert POLICY_CLASSES["full"].uses == ()
 
 
 # ---- the refresh budget
@@ -319,8 +337,8 @@ def test_commits_are_refreshed_before_the_next_ones_are_made(options: dict[str, 
 @pytest.mark.parametrize("budget", [4, 8, 16])
 def test_context_that_was_put_off_is_refreshed_in_the_end(budget: int) -> None:
     """Positions chosen once, by importance, in a step that had no room for them."""
-    made = policy(budget=budget)
     view = view_of(["#" * 20], [30], current_k=12, rollout_p=0.5)
+    made = policy(view, budget=budget)
     made.first_plan(view)
     peak = [[50.0] * 10 + [1.0] * 40]
     start = made.next_plan(view, outcome_of(view, importance=peak)).refresh[0]

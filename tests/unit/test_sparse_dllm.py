@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from tests.unit.batches import Batch, FakeJob
+from tests.unit.batches import Batch, FakeJob, hook_of
 from tests.unit.replay import Replayed, one_by_one, replay
+from vllm_d2cache.mechanisms.hidden_keys import KeysHook
 
 P, G = 5, 12
 ALL = list(range(P + G))
@@ -59,6 +60,6 @@ def test_choices_of_other_requests_and_of_none() -> None:
     for _ in range(2):
         batch.step([0, 1, 2])
     slots = [batch.slot(i) for i in range(3)]
-    rows = batch.runner.begin(torch.tensor(slots), slots)
-    assert [choice is not None for choice in rows.hooks[0].choices] == [True, False, False]
-    assert batch.runner.begin(torch.tensor(slots[1:2]), slots[1:2]).hooks == ()
+    step = batch.runner.open(torch.tensor(slots), slots)
+    assert [choice is not None for choice in hook_of(step, KeysHook).choices] == [True, False, False]
+    assert hook_of(batch.runner.open(torch.tensor(slots[1:2]), slots[1:2]), KeysHook) is None

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from tests.unit.batches import MASK, Batch, FakeJob
 from vllm_d2cache.canvas.request import Request, SamplingSpec
-from vllm_d2cache.canvas.rows import StepResult, StepRows
 from vllm_d2cache.observe.trace import TraceRecorder, _file_name
-from vllm_d2cache.ops.row_stats import RowStats
 from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.step.runner import Closed, Step
 
 
 class TracedBatch(Batch):
@@ -25,23 +24,15 @@ class TracedBatch(Batch):
     def __init__(self, jobs: list[FakeJob], directory: Path, **settings: Any) -> None:
         super().__init__(jobs, **settings)
         self.tracer = TraceRecorder(str(directory), "tiny")
-        self.confidence = torch.empty(0)  # of the last step's predicted slots
-        finish = self.denoiser.finish
-
-        def remember(rows: StepRows, stats: RowStats, *found: Any) -> StepResult:
-            self.confidence = stats.confidence
-            return finish(rows, stats, *found)
-
-        self.denoiser.finish = remember  # type: ignore[method-assign]
 
     def add(self, i: int) -> None:
         super().add(i)
         slot = self.slot(i)
-        self.tracer.start(slot, self.denoiser.canvas.requests[slot], self.jobs[i].prompt)
+        self.tracer.start(slot, self.runner.canvas.requests[slot], self.jobs[i].prompt)
 
-    def _record(self, running: list[int], rows: StepRows, result: StepResult) -> None:
-        super()._record(running, rows, result)
-        self.tracer.step(rows, result, self.denoiser.canvas, self.confidence)
+    def _record(self, running: list[int], step: Step, closed: Closed) -> None:
+        super()._record(running, step, closed)
+        self.tracer.step(closed.rows, closed.result, self.runner.canvas, closed.stats.confidence)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

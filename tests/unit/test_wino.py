@@ -11,10 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.batches import MASK, Batch, FakeJob, run_alone
+from tests.unit.batches import MASK, Batch, FakeJob, hook_of, run_alone
 from tests.unit.strategies import jobs
 from tests.unit.test_decoders import chosen, made, step_of
+from vllm_d2cache.mechanisms.shadows import ShadowHook, Verified
 from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.policies.budget import extra_rows
+from vllm_d2cache.requests.fit import check_options_fit
 from vllm_d2cache.requests.resolve import parse_server_options, resolve
 
 wino_options = st.fixed_dictionaries(
@@ -54,10 +57,13 @@ def verified(canvas: str, probability: list[float], drafted: int, **options: Any
     """Slots taken back of a canvas whose known slots are all verified, after a draft of that many."""
     step = step_of(canvas, [0.0] * len(canvas))
     known = ~step.view.masked
-    step = replace(step, verified=known, shadow_probability=torch.tensor([probability]))
-    draft = torch.zeros_like(known)
-    draft[0, step.view.masked[0].nonzero().flatten()[:drafted]] = True
-    return made("wino", **options).revoke(step, draft)[0].nonzero().flatten().tolist()
+    candidates = torch.zeros_like(known)
+    candidates[0, step.view.masked[0].nonzero().flatten()[:drafted]] = True
+    found = (Verified(known, torch.tensor([probability])),)
+    step = replace(step, candidates=candidates, score=candidates.float(), found=found)
+    commits = made("wino", **options).choose(step)
+    assert commits.revoked is not None and int(commits.slots.sum()) == drafted
+    return commits.revoked[0].nonzero().flatten().tolist()
 
 
 def test_what_fails_is_taken_back() -> None:
@@ -146,11 +152,12 @@ def test_where_a_slot_is_verified(shift: int) -> None:
     batch.add(0)
     batch.step([0])
     slot = batch.slot(0)
-    rows = batch.runner.begin(torch.tensor([slot]), [slot])
+    step = batch.runner.open(torch.tensor([slot]), [slot])
+    rows = step.rows
     n = len(rows.predicted_index[0])
     written = sorted(g for g, _ in batch.jobs[0].steps[0].committed)
-    assert rows.verified_index[1].tolist() == written
-    assert rows.shadows == [4]
+    assert hook_of(step, ShadowHook).slot.tolist() == written
+    assert rows.extra == [4]
     assert rows.positions[11:].tolist() == [3, 4, 5, 6]
     assert rows.input_ids[11:].tolist() == [MASK] * 4
     assert rows.input_ids[:11].tolist() == batch.runner.canvas.tokens[slot, :11].tolist()
@@ -163,17 +170,17 @@ def test_no_shadows_while_there_is_nothing_to_verify() -> None:
     for i in range(2):
         batch.add(i)
     slots = [batch.slot(0), batch.slot(1)]
-    assert batch.runner.begin(torch.tensor(slots), slots).shadows == [0, 0]
+    assert batch.runner.open(torch.tensor(slots), slots).rows.extra == [0, 0]
     batch.step([0, 1])
-    assert batch.runner.begin(torch.tensor(slots), slots).shadows == [8, 0]
+    assert batch.runner.open(torch.tensor(slots), slots).rows.extra == [8, 0]
 
 
 def test_it_goes_with_full_alone_and_needs_room() -> None:
     server = parse_server_options({})
-    with pytest.raises(OptionError, match="d2cache_policy 'full' alone"):
+    with pytest.raises(OptionError, match="with 'full' alone; name both"):
         resolve(server, {"decoder": "wino"})
     options = resolve(server, {"decoder": "wino", "policy": "full"})
-    assert (options.window, options.shadow_length(64), options.shadow_length(8)) == (32, 32, 8)
-    options.check_canvas(64, 96)
+    assert (options.window, extra_rows(options, 64), extra_rows(options, 8)) == (32, 32, 8)
+    check_options_fit(options, 64, 96, False)
     with pytest.raises(OptionError, match="needs 32 positions"):
-        options.check_canvas(64, 95)
+        check_options_fit(options, 64, 95, False)
