@@ -53,9 +53,10 @@ kernels: env  ## Triton kernels against their PyTorch twins in Triton's interpre
 test-gpu: env  ## kernels and engine on a GPU, real shapes included (fails if there is one and nothing ran on it)
 	$(test_env) $(bin)/python tools/test_gpu.py
 
-lint: env  ## ruff: errors, import order, format
+lint: env  ## ruff (errors, import order, format) and mypy
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
+	$(bin)/python -m mypy
 
 format: env  ## apply ruff's fixes and format
 	$(bin)/ruff check --fix .
@@ -87,5 +88,5 @@ train: env  ## train the tiny checkpoint anew, on CPU (an hour or more)
 	$(bin)/python tools/train_tiny.py --out models/tiny-llada --steps 6000
 
 clean:  ## remove caches and build outputs; the environment stays
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
