@@ -53,10 +53,11 @@ kernels: env  ## Triton kernels against their PyTorch twins in Triton's interpre
 test-gpu: env  ## kernels and engine on a GPU, real shapes included (fails if there is one and nothing ran on it)
 	$(test_env) $(bin)/python tools/test_gpu.py
 
-lint: env  ## ruff (errors, import order, format) and mypy
+lint: env  ## ruff (errors, import order, format), mypy, and names in documents that lead nowhere
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/python -m mypy
+	$(bin)/python tools/check_docs.py
 
 format: env  ## apply ruff's fixes and format
 	$(bin)/ruff check --fix .
