@@ -75,6 +75,11 @@ def test_mentions_in_python(tmp_path: Path) -> None:
     ]
 
 
+def test_made_up_names_are_left_alone(tmp_path: Path) -> None:
+    assert found(tmp_path, source="# check_docs: names are made up\npath = 'manual/gone.md'\n") == []
+    assert len(found(tmp_path, source="check_docs: names are made up, 'manual/gone.md'\n")) == 1
+
+
 def test_ranges_of_sections() -> None:
     assert cited_sections("3.3 to 3.5 and 12, 2") == ["3.3", "3.4", "3.5", "12", "2"]
     assert cited_sections("6") == ["6"]
