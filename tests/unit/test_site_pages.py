@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -93,6 +94,13 @@ def test_every_document_has_a_place_in_the_navigation() -> None:
     documents = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
     wanted = documents | {page for path, page in site_pages.TOP_PAGES.items() if (ROOT / path).exists()}
     assert pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]) == wanted
+
+
+def test_lists_are_lists_on_the_site_too() -> None:
+    """Python-Markdown nests by four spaces, where GitHub needs two or three: with fewer a list's numbers change."""
+    for path in [*(ROOT / "docs").rglob("*.md"), *map(ROOT.joinpath, site_pages.TOP_PAGES)]:
+        text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        assert re.findall(r"^ {1,3}(?:[-*]|\d+\.) .*", text, re.MULTILINE) == [], path.name
 
 
 def test_docstrings_as_griffe_reads_them(docstrings: ModuleType) -> None:
