@@ -108,7 +108,7 @@ def _loaded(path: str) -> Any:
     return getattr(sys.modules.get(module), name, None)
 
 
-def _patch_online_length(cls: type, names: tuple[str, ...], checks: FieldChecks) -> None:
+def _patch_online_length(cls: Any, names: tuple[str, ...], checks: FieldChecks) -> None:
     # Without it: a canvas that does not fit behind the prompt is silently cut to what fits, which changes the result
     # of a diffusion model. No hook: get_max_tokens takes the minimum before parameters exist. Remove when: vLLM can be
     # told to refuse instead.
@@ -133,7 +133,7 @@ def _patch_online_length(cls: type, names: tuple[str, ...], checks: FieldChecks)
     cls.to_sampling_params = to_sampling_params
 
 
-def _patch_beam_search(cls: type, checks: FieldChecks) -> None:
+def _patch_beam_search(cls: Any, checks: FieldChecks) -> None:
     # Without it: beam search asks for one token at a time, each on a canvas of its own, and ranks them by likelihoods
     # that were never made for it. No hook: its parameters are not checked. Remove when: they are.
     original = cls.to_beam_search_params

@@ -26,12 +26,12 @@ def check_model(directory: Path, memory: int | None) -> Iterator[Finding]:
     if not directory.is_dir():
         yield _problem("directory", f"{directory} is not a directory; download the checkpoint and name where it is")
         return
-    config = _json(directory / "config.json")
-    if isinstance(config, str):
-        yield _problem("config.json", config)
-        config = None
+    found = _json(directory / "config.json")
+    config = None if isinstance(found, str) else found
+    if isinstance(found, str):
+        yield _problem("config.json", found)
     else:
-        yield from _architecture(config)
+        yield from _architecture(found)
     yield from _weights(directory, memory)
     yield from _tokenizer(directory, config)
 

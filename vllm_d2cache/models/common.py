@@ -327,7 +327,8 @@ class DiffusionLM(nn.Module):
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         if self.step.partial_forward is None:
             return self.stack(positions, hidden)
-        hidden, residual = self.step.partial_forward.run(self.layers, positions, hidden)
+        # A ModuleList is no Sequence of its layers to a type checker.
+        hidden, residual = self.step.partial_forward.run(self.layers, positions, hidden)  # type: ignore[arg-type]
         hidden, _ = self.norm(hidden, residual)
         return hidden
 

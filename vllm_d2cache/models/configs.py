@@ -97,8 +97,7 @@ class LLaDAConfig(DiffusionLMConfig):
         self.rope_theta = rope_theta
         self.mask_token_id = mask_token_id
         self.weight_tying = weight_tying
-        kwargs.pop("tie_word_embeddings", None)
-        super().__init__(tie_word_embeddings=weight_tying, **kwargs)
+        super().__init__(**{**kwargs, "tie_word_embeddings": weight_tying})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

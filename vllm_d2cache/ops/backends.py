@@ -77,9 +77,9 @@ def disagreement(backend: str, device: torch.device, shape: AttentionShape) -> l
     allowed = 1e-3 if shape.dtype == torch.float32 else 5e-2
     found = []
     for what, mine, other, limit in (("outputs", got, want, allowed), ("maps", got_maps, want_maps, 1e-3)):
-        error = float((mine.float() - other.float()).abs().max())
-        if not error <= limit:
-            found.append(f"its {what} of a small batch are off by {error:.2g}, more than {limit:g}")
+        off = float((mine.float() - other.float()).abs().max())
+        if not off <= limit:
+            found.append(f"its {what} of a small batch are off by {off:.2g}, more than {limit:g}")
     return found
 
 

@@ -112,8 +112,8 @@ def row_stats(
     return RowStats(
         torch.cat([t.token for t in tiles]),
         torch.cat([t.confidence for t in tiles]),
-        torch.cat([t.margin for t in tiles]) if want_margin else None,
-        torch.cat([t.entropy for t in tiles]) if want_entropy else None,
+        torch.cat([t.margin for t in tiles if t.margin is not None]) if want_margin else None,
+        torch.cat([t.entropy for t in tiles if t.entropy is not None]) if want_entropy else None,
     )
 
 
