@@ -16,6 +16,7 @@ class FamilyTraits:
             ``timestep`` as Dream's.
         num_layers: of the network, for policies that treat its layers differently.
         family: its name, for policies with published settings for each.
+        block_length: a row sees its own block of so many positions and all earlier ones; None = it sees all positions.
     """
 
     mask_token_id: int
@@ -23,3 +24,4 @@ class FamilyTraits:
     step_schedule: str = "even"
     num_layers: int = 1
     family: str = "llada"
+    block_length: int | None = None
