@@ -143,7 +143,7 @@ def test_decoders_are_found_the_same_way(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(plugins, "entry_points", lambda group: [EntryPoint("mute", f"{__name__}:Mute", group)])
     assert Plugins("decoder", discover(group, {}), DECODER_CLASSES._problem)["mute"] is Mute
     monkeypatch.setattr(plugins, "entry_points", lambda group: [EntryPoint("mute", f"{__name__}:Mine", group)])
-    with pytest.raises(PluginError, match="decoder 'mute': .* is not a subclass of vllm_d2cache.decoders.Decoder"):
+    with pytest.raises(PluginError, match=r"decoder 'mute': .* is not a subclass of vllm_d2cache.decoders.Decoder"):
         Plugins("decoder", discover(group, {}), DECODER_CLASSES._problem)["mute"]
 
 
