@@ -36,7 +36,6 @@ from vllm_d2cache.grammar import GrammarState, is_constrained
 from vllm_d2cache.infill import parse_canvas
 from vllm_d2cache.logprobs import LogprobRecorder
 from vllm_d2cache.memory_plan import Rehearsal, plan_memory
-from vllm_d2cache.models.weight_check import check_finite
 from vllm_d2cache.ops.backends import AttentionShape, select_backend
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.shadow_attention import ShadowRows
@@ -61,7 +60,6 @@ class D2CacheModelState(ModelState):
         self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: torch.device
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        check_finite(model.named_parameters())
         additional = vllm_config.additional_config
         self.options = parse_server_options(additional.get(SECTION) if isinstance(additional, dict) else None)
         backend = select_backend(self.options.attention_backend, device, _attention_shape(vllm_config))

@@ -60,11 +60,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "model_state": (
         "records", "config", "ops", "canvas", "policies", "denoiser", "grammar", "trace", "logprobs", "infill",
         "attention", "attention.capture", "attention.drift", "attention.eviction", "runner_sampler", "compat",
-        "models.weight_check", "snapshots", "stored_outputs", "row_exits", "row_store", "memory_plan", "step_graphs",
+        "snapshots", "stored_outputs", "row_exits", "row_store", "memory_plan", "step_graphs",
         "cuda_graphs", "value_directions",
     ),
     "models.weight_check": (),
-    "models": ("records", "attention", "stored_outputs"),
+    "models": ("records", "attention", "stored_outputs", "models.weight_check"),
     "trace_reader": (),
     "viewer": ("trace_reader",),
     "config_hook": ("config", "compat", "samplers", "generation_defaults"),

@@ -28,6 +28,7 @@ from vllm_d2cache.attention.backend import D2CacheAttentionBackend
 from vllm_d2cache.models.configs import DiffusionLMConfig
 from vllm_d2cache.models.experts import SparseMLP
 from vllm_d2cache.models.shape import TransformerShape
+from vllm_d2cache.models.weight_check import finite_weights
 from vllm_d2cache.stored_outputs import PartialForward
 
 # A buffer that some tools save; it follows from config.json.
@@ -329,8 +330,10 @@ class DiffusionLM(nn.Module):
         """Load a checkpoint in the family's published layout.
 
         Raises:
-            ValueError: a tensor is unknown, missing or has another shape; the message has its name.
+            ValueError: a tensor is unknown, missing, damaged or has another shape; the message has its name.
         """
+        named = ((name, tensor) for name, tensor in weights if not name.endswith(_REDUNDANT))
+        weights = finite_weights(named, self.norm.weight.dtype)
         if self.quant_config is None:
             weights = self._checked(weights)
         if self.shape.tied_head:
@@ -344,8 +347,6 @@ class DiffusionLM(nn.Module):
         if self.shape.tied_head:
             missing.discard(self.head_tensor)
         for name, tensor in weights:
-            if name.endswith(_REDUNDANT):
-                continue
             if name not in expected:
                 raise ValueError(f"the checkpoint has a tensor {name} that {type(self).__name__} does not know")
             if tuple(tensor.shape) != expected[name]:
