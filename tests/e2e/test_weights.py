@@ -109,9 +109,10 @@ def _damage(name: str) -> Callable[[dict[str, Any], Tensors], None]:
     [
         (_drop("model.transformer.blocks.2.k_proj.weight"), "blocks.2.k_proj.weight"),
         (_add("model.transformer.blocks.1.q_norm.weight"), "q_norm"),
-        (_damage("model.transformer.blocks.1.attn_norm.weight"), r"damaged: 1 of .*layers\.1\.input_layernorm\.weight"),
+        (_damage("model.transformer.blocks.1.attn_norm.weight"), r"damaged: 1 of .*blocks\.1\.attn_norm\.weight"),
+        (_damage("model.transformer.blocks.1.up_proj.weight"), r"damaged: 1 of .*blocks\.1\.up_proj\.weight"),
     ],
-    ids=["missing", "unknown", "damaged"],
+    ids=["missing", "unknown", "damaged norm", "damaged linear layer"],
 )
 def test_wrong_tensors_are_named(tmp_path: Path, change: Any, named: str) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory

@@ -96,6 +96,7 @@ def test_sleep_mode_is_refused_at_start_up() -> None:
         speculative_config=None,
         lora_config=None,
         cache_config=SimpleNamespace(cache_dtype="auto"),
+        load_config=SimpleNamespace(load_format="auto"),
         structured_outputs_config=SimpleNamespace(backend="xgrammar"),
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=None, max_cudagraph_capture_size=None, mode=None),
         model_config=SimpleNamespace(

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from vllm.config import set_current_vllm_config
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
-from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.model_loader import get_model
+
+from tests.vllm.conftest import numbers
 
 pytestmark = pytest.mark.vllm
 
@@ -107,38 +101,13 @@ def random_tensors(family: str) -> Tensors:
     return {name: torch.randn(size).to(torch.bfloat16) for name, size in published(family).items()}
 
 
-@pytest.fixture
-def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], torch.nn.Module]]:
-    """Loads a model as a worker does."""
-    # vLLM's CPU worker takes care of this; the loader alone would ask for an accelerator.
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    # What is compared is what was loaded: on some CPUs vLLM replaces it by a packed copy outside of the parameters.
-    monkeypatch.setattr("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", lambda layer, **kwargs: None)
-
-    def loaded(directory: Path) -> torch.nn.Module:
-        config = EngineArgs(str(directory), skip_tokenizer_init=True, max_model_len=256).create_engine_config()
-        with set_current_vllm_config(config):
-            init_distributed_environment(1, 0, f"file://{tmp_path}/rendezvous", 0, backend="gloo")
-            initialize_model_parallel(1, 1)
-            return get_model(vllm_config=config)
-
-    yield loaded
-    cleanup_dist_env_and_memory()
-
-
-def numbers(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """All elements, sorted."""
-    return torch.cat([t.flatten().float() for t in tensors]).sort().values
-
-
 @pytest.mark.parametrize(("family", "count"), [("llada", 291), ("dream", 339), ("llada_moe", 3219)])
 def test_published_list_loads_to_the_last_number(family: str, count: int, tmp_path: Path, load: Any) -> None:
     tensors = random_tensors(family)
     assert len(tensors) == count
-    model = load(write(tmp_path, CONFIGS[family], tensors))
-    parameters = list(model.parameters())
-    assert {p.dtype for p in parameters} == {torch.bfloat16}
-    assert torch.equal(numbers(parameters), numbers(list(tensors.values())))
+    loaded = load(write(tmp_path, CONFIGS[family], tensors))
+    assert loaded.dtypes == {torch.bfloat16}
+    assert torch.equal(loaded.numbers, numbers(list(tensors.values())))
 
 
 def test_heads_that_are_not_an_even_part_of_the_width(tmp_path: Path, load: Any) -> None:
@@ -162,9 +131,9 @@ def test_tied_head(family: str, carries_the_head: bool, tmp_path: Path, load: An
     del tensors[HEADS[family]]
     copy = {HEADS[family]: tensors[EMBEDDINGS[family]].clone()} if carries_the_head else {}
     write(tmp_path, {**CONFIGS[family], TIES[family]: True}, {**tensors, **copy})
-    model = load(tmp_path)
-    assert model.lm_head.weight is model.embed_tokens.weight
-    assert torch.equal(numbers(list(model.parameters())), numbers(list(tensors.values())))
+    loaded = load(tmp_path)
+    assert loaded.model.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.numbers, numbers(list(tensors.values())))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -188,3 +157,18 @@ def test_an_untied_checkpoint_needs_its_head(tmp_path: Path, load: Any) -> None:
     del tensors["lm_head.weight"]
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
         load(write(tmp_path, CONFIGS["dream"], tensors))
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_the_value_projection_does_not_depend_on_how_weights_are_kept(
+    family: str, linear_layers: str, tmp_path: Path, load: Any
+) -> None:
+    """What policies read of a layer's weights: vLLM may have packed them and left the parameter empty."""
+    tensors = random_tensors(family)
+    loaded = load(write(tmp_path, CONFIGS[family], tensors))
+    attention = loaded.model.layers[3].self_attn
+    assert (attention.qkv_proj.weight.numel() == 0) == (linear_layers == "packed")
+    weight, bias = attention.value_projection(torch.bfloat16)
+    (name,) = [name for name in tensors if re.search(r"\.3\.(self_attn\.)?v_proj\.weight", name)]
+    assert torch.equal(weight, tensors[name].float())
+    assert torch.equal(bias, tensors.get(name.replace("weight", "bias"), torch.zeros(len(weight))).float())

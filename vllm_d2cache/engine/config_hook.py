@@ -28,6 +28,12 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its 
 
 REQUEST_CHECK = "vllm_d2cache.engine.request_check:RequestCheck"
 SCHEDULER = "vllm_d2cache.engine.scheduler.D2CacheScheduler"
+# Those that hand a checkpoint's tensors to the model class, which looks for NaN among them; the others fill vLLM's own
+# layers past it.
+LOAD_FORMATS = (
+    *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt", "runai_streamer"),
+    "dummy",  # no checkpoint at all
+)
 # The engines of structured output that are tested.
 GRAMMAR_BACKENDS = ("xgrammar", "guidance")
 # Longest request, prompt and canvas, unless --max-model-len says otherwise: a first step computes all of it at once,
@@ -111,6 +117,8 @@ def _refusals(config: VllmConfig) -> list[str]:
         f"weights quantised by {config.model_config.quantization} (tested is compressed-tensors with 8-bit integers)": (
             not _known_quantisation(config.model_config)
         ),
+        f"--load-format {config.load_config.load_format} (damaged weights would not be noticed; supported: "
+        f"{', '.join(LOAD_FORMATS)})": config.load_config.load_format not in LOAD_FORMATS,
         f"--kv-cache-dtype {config.cache_config.cache_dtype} (only the model's own dtype yet)": (
             config.cache_config.cache_dtype not in ("auto", str(config.model_config.dtype).removeprefix("torch."))
         ),

@@ -27,7 +27,6 @@ from vllm_d2cache.engine.attention_backend import D2CacheMetadata, attention_sha
 from vllm_d2cache.engine.cuda_graphs import record_graphs
 from vllm_d2cache.engine.memory_plan import Rehearsal, plan_memory
 from vllm_d2cache.engine.runner_sampler import D2CacheSampler
-from vllm_d2cache.engine.weight_check import check_finite
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.partial_forward import PartialForward, RowHook
 from vllm_d2cache.observe.trace import TraceRecorder
@@ -50,7 +49,6 @@ class D2CacheModelState(ModelState):
         self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: torch.device
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        check_finite(model.named_parameters())
         self.options = server_options(vllm_config)
         backend = select_backend(self.options.attention_backend, device, attention_shape(vllm_config))
         logger.info("Attention, maps and statistics are computed on %s with %s.", device, backend)

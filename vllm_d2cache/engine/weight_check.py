@@ -1,31 +1,59 @@
-"""Refuses damaged weights before anything is served: with a NaN among them every answer would be silent nonsense."""
+"""Refuses damaged weights before anything is served: with a NaN among them every answer would be silent nonsense.
+
+Tensors are looked at as they come out of the checkpoint. Afterwards is too late: vLLM's layers pack some parameters
+into their own form and leave nothing of them, depending on the CPU and on the quantisation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
-_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Types without a minimum of their own; bfloat16 holds each of their numbers.
+_NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def check_finite(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Look at every floating-point parameter once.
+def finite_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same tensors by name, each looked at once on its way.
 
-    A sum is finite only if all of its terms are, and needs no memory; quantised types have no NaN to look for.
+    Args:
+        weights: tensors of a checkpoint, of any shape; integers have nothing to look for.
+        dtype: what they are loaded as: a number beyond it would become infinity.
 
     Raises:
-        ValueError: names the first damaged tensor and says how many there are.
+        ValueError: behind the last tensor; says how many are damaged and names the first.
     """
-    named = [(name, parameter) for name, parameter in parameters if parameter.dtype in _TYPES]
-    if not named:
-        return
-    with torch.no_grad():
-        sums = torch.stack([parameter.sum(dtype=torch.float32) for _, parameter in named])
-    finite = torch.isfinite(sums).tolist()
-    damaged = [name for (name, _), fine in zip(named, finite, strict=True) if not fine]
+    damaged: list[str] = []
+    too_large: list[str] = []
+    count = 0
+    for name, tensor in weights:
+        count += 1
+        if (largest := _largest(tensor)) is not None:
+            if not largest < torch.inf:  # nor is NaN
+                damaged.append(name)
+            elif largest > torch.finfo(dtype).max:
+                too_large.append(name)
+        yield name, tensor
     if damaged:
         raise ValueError(
-            f"the checkpoint is damaged: {len(damaged)} of {len(named)} tensors hold NaN or infinity, "
+            f"the checkpoint is damaged: {len(damaged)} of {count} tensors hold NaN or infinity, "
             f"e.g. {damaged[0]}; download or convert it again"
         )
+    if too_large:
+        raise ValueError(
+            f"--dtype {str(dtype).removeprefix('torch.')} cannot hold numbers of {len(too_large)} of {count} tensors, "
+            f"e.g. {too_large[0]}; take bfloat16 or float32"
+        )
+
+
+def _largest(tensor: torch.Tensor) -> float | None:
+    """Largest magnitude, or NaN if there is one; None if there is nothing to look at."""
+    if tensor.dtype not in (*_WIDE, *_NARROW) or tensor.numel() == 0:
+        return None
+    # One pass without memory of its own; NaN wins against every number.
+    low, high = (tensor.bfloat16() if tensor.dtype in _NARROW else tensor).aminmax()
+    return float(torch.maximum(high, -low))

@@ -25,6 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
 from vllm_d2cache.engine.attention_backend import D2CacheAttentionBackend
+from vllm_d2cache.engine.weight_check import finite_weights
 from vllm_d2cache.mechanisms.partial_forward import PartialForward
 from vllm_d2cache.models.configs import DiffusionLMConfig
 from vllm_d2cache.models.experts import SparseMLP
@@ -326,8 +327,10 @@ class DiffusionLM(nn.Module):
         """Load a checkpoint in the family's published layout.
 
         Raises:
-            ValueError: a tensor is unknown, missing or has another shape; the message has its name.
+            ValueError: a tensor is unknown, missing, damaged or has another shape; the message has its name.
         """
+        named = ((name, tensor) for name, tensor in weights if not name.endswith(_REDUNDANT))
+        weights = finite_weights(named, self.norm.weight.dtype)
         if self.quant_config is None:
             weights = self._checked(weights)
         if self.shape.tied_head:
@@ -341,8 +344,6 @@ class DiffusionLM(nn.Module):
         if self.shape.tied_head:
             missing.discard(self.head_tensor)
         for name, tensor in weights:
-            if name.endswith(_REDUNDANT):
-                continue
             if name not in expected:
                 raise ValueError(f"the checkpoint has a tensor {name} that {type(self).__name__} does not know")
             if tuple(tensor.shape) != expected[name]:
