@@ -61,10 +61,10 @@ def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, m
     try:
         want = generate(engine)
         state, emulator = runner_of(engine).model_state, EmulatedRecorder()
-        assert state.graphs is None, "there are none on a CPU"
+        assert state.steps.forms.graphs is None, "there are none on a CPU"
         monkeypatch.setitem(dispatch._chosen, "cpu", "triton")
         monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda device: emulator)
-        monkeypatch.setattr(state, "_wants_graphs", True)
+        monkeypatch.setattr(state, "_records_graphs", True)
         for layer in runner_of(engine).model.modules():
             if isinstance(layer, Attention):
                 # Seen through: behind vLLM's operator the recording would find nothing but the operator.
@@ -79,7 +79,7 @@ def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, m
         monkeypatch.setattr(StepGraphs, "run", run)
         assert generate(engine) == want
         assert emulator.graphs == 2
-        assert replays[:2] == state.graphs.sizes, "the check at start-up"
+        assert replays[:2] == state.steps.forms.graphs.sizes, "the check at start-up"
         # Refresh steps of the first two requests at least; the third refreshes everything and fits as well.
         assert len(replays) >= 2 + 4
     finally:

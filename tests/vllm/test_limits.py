@@ -78,9 +78,9 @@ def test_a_request_that_takes_more_memory_than_all_may(monkeypatch: pytest.Monke
 
 
 def test_stop_tokens() -> None:
-    check_sampling_params(SamplingParams(max_tokens=4, stop_token_ids=list(range(128)))), False)
+    check_sampling_params(SamplingParams(max_tokens=4, stop_token_ids=list(range(128))), False)
     with pytest.raises(ValueError, match=r"stop_token_ids: at most 128 .* got 129"):
-        check_sampling_params(SamplingParams(max_tokens=4, stop_token_ids=list(range(129)))), False)
+        check_sampling_params(SamplingParams(max_tokens=4, stop_token_ids=list(range(129))), False)
 
 
 def test_sleep_mode_is_refused_at_start_up() -> None:

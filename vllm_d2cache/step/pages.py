@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_d2cache.canvas.rows import StepRows
+from vllm_d2cache.ops.dispatch import chosen
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,15 @@ class Pages:
     def first_blocks(self, lengths: list[int]) -> list[int]:
         """Of each request of ``lengths`` positions, its first block where its blocks are consecutive, else -1.
 
-        Looked up in every step, as blocks may be appended. Kernels do not ask; on a CPU, where nothing has to be waited
-        for, a text in consecutive blocks is read in place.
+        Looked up in every step, as blocks may be appended. Kernels do not ask. Where PyTorch attends on a CPU, text in
+        consecutive blocks is read in place, and nothing has to be waited for.
         """
-        if self.table.device.type != "cpu":
+        device = self.table.device
+        if device.type != "cpu" or chosen(device) != "torch":
             return [-1] * len(lengths)
-        used = torch.tensor([-(-length // self.block_size) for length in lengths]).unsqueeze(1)
-        block = torch.arange(int(used.max())).unsqueeze(0)
+        used = [-(-length // self.block_size) for length in lengths]
+        block = torch.arange(max(used)).unsqueeze(0)
         first = self.table[: len(lengths), :1].long()
-        consecutive = (self.table[: len(lengths), : block.shape[1]] == first + block) | (block >= used)
+        behind = block >= torch.tensor(used).unsqueeze(1)
+        consecutive = (self.table[: len(lengths), : max(used)] == first + block) | behind
         return torch.where(consecutive.all(1), first.squeeze(1), -1).tolist()
