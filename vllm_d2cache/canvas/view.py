@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_d2cache.canvas.lines import Lines
+
 
 class OptionColumns(NamedTuple):
     """Per-request numbers of the rows in this step, each [R]; options.request has their meaning."""
@@ -26,7 +28,7 @@ class OptionColumns(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CanvasView:
+class CanvasView(Lines):
     """The texts of the rows in this step. Columns past a row's own T or G are padding and False."""
 
     slots: torch.Tensor  # [R] int64, row -> slot
@@ -81,12 +83,6 @@ class CanvasView:
     def lead(self) -> torch.Tensor:
         """[R] int64: the leftmost mask that may still become a token; 0 where there is none."""
         return self.open.to(torch.int8).argmax(1)
-
-    def select(self, rows: torch.Tensor) -> CanvasView:
-        """The view of some rows only."""
-        lines = (self.slots, self.prompt_len, self.canvas_len, self.masked, self.live, self.window_start, self.step)
-        options = OptionColumns(*(column[rows] for column in self.options))
-        return CanvasView(*(x[rows] for x in lines), self.window_step[rows], self.num_positions, options)
 
 
 def live_slots(terminal: torch.Tensor) -> torch.Tensor:

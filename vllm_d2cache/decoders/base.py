@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from vllm_d2cache.canvas.lines import Lines
 from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.slot_options import SlotOptions
 from vllm_d2cache.canvas.view import CanvasView
@@ -35,7 +36,7 @@ class PredictedRows:
 
 
 @dataclass(frozen=True)
-class DecoderStep:
+class DecoderStep(Lines):
     """What a decoder chooses from; R rows (requests), G canvas slots."""
 
     view: CanvasView  # before this step's commits
@@ -45,19 +46,6 @@ class DecoderStep:
     least: torch.Tensor  # [R] int64, commit at least this many, if there are as many candidates
     entropy: torch.Tensor | None  # [R, G] float32, nats; None where no decoder of the step reads it
     found: tuple[Finding, ...] = ()  # by the mechanisms of the step
-
-    def select(self, rows: torch.Tensor) -> DecoderStep:
-        """The step of some rows only."""
-        return replace(
-            self,
-            view=self.view.select(rows),
-            candidates=self.candidates[rows],
-            token=self.token[rows],
-            score=self.score[rows],
-            least=self.least[rows],
-            entropy=None if self.entropy is None else self.entropy[rows],
-            found=tuple(found.select(rows) for found in self.found),
-        )
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,6 @@ class GraphStep(Hook):
     importance: torch.Tensor | None  # [R, max length] float32, None where no request reads it
 
     def result(self, num_positions: int) -> Importance | None:
-        """See Hook."""
         return None if self.importance is None else Importance(self.importance[:, :num_positions])
 
 

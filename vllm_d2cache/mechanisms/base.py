@@ -10,10 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
+from vllm_d2cache.canvas.lines import Lines
 from vllm_d2cache.canvas.rows import ExtraRows, StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.traits import FamilyTraits
@@ -104,12 +105,8 @@ class Wish:
     use: ClassVar[type[Use]]
 
 
-class Finding(ABC):
-    """What a hook has found out; tensors have a line for each row of the step."""
-
-    @abstractmethod
-    def select(self, rows: torch.Tensor) -> Self:
-        """That of some rows only."""
+class Finding(Lines):
+    """What a hook has found out, a frozen dataclass."""
 
 
 def finding(found: Iterable[Finding], kind: type[F]) -> F:
@@ -125,17 +122,27 @@ request's own sampling parameters."""
 class Mechanism(ABC):
     """State of one mechanism for all requests that use it.
 
-    Slot-indexed tensors are made in ``allocate`` and given up in ``release``: they exist while some request uses them.
+    Slot-indexed tensors, its ``tables``, exist while some request uses it.
     """
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
+        self._tables: dict[str, Any] = {}
 
-    def allocate(self) -> None:  # noqa: B027
+    def tables(self) -> dict[str, Any]:
+        """Attributes that it has while some request uses it, made anew when the first one begins."""
+        return {}
+
+    def allocate(self) -> None:
         """A request begins to use it, and no other does."""
+        self._tables = self.tables()
+        vars(self).update(self._tables)
 
-    def release(self) -> None:  # noqa: B027
+    def release(self) -> None:
         """No request uses it any more."""
+        for name in self._tables:
+            delattr(self, name)
+        self._tables = {}
 
     @abstractmethod
     def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> Hook:

@@ -28,7 +28,6 @@ class ReadsDrift(Use):
     needs: ClassVar[frozenset[str]] = frozenset({KEYS, ROWS})
 
     def make(self, worker: Worker) -> DriftMeter:
-        """See DriftMeter."""
         return DriftMeter(worker)
 
 
@@ -39,10 +38,6 @@ class Drift(Finding):
     # [R] float32, cosine similarity in the layer that changed most; 0 where nothing can be compared
     similarity: torch.Tensor
     attended: torch.Tensor  # [R, T] bool, of each layer the known position that received most
-
-    def select(self, rows: torch.Tensor) -> Drift:
-        """See Finding."""
-        return Drift(self.similarity[rows], self.attended[rows])
 
 
 class WatchedRows(NamedTuple):
@@ -69,11 +64,9 @@ class DriftMeter(Mechanism):
         self.memory: dict[int, Focus] = {}
 
     def forget(self, slot: int) -> None:
-        """See Mechanism."""
         self.memory.pop(slot, None)
 
     def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> DriftHook:
-        """See Mechanism."""
         view = rows.view
         watched: list[WatchedRows | None] = [None] * len(rows.slots)
         looking = canvas_to_positions(rows.candidates, view)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -33,7 +33,6 @@ class HidesKeys(Use):
     takes: ClassVar[frozenset[str]] = frozenset({KEYS})
 
     def make(self, worker: Worker) -> HiddenKeys:
-        """See HiddenKeys."""
         return HiddenKeys(worker)
 
 
@@ -60,27 +59,25 @@ class KeyChoice:
 class HiddenKeys(Mechanism):
     """What each slot sees, and what its layers have chosen."""
 
+    visible: torch.Tensor  # [slots, max len] bool
+    kept: torch.Tensor  # [slots, 4] int64, as KeptKeys
+
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
         self.chosen: dict[int, list[torch.Tensor]] = {}  # slot -> of each layer, [n] int64 ascending
 
-    def allocate(self) -> None:
-        """See Mechanism."""
+    def tables(self) -> dict[str, Any]:
         slots, device = self.worker.num_slots, self.worker.device
-        self.visible = torch.zeros(slots, self.worker.max_len, dtype=torch.bool, device=device)
-        self.kept = torch.zeros(slots, len(KeptKeys._fields), dtype=torch.int64, device=device)
-
-    def release(self) -> None:
-        """See Mechanism."""
-        del self.visible, self.kept
+        return {
+            "visible": torch.zeros(slots, self.worker.max_len, dtype=torch.bool, device=device),
+            "kept": torch.zeros(slots, len(KeptKeys._fields), dtype=torch.int64, device=device),
+        }
 
     def store(self, view: CanvasView, wish: VisibleKeys) -> None:
-        """See Mechanism."""
         self.visible[view.slots, : wish.visible.shape[1]] = wish.visible
         self.kept[view.slots] = 0 if wish.kept is None else torch.stack([x.long() for x in wish.kept], 1)
 
     def forget(self, slot: int) -> None:
-        """See Mechanism."""
         self.chosen.pop(slot, None)
 
     def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> KeysHook:
@@ -148,7 +145,6 @@ class KeysHook(Hook):
         return replace(layout, keys=keys)
 
     def keys_attended(self, r: int) -> int | None:
-        """See Hook."""
         choice, keys = self.choices[r], self.keys[r]
         if choice is not None and not choice.choose:
             return choice.visible.shape[0] + choice.count

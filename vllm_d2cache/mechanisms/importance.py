@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -95,7 +95,6 @@ class ImportanceCapture(Hook):
         return maps
 
     def maps(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float, layout: PagedLayout) -> AttentionMaps:
-        """See Hook."""
         return self.start_layer(query, kv_cache, scale, layout)
 
     def importance(self, num_positions: int) -> torch.Tensor | None:
@@ -150,7 +149,6 @@ class ReadsImportance(Use):
     takes_padding: ClassVar[bool] = True
 
     def make(self, worker: Worker) -> ImportanceMaps:
-        """See ImportanceMaps."""
         return ImportanceMaps(worker)
 
     def request_bytes(self, size: RequestSize) -> int:
@@ -164,24 +162,16 @@ class Importance(Finding):
 
     values: torch.Tensor  # [R, T] float32; lines of requests that do not read it hold anything
 
-    def select(self, rows: torch.Tensor) -> Importance:
-        """See Finding."""
-        return Importance(self.values[rows])
-
 
 class ImportanceMaps(Mechanism):
     """Memory for the maps of a step."""
 
-    def allocate(self) -> None:
-        """See Mechanism."""
-        self.pool = MapPool()
+    pool: MapPool
 
-    def release(self) -> None:
-        """See Mechanism."""
-        del self.pool
+    def tables(self) -> dict[str, Any]:
+        return {"pool": MapPool()}
 
     def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> ImportanceHook:
-        """See Mechanism."""
         wanted = [r in members for r in range(len(rows.slots))]
         return ImportanceHook(wanted, rows.text_positions, self.pool, self.worker.tensor_parallel)
 
@@ -196,14 +186,11 @@ class ImportanceHook(Hook):
     tensor_parallel: TensorParallel | None
 
     def place(self, layout: PagedLayout) -> None:
-        """See Hook."""
         self.capture = ImportanceCapture(layout, self.wanted, self.positions, self.pool, self.tensor_parallel)
 
     def maps(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float, layout: PagedLayout) -> AttentionMaps:
-        """See Hook."""
         return self.capture.start_layer(query, kv_cache, scale, layout)
 
     def result(self, num_positions: int) -> Importance | None:
-        """See Hook."""
         values = self.capture.importance(num_positions)
         return None if values is None else Importance(values)

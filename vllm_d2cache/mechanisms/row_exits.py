@@ -9,7 +9,7 @@ and it has no logits: the slots that are read from it are not candidates of this
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,7 +35,6 @@ class DropsRows(Use):
     layers: int
 
     def make(self, worker: Worker) -> ExitMemory:
-        """See ExitMemory."""
         return ExitMemory(worker)
 
     def request_bytes(self, size: RequestSize) -> int:
@@ -60,31 +59,30 @@ class RowExits(Wish):
 
 
 class ExitMemory(Mechanism):
-    """Hidden states of rows that stayed, and the wishes for the next step."""
+    """Hidden states of rows that stayed, and the wishes for the next step: RowExits by slot."""
+
+    keep: torch.Tensor
+    bias: torch.Tensor
+    weight: torch.Tensor
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
         self.states = RowStore()
 
-    def allocate(self) -> None:
-        """See Mechanism."""
+    def tables(self) -> dict[str, Any]:
         slots, device = self.worker.num_slots, self.worker.device
-        self.keep = torch.zeros(slots, self.worker.traits.num_layers, dtype=torch.int64, device=device)
-        self.bias = torch.zeros(slots, self.worker.max_len, device=device)
-        self.weight = torch.zeros(slots, device=device)
-
-    def release(self) -> None:
-        """See Mechanism."""
-        del self.keep, self.bias, self.weight
+        return {
+            "keep": torch.zeros(slots, self.worker.traits.num_layers, dtype=torch.int64, device=device),
+            "bias": torch.zeros(slots, self.worker.max_len, device=device),
+            "weight": torch.zeros(slots, device=device),
+        }
 
     def store(self, view: CanvasView, wish: RowExits) -> None:
-        """See Mechanism."""
         self.keep[view.slots] = wish.keep
         self.bias[view.slots, : wish.bias.shape[1]] = wish.bias
         self.weight[view.slots] = wish.weight
 
     def forget(self, slot: int) -> None:
-        """See Mechanism."""
         self.states.drop(slot)
 
     def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> RowGate:
@@ -132,15 +130,12 @@ class RowGate(RowHook):
     still_there: torch.Tensor  # [N] bool, rows that have not left
 
     def present(self) -> torch.Tensor:
-        """See Hook."""
         return self.still_there
 
     def counts(self, number: int, counts: list[int]) -> list[int]:
-        """See RowHook."""
         return list(map(min, counts, self.staying[number - 1]))
 
     def narrow(self, at: BeforeLayer, computed: torch.Tensor) -> None:
-        """See RowHook."""
         computed[: self.still_there.shape[0]] &= self.still_there
 
     def behind(self, number: int, hidden: torch.Tensor, residual: torch.Tensor) -> None:

@@ -23,7 +23,6 @@ class VerifiesByShadows(Use):
     needs: ClassVar[frozenset[str]] = frozenset({KEYS, ROWS, FRESH})
 
     def make(self, worker: Worker) -> Shadows:
-        """See Shadows."""
         return Shadows(worker)
 
     def extra_rows(self, window: int) -> int:
@@ -37,10 +36,6 @@ class Verified(Finding):
 
     slots: torch.Tensor  # [R, G] bool
     probability: torch.Tensor  # [R, G] float32; only where ``slots``
-
-    def select(self, rows: torch.Tensor) -> Verified:
-        """See Finding."""
-        return Verified(self.slots[rows], self.probability[rows])
 
 
 class Shadows(Mechanism):
@@ -90,17 +85,14 @@ class ShadowHook(Hook):
         scale: float,
         output: torch.Tensor,
     ) -> None:
-        """See Hook."""
         assert self.extra is not None
         shadows = ShadowRows(self.extra.counts, self.extra.positions)
         shadow_attention(query, key, value, kv_cache, layout, shadows, scale, output)
 
     def read(self, hidden: torch.Tensor, ask: Ask) -> None:
-        """See Hook."""
         self.probability = ask(hidden, self.who, self.slot, self.token)
 
     def result(self, num_positions: int) -> Verified:
-        """See Hook."""
         table = torch.zeros(self.verified.shape, device=self.verified.device)
         if self.probability is not None:
             table[self.who, self.slot] = self.probability

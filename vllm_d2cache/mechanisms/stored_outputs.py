@@ -8,7 +8,7 @@ other marked rows add what the layer has stored for them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -37,7 +37,6 @@ class StoresOutputs(Use):
     proxies: bool = False
 
     def make(self, worker: Worker) -> OutputStore:
-        """See OutputStore."""
         return OutputStore(worker)
 
     def request_bytes(self, size: RequestSize) -> int:
@@ -60,7 +59,11 @@ class StoredOutputs(Wish):
 
 
 class OutputStore(Mechanism):
-    """Outputs of layers, and the wishes for the next step."""
+    """Outputs of layers, and the wishes for the next step: StoredOutputs by slot."""
+
+    kind: torch.Tensor  # by position: 1 where layers may take their stored outputs, 2 where values are compared as well
+    count: torch.Tensor
+    proxy_rank: torch.Tensor
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
@@ -68,28 +71,22 @@ class OutputStore(Mechanism):
         # Of the model, not of requests: found once.
         self.directions = ValueDirections(worker.tensor_parallel)
 
-    def allocate(self) -> None:
-        """See Mechanism."""
+    def tables(self) -> dict[str, Any]:
         worker = self.worker
         slots, device = worker.num_slots, worker.device
-        # By position: 1 where layers may take their stored outputs, 2 where values are compared as well.
-        self.kind = torch.zeros(slots, worker.max_len, dtype=torch.int8, device=device)
-        self.count = torch.zeros(slots, worker.traits.num_layers - 1, dtype=torch.int64, device=device)
-        self.proxy_rank = torch.zeros(slots, dtype=torch.int64, device=device)
-
-    def release(self) -> None:
-        """See Mechanism."""
-        del self.kind, self.count, self.proxy_rank
+        return {
+            "kind": torch.zeros(slots, worker.max_len, dtype=torch.int8, device=device),
+            "count": torch.zeros(slots, worker.traits.num_layers - 1, dtype=torch.int64, device=device),
+            "proxy_rank": torch.zeros(slots, dtype=torch.int64, device=device),
+        }
 
     def store(self, view: CanvasView, wish: StoredOutputs) -> None:
-        """See Mechanism."""
         kind = wish.rows.to(torch.int8) + wish.compared.to(torch.int8)
         self.kind[view.slots, : kind.shape[1]] = kind
         self.count[view.slots] = wish.count
         self.proxy_rank[view.slots] = 0 if wish.proxy_rank is None else wish.proxy_rank
 
     def forget(self, slot: int) -> None:
-        """See Mechanism."""
         self.outputs.drop(slot)
 
     def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> OutputHook:
@@ -144,7 +141,6 @@ class OutputHook(RowHook):
     tensor_parallel: TensorParallel | None = None
 
     def counts(self, number: int, counts: list[int]) -> list[int]:
-        """See RowHook."""
         return list(map(min, counts, self.computed[number - 1]))
 
     def narrow(self, at: BeforeLayer, computed: torch.Tensor) -> None:
@@ -155,7 +151,6 @@ class OutputHook(RowHook):
             computed[self.compared] = most_changed(distance, self.request[self.compared], self.count[:, at.number - 1])
 
     def stand_in(self, at: BeforeLayer, computed: torch.Tensor, outputs: torch.Tensor, hidden: torch.Tensor) -> None:
-        """See RowHook."""
         for r, (mine, place) in self.kept.items():
             stored = self.outputs.of(self.slots[r], at.num_layers - 1, self.capacity[r], hidden)[at.number - 1]
             stored[place] = torch.where(computed[mine].unsqueeze(1), outputs[mine], stored[place])

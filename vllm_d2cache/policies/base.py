@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
+from vllm_d2cache.canvas.lines import Lines
 from vllm_d2cache.canvas.slot_options import SlotOptions
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.base import FRESH, F, Finding, Use, Wish, Worker, finding
@@ -17,7 +18,7 @@ from vllm_d2cache.options.types import Choice, Number
 
 
 @dataclass(frozen=True)
-class StepOutcome:
+class StepOutcome(Lines):
     """What a step found out and did."""
 
     committed: torch.Tensor  # [R, G] bool
@@ -31,19 +32,6 @@ class StepOutcome:
     def of(self, kind: type[F]) -> F:
         """The finding of that kind; there is one where some request of the step uses its mechanism."""
         return finding(self.found, kind)
-
-    def select(self, rows: torch.Tensor) -> StepOutcome:
-        """The outcome of some rows only."""
-        return replace(
-            self,
-            committed=self.committed[rows],
-            predicted=self.predicted[rows],
-            score=self.score[rows],
-            window_start=self.window_start[rows],
-            first=self.first[rows],
-            entropy=None if self.entropy is None else self.entropy[rows],
-            found=tuple(found.select(rows) for found in self.found),
-        )
 
 
 @dataclass(frozen=True)
@@ -92,9 +80,12 @@ class CachePolicy(ABC):
         return frozenset() if cls.refreshes_all else frozenset({FRESH})
 
     @staticmethod
-    @abstractmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """A bound on the rows of any step after the first; the scheduler reserves this many."""
+        """A bound on the rows of any step after the first; the scheduler reserves this many.
+
+        All positions, for policies that now and then recompute everything: a refresh budget does not apply to them.
+        """
+        return prompt_len + canvas_len
 
     def start(self, slot: int, options: RequestOptions) -> None:
         """Take down the options of the request that gets ``slot``; ``first_plan`` follows."""

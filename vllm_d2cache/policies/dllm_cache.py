@@ -11,7 +11,6 @@ import torch
 
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.stored_outputs import StoredOutputs, StoresOutputs
-from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Number
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
@@ -31,11 +30,6 @@ class DLLMCachePolicy(CachePolicy):
     }
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
     uses = (StoresOutputs(),)
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, when the prompt is refreshed; a refresh budget does not apply."""
-        return prompt_len + canvas_len
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything, in all layers."""

@@ -12,7 +12,6 @@ import torch
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.drift import Drift, ReadsDrift
-from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Number
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
@@ -36,11 +35,6 @@ class ElasticPolicy(CachePolicy):
         super().__init__(worker)
         # The step under way recomputes everything: its drift is that of the refresh, not of the text.
         self.renewed = torch.zeros(worker.num_slots, dtype=torch.bool, device=worker.device)
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, after a drift; a refresh budget does not apply."""
-        return prompt_len + canvas_len
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything."""

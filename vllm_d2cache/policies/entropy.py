@@ -11,7 +11,6 @@ import torch
 
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.base import Worker
-from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Number
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
@@ -35,11 +34,6 @@ class EntropyPolicy(CachePolicy):
         super().__init__(worker)
         # By canvas slot: the number of the step that committed it, 0 for none.
         self.committed_in = torch.zeros(worker.num_slots, worker.max_len, dtype=torch.int64, device=worker.device)
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, after an uncertain commit; a refresh budget does not apply."""
-        return prompt_len + canvas_len
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything."""

@@ -10,7 +10,6 @@ import torch
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.row_exits import DropsRows, RowExits
-from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Number
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
@@ -44,11 +43,6 @@ class ESPolicy(CachePolicy):
         # By canvas slot, as the step under way found or finds them.
         self.confidence = torch.zeros(worker.num_slots, worker.max_len, device=worker.device)
         self.masked = torch.zeros(worker.num_slots, worker.max_len, dtype=torch.bool, device=worker.device)
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, when the prompt is refreshed in the last window; a refresh budget does not apply."""
-        return prompt_len + canvas_len
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything, and nobody leaves."""

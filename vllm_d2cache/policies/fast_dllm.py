@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 
 from vllm_d2cache.canvas.view import CanvasView
-from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 
@@ -19,11 +18,6 @@ class PrefixPolicy(CachePolicy):
 
     name = "prefix"
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, in the first step of a window; a refresh budget does not apply."""
-        return prompt_len + canvas_len
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Everything where a window has been completed, else the slots that stay fresh."""

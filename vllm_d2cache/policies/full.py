@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from vllm_d2cache.canvas.view import CanvasView
-from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 
 
@@ -18,11 +17,6 @@ class FullPolicy(CachePolicy):
     name = "full"
     takes_all_options = True
     refreshes_all = True
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions; a refresh budget does not apply, or the policy would not be what it says."""
-        return prompt_len + canvas_len
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Everything again."""

@@ -11,7 +11,6 @@ import torch
 
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.hidden_keys import HidesKeys, VisibleKeys
-from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Number
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
@@ -26,11 +25,6 @@ class StreamingPolicy(CachePolicy):
     options: ClassVar = {"suffix_window": Number(int, 0, note="positions", default=32)}
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
     uses = (HidesKeys(),)
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, when a window begins near the end of the canvas; a refresh budget does not apply."""
-        return prompt_len + canvas_len
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """All that the first window sees."""

@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 
 from vllm_d2cache.canvas.view import CanvasView
-from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Number
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
@@ -32,11 +31,6 @@ class VicinityPolicy(CachePolicy):
         "cache_update_freq": Number(int, 0, note="steps; 0 = off", default=0),
     }
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, whenever everything is due; a refresh budget does not apply."""
-        return prompt_len + canvas_len
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Everything where it is due, else the vicinity of the window."""

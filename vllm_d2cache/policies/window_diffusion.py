@@ -12,7 +12,6 @@ import torch
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.hidden_keys import HidesKeys, VisibleKeys
-from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Number
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
@@ -43,11 +42,6 @@ class WindowDiffusionPolicy(CachePolicy):
         )  # by position
         # By canvas slot: committed in this phase, but not by its first step.
         self.active = torch.zeros(worker.num_slots, worker.max_len, dtype=torch.bool, device=worker.device)
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, when a phase begins near the end of the canvas; a refresh budget does not apply."""
-        return prompt_len + canvas_len
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """The first step of a phase."""
