@@ -79,8 +79,8 @@ def test_a_batch_changes_nothing(dream: Engine) -> None:
 def test_what_everything_refreshed_means(dream: Engine) -> None:
     """With current_k and rollout_p at their ends all positions are refreshed but one.
 
-    The last prompt position serves slot 0 alone (d2cache.md, section 3.5), so it goes stale when slot 0 is decoded;
-    up to that step the run is full recompute's. Filling gaps of one position brings it back.
+    The last prompt position serves slot 0 alone (docs/methods/d2cache.md, section 3.5), so it goes stale when slot 0 is
+    decoded; up to that step the run is full recompute's. Filling gaps of one position brings it back.
     """
     prompt, canvas = list(range(40)), 24
     everything = {"current_k": canvas, "rollout_p": 1.0}

@@ -120,7 +120,11 @@ def chosen(decoder: str) -> dict[str, str]:
 
 
 def test_defaults_are_the_published_ones() -> None:
-    """d2cache.md, section 10: d2Cache decodes the whole canvas at sigma 10 with k = 32, p = 0.1 and no inflation."""
+    """docs/methods/d2cache.md, section 10: the whole canvas at sigma 10 with k = 32, p = 0.1 and no inflation.
+
+    Ocs/methods/d2cache.md, section 10: decodes the whole canvas at sigma 10 with k = 32, p = 0.1 and no
+    inflation.
+    """
     options = resolved()
     assert options == RequestOptions(
         policy="d2cache",

@@ -1,4 +1,7 @@
-"""Each decoder on cases worked out by hand (docs/decoders.md, d2cache.md section 4, rivals.md sections 6 and 13)."""
+"""Each decoder on cases worked out by hand (docs/decoders.md,.
+
+docs/methods/d2cache.md section 4, docs/methods/other-caches.md sections 6 and 13).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dkv against the counts traced from the authors' code, and by hand. rivals.md, section 1."""
+"""dkv against the counts traced from the authors' code, and by hand. docs/methods/other-caches.md, section 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""dllm_cache: rows by hand, layers against the trace, and layers that compute some of their rows. d2cache.md, 6."""
+"""dllm_cache: rows by hand, layers against the trace, and layers that compute some of their rows.
+
+docs/methods/d2cache.md, 6.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""elastic by hand. rivals.md, section 3; the measurement itself is in tests/ops/test_attention_drift.py."""
+"""elastic by hand.
+
+docs/methods/other-caches.md, section 3; the measurement itself is in tests/ops/test_attention_drift.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""entropy by hand. rivals.md, section 7."""
+"""entropy by hand. docs/methods/other-caches.md, section 7."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""es: rows, who stays and why, worked out by hand from rivals.md, section 9; the gate; slots whose rows have left."""
+"""es: rows, who stays and why, worked out by hand from.
+
+docs/methods/other-caches.md, section 9; the gate; slots whose rows have left.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""window_diffusion and streaming by hand. rivals.md, sections 10 and 11."""
+"""window_diffusion and streaming by hand. docs/methods/other-caches.md, sections 10 and 11."""
 
 from __future__ import annotations
 

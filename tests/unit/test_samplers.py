@@ -1,4 +1,4 @@
-"""How many candidates are committed, and which (d2cache.md, section 4)."""
+"""How many candidates are committed, and which (docs/methods/d2cache.md, section 4)."""
 
 from __future__ import annotations
 

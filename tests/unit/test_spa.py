@@ -1,4 +1,7 @@
-"""spa: rows and budgets by hand from rivals.md, section 4; what layers compare; the specification in loops."""
+"""spa: rows and budgets by hand from.
+
+docs/methods/other-caches.md, section 4; what layers compare; the specification in loops.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,10 @@ def counts(traits: FamilyTraits, canvas: int, **options: Any) -> list[int]:
 
 
 def test_budgets_of_llada() -> None:
-    """Mean and peak are rivals.md's; the others are worked out from the published edges: 3 and 13 of 25 hundredths."""
+    """Mean and peak are.
+
+    docs/methods/other-caches.md's; the others are worked out from the published edges: 3 and 13 of 25 hundredths.
+    """
     got = counts(LLaDAConfig(n_layers=32, mask_token_id=0).traits(), 10_000)
     assert len(got) == 31
     assert got[24 - 1] == 2500

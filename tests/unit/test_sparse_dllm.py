@@ -1,4 +1,7 @@
-"""sparse_dllm: the plan by hand. rivals.md, section 2; the choice of keys is in tests/ops/test_key_choice.py."""
+"""sparse_dllm: the plan by hand.
+
+docs/methods/other-caches.md, section 2; the choice of keys is in tests/ops/test_key_choice.py.
+"""
 
 from __future__ import annotations
 

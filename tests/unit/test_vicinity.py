@@ -1,4 +1,4 @@
-"""vicinity by hand. rivals.md, section 6.1."""
+"""vicinity by hand. docs/methods/other-caches.md, section 6.1."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FamilyTraits:
-    """Facts of a family that no tensor shows (d2cache.md, section 9).
+    """Facts of a family that no tensor shows (docs/methods/d2cache.md, section 9).
 
     Attributes:
         mask_token_id: the token a canvas starts from.

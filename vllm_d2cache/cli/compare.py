@@ -134,7 +134,7 @@ def _run_cells(llm: Any, prompts: list[Prompt], pairs: list[tuple[Setting, Setti
 
     from vllm_d2cache.compat.internals import in_process_model_state
 
-    counters = in_process_model_state(llm).denoiser.counters
+    counters = in_process_model_state(llm).steps.counters
     cells: list[Cell] = []
     full: dict[str, Cell] = {}
     with tqdm(total=len(pairs) * len(prompts), unit="request", disable=None) as bar:

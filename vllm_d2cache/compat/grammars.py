@@ -1,4 +1,4 @@
-"""vLLM's grammar backends in the worker, where tokens are committed (grammar.py)."""
+"""vLLM's grammar backends in the worker, where tokens are committed (canvas/grammar.py)."""
 
 from __future__ import annotations
 

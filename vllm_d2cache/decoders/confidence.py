@@ -1,4 +1,7 @@
-"""The default decoder: the best candidates, by fixed count, threshold or factor (d2cache.md, section 4)."""
+"""The default decoder: the best candidates, by fixed count, threshold or factor.
+
+docs/methods/d2cache.md, section 4.
+"""
 
 from __future__ import annotations
 

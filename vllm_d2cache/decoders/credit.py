@@ -1,4 +1,7 @@
-"""Credit decoding: tokens that stayed on top for several steps are trusted sooner (rivals.md, section 6.3)."""
+"""Credit decoding: tokens that stayed on top for several steps are trusted sooner.
+
+docs/methods/other-caches.md, section 6.3.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.ops.row_stats import TileReader
 from vllm_d2cache.options.types import Number
 
-# How far below the best candidate another may lie and still count as equal to it (rivals.md, section 6.2).
+# How far below the best candidate another may lie and still count as equal to it (docs/methods/other-caches.md, section
+# 6.2).
 _TIE = 1e-5
 _MORE_COLUMNS = 4
 

@@ -1,4 +1,7 @@
-"""EB-sampler: as many tokens as keep the entropy of the step bounded (Ben-Hamu et al., 2025; d2cache.md, section 4)."""
+"""EB-sampler: as many tokens as keep the entropy of the step bounded (Ben-Hamu et al., 2025).
+
+docs/methods/d2cache.md, section 4.
+"""
 
 from __future__ import annotations
 

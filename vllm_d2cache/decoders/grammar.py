@@ -85,13 +85,14 @@ class GrammarDecoder(Decoder):
         leads, least = torch.stack([lead_token, step.least]).tolist()
         runs = []
         for i, tenant in enumerate(tenants):
-            run = RunPrediction(leads[i], *(part[i] for part in known), least[i])
+            tokens, may, sure_of = (part[i] for part in known)
+            run = RunPrediction(leads[i], tokens, may, sure_of, least[i])
             runs.append(tenant.grammar.follow(run, tenant.longest))
         # Slots without a token land in a column that is cut off.
         length = upload([len(run) for run in runs], torch.int64, device).unsqueeze(1)
         padded = [t for run in runs for t in (*run, *[0] * (most - len(run)))]
-        tokens = upload(padded, torch.int32, device).view_as(slot)
+        written_tokens = upload(padded, torch.int32, device).view_as(slot)
         target = torch.where(torch.arange(most, device=device) < length, slot, width)
-        written = torch.nn.functional.pad(step.token, (0, 1)).scatter(1, target, tokens)
+        written = torch.nn.functional.pad(step.token, (0, 1)).scatter(1, target, written_tokens)
         committed = torch.zeros(written.shape, dtype=torch.bool, device=device).scatter(1, target, True)
         return Commits(committed[:, :-1], written[:, :-1])

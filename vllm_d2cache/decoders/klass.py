@@ -1,4 +1,4 @@
-"""KLASS: tokens whose distribution has settled come together (Kim et al., 2025; d2cache.md, section 4)."""
+"""KLASS: tokens whose distribution has settled come together (Kim et al., 2025; docs/methods/d2cache.md, section 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""PC-sampler's debiasing: a rare token ranks above an equally confident common one (d2cache.md, section 2, step 4)."""
+"""PC-sampler's debiasing: a rare token ranks above an equally confident common one.
+
+docs/methods/d2cache.md, section 2, step 4.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Decoders that look at where confident slots lie: hierarchical and LocalLeap (rivals.md, sections 6.4 and 13)."""
+"""Decoders that look at where confident slots lie: hierarchical and LocalLeap.
+
+docs/methods/other-caches.md, sections 6.4 and 13.
+"""
 
 from __future__ import annotations
 

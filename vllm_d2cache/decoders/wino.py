@@ -1,4 +1,4 @@
-"""WINO: draft widely, verify what was drafted, take back what fails (d2cache.md, section 4)."""
+"""WINO: draft widely, verify what was drafted, take back what fails (docs/methods/d2cache.md, section 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records step_graphs.py's steps as CUDA graphs.
+"""Records graphs/step_graphs.py's steps as CUDA graphs.
 
 vLLM's own graph manager chooses a graph by numbers of requests and tokens before any hook of a step; it cannot tell a
 first step, or a policy that needs exact rows, from a refresh step of as many tokens. So the graphs stand inside the
@@ -69,7 +69,7 @@ def record_graphs(
 
 
 class CudaRecorder:
-    """step_graphs.Recorder for a GPU; ``capture`` opens what vLLM's collectives need around it."""
+    """graphs.step_graphs.Recorder for a GPU; ``capture`` opens what vLLM's collectives need around it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -65,7 +65,7 @@ class Network:
         )
 
     def partial_row_bytes(self) -> int:
-        """Of one row in a PartialForward (stored_outputs.py), beyond what the plain loop over the layers takes.
+        """Of one row in a PartialForward, beyond what the plain loop over the layers takes.
 
         While the layer runs: copies of its two inputs, and their sum in fp32. Behind it, when the MLP's own numbers are
         gone: its outputs in fp32 and back, and both parts of the stream anew.

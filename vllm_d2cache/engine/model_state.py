@@ -54,7 +54,8 @@ class D2CacheModelState(ModelState):
         logger.info("Attention, maps and statistics are computed on %s with %s.", device, backend)
         size = vllm_config.parallel_config.tensor_parallel_size
         ranks = TensorParallel(size, tensor_model_parallel_all_reduce) if size > 1 else None
-        worker = Worker(self.max_num_reqs, self.max_model_len, device, model.traits, self.options, ranks)
+        traits: Any = model.traits
+        worker = Worker(self.max_num_reqs, self.max_model_len, device, traits, self.options, ranks)
         # Every rank computes the same; one of them writes.
         writes = self.options.trace_dir is not None and vllm_config.parallel_config.rank == 0
         name = vllm_config.model_config.model

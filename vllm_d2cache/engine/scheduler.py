@@ -49,7 +49,7 @@ class D2CacheScheduler(AsyncScheduler):
         self.mask_token_id: int = self.vllm_config.model_config.hf_config.mask_token_id
         # A canvas position needs no further slot behind the last one, unlike a sampled token.
         self.num_sampled_tokens_per_step = 0
-        self._most_active = self.max_num_active_reqs
+        self._most_active: int = self.max_num_active_reqs
         self._budgets: dict[str, int] = {}
         self._admitted: set[str] = set()  # waiting requests that the step being scheduled may admit
         self._network = Network.of(self.vllm_config)
@@ -116,7 +116,7 @@ class D2CacheScheduler(AsyncScheduler):
         return request.request_id in self._admitted
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
-        """The worker follows the grammar of a request itself (grammar.py); what it emits is checked here by vLLM."""
+        """The worker follows a request's grammar itself (canvas/grammar.py); what it emits is checked here by vLLM."""
         return None
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:

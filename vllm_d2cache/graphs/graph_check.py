@@ -71,7 +71,9 @@ class _Trial:
         room = min(max_length, (pages.blocks - 1) // requests * pages.size)
         generator = torch.Generator().manual_seed(size.rows)
         shares = [size.rows] if requests == 1 else [size.rows // 3, size.rows * 2 // 3]
-        counts, lengths, table = [], [], torch.zeros(requests, -(-max_length // pages.size), dtype=torch.int32)
+        counts: list[int] = []
+        lengths: list[int] = []
+        table = torch.zeros(requests, -(-max_length // pages.size), dtype=torch.int32)
         chosen, ids, everywhere, slots, next_block = [], [], [], [], 1
         for r, share in enumerate(shares):
             length = min(room, 4 * share)

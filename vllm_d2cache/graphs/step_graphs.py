@@ -5,8 +5,7 @@ buffers that stay (StepBuffers), grids go by capacities, and the kernels read on
 Batches are ragged: a graph knows the sum of their rows, not how the requests share it. Rows to spare belong to one
 more request, without text, at the end.
 
-How a graph is recorded is the caller's affair (cuda_graphs.py; tests/graph_emulator.py without a GPU). Nothing here
-imports vLLM.
+How a graph is recorded is the caller's affair: engine/cuda_graphs.py, or tests/graph_emulator.py without a GPU.
 """
 
 from __future__ import annotations

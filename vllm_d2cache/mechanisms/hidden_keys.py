@@ -21,7 +21,7 @@ class KeptKeys(NamedTuple):
 
     choose: torch.Tensor  # bool, the step attends to everything, and each layer chooses of what is not visible
     apply: torch.Tensor  # bool, the step attends to the visible positions and to those its layer has chosen
-    count: torch.Tensor  # int64, how many a layer chooses: by their scores under the window's mean query
+    number: torch.Tensor  # int64, how many a layer chooses: by their scores under the window's mean query
     pool: torch.Tensor  # int64, width of the neighbourhood whose best score counts (ops/key_choice.py)
 
 

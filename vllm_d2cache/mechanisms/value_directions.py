@@ -1,4 +1,6 @@
-"""The directions in which a layer's values vary most, to compare rows by a few numbers each (rivals.md, section 4).
+"""The directions in which a layer's values vary most, to compare rows by a few numbers each.
+
+docs/methods/other-caches.md, section 4.
 
 With W = U S V^T the value projection, SPA-Cache compares the proxies S_r V_r^T x of a normed row x from step to step. U
 is orthonormal: these are the first r components U_r^T W x of the row's values without their bias. The values are

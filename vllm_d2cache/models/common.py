@@ -1,7 +1,7 @@
 """The network all families share, in vLLM's layers, so that tensor parallelism and quantised weights come with them.
 
-A llama-type transformer without a causal mask (d2cache.md, section 9). A family adds the names its checkpoints give to
-the tensors, and its configuration the sizes and switches (shape.py).
+A llama-type transformer without a causal mask (docs/methods/d2cache.md, section 9). A family adds the names its
+checkpoints give to the tensors, and its configuration the sizes and switches (shape.py).
 """
 
 from __future__ import annotations
@@ -159,6 +159,7 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(shape, cache_config, quant_config, f"{prefix}.self_attn")
         mixture = shape.mixture_of(number)
+        self.mlp: nn.Module
         if mixture is None:
             self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size, quant_config, f"{prefix}.mlp")
         else:
@@ -205,7 +206,7 @@ class TransformerLayer(nn.Module):
 class LayerStack(nn.Module):
     """The layers one after the other and the last norm: what torch.compile gets, where the operator chooses it.
 
-    The model owns both; forward passes in which layers differ in their rows (stored_outputs.py) call them themselves.
+    The model owns both; forward passes in which layers differ in their rows (mechanisms/partial_forward.py) call them.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layers: nn.ModuleList, norm: RMSNorm) -> None:

@@ -35,7 +35,7 @@ class DiffusionLMConfig(PretrainedConfig):
 
 
 class LLaDAConfig(DiffusionLMConfig):
-    """LLaDA's config.json (d2cache.md, section 9) under the names vLLM looks for.
+    """LLaDA's config.json (docs/methods/d2cache.md, section 9) under the names vLLM looks for.
 
     Keys this class does not name are kept as attributes.
     """
@@ -228,7 +228,7 @@ class LLaDAMoEConfig(HubConfig):
 
 
 class DreamConfig(HubConfig):
-    """Dream's config.json (d2cache.md, section 9): Qwen2.5's keys and a mask token."""
+    """Dream's config.json (docs/methods/d2cache.md, section 9): Qwen2.5's keys and a mask token."""
 
     model_type = "Dream"
     defaults: ClassVar[dict[str, Any]] = {

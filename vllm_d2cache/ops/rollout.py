@@ -1,8 +1,8 @@
 """Attention rollout as a backward vector chain: importance of every position without a T x T matrix.
 
-d2cache.md, sections 3.4 and 12. With W_l the row-normalised (attention + identity) matrix of layer l, the importance
-c_j = sum_i (W_L ... W_1)_ij is the row vector of ones pushed through the layers from the last to the first; a
-position that was not refreshed has the identity row and keeps its share.
+docs/methods/d2cache.md, sections 3.4 and 12. With W_l the row-normalised (attention + identity) matrix of layer l, the
+importance c_j = sum_i (W_L ... W_1)_ij is the row vector of ones pushed through the layers from the last to the first;
+a position that was not refreshed has the identity row and keeps its share.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Statistics of logits rows: which token a masked position would take, and how sure the model is of it.
 
-The spec is d2cache.md, section 2, step 4. Everything is computed in fp32, whatever the model's dtype.
+The spec is docs/methods/d2cache.md, section 2, step 4. Everything is computed in fp32, whatever the model's dtype.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class RequestOptions:
         policy: cache policy, by name (docs/policies.md).
         window: positions in which tokens may be committed at a time, left to right; 0 = the whole canvas.
         tokens_per_step: tokens committed in a step, at least.
-        threshold: commit every candidate whose score reaches it; 0 = off (d2cache.md, section 4).
+        threshold: commit every candidate whose score reaches it; 0 = off (docs/methods/d2cache.md, section 4).
         factor: commit as many as the factor rule of section 4 allows; 0 = off.
         score: which statistic ranks candidates, one of :data:`SCORES`.
         sigma: width in positions of the certainty prior when committing; 0 = off (section 3.2).

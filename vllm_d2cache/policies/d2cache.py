@@ -1,7 +1,7 @@
 """d2Cache's two-stage choice: masked positions about to be decided, and context that receives attention.
 
-d2cache.md, sections 3.3 to 3.7, as published but for the decisions recorded in docs/architecture.md: each request
-stands alone (no top-up, no batch-wide maxima), and the search window goes by the window's own length.
+docs/methods/d2cache.md, sections 3.3 to 3.7, as published but for the decisions recorded in docs/architecture.md: each
+request stands alone (no top-up, no batch-wide maxima), and the search window goes by the window's own length.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """dKV-Cache: a token's K and V are cached one step after it was committed, when they have settled.
 
-rivals.md, section 1. What is left out of a step is what was known before the previous one.
+docs/methods/other-caches.md, section 1. What is left out of a step is what was known before the previous one.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """dLLM-Cache: layers keep their outputs; a step computes the rows whose values have changed most.
 
-d2cache.md, section 6, and the exact cheaper forms of rivals.md, section 5.
+docs/methods/d2cache.md, section 6, and the exact cheaper forms of docs/methods/other-caches.md, section 5.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Elastic-Cache: the attention to the most attended tokens says whether the cache is still good.
 
-rivals.md, section 3. No code has been published; docs/policies.md has what had to be chosen, and how it differs.
+docs/methods/other-caches.md, section 3. No code has been published; docs/policies.md has what had to be chosen, and how
+it differs.
 """
 
 from __future__ import annotations

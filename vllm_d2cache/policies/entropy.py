@@ -1,6 +1,6 @@
 """EntropyCache: the uncertainty of the tokens just committed says whether the cache is still good.
 
-rivals.md, section 7. No code has been published; docs/policies.md has what had to be chosen.
+docs/methods/other-caches.md, section 7. No code has been published; docs/policies.md has what had to be chosen.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""ES-dLLM: rows leave the network early where their hidden states hardly move. rivals.md, section 9."""
+"""ES-dLLM: rows leave the network early where their hidden states hardly move.
+
+docs/methods/other-caches.md, section 9.
+"""
 
 from __future__ import annotations
 

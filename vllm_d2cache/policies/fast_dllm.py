@@ -1,6 +1,6 @@
 """Fast-dLLM: recompute everything at the start of a window, then only the window, or the window and all behind it.
 
-d2cache.md, section 5. A window is what the method calls a block.
+docs/methods/d2cache.md, section 5. A window is what the method calls a block.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """SPA-Cache: dLLM-Cache with fresh K, rows compared by a few leading directions, and a budget for each layer.
 
-rivals.md, section 4, and the exact cheaper forms of section 5.
+docs/methods/other-caches.md, section 4, and the exact cheaper forms of section 5.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ GAUSSIAN, UNIFORM = DISTRIBUTIONS = ("gaussian", "uniform")
 
 
 class DepthCurve(NamedTuple):
-    """Two half Gaussians that meet in a peak of height 1, over the depth of a network: from 0 to 1 (rivals.md, 4)."""
+    """Two half Gaussians that meet in a peak of height 1, over the depth of a network: from 0 to 1.
+
+    docs/methods/other-caches.md, 4.
+    """
 
     peak: float  # depth
     first: float  # height at depth 0

@@ -1,6 +1,6 @@
 """Sparse-dLLM: behind the second step of a window, every layer keeps only the keys its queries score highest.
 
-rivals.md, section 2.
+docs/methods/other-caches.md, section 2.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SparseDLLMPolicy(CachePolicy):
         kept = KeptKeys(
             choose=step == 1,
             apply=step >= 2,
-            count=(self.option("keep_ratio", view) * outside).floor().long(),
+            number=(self.option("keep_ratio", view) * outside).floor().long(),
             pool=self.option("kernel_size", view),
         )
         refresh = torch.where((step <= 1).unsqueeze(1), view.in_text, fresh)

@@ -1,6 +1,6 @@
 """Streaming-dLLM: prefix caching on a text whose far suffix is left out.
 
-rivals.md, section 11. Only the cache: the method's threshold schedule belongs to decoding.
+docs/methods/other-caches.md, section 11. Only the cache: the method's threshold schedule belongs to decoding.
 """
 
 from __future__ import annotations

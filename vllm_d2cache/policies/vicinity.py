@@ -1,8 +1,8 @@
 """dInfer's vicinity refresh: the window and some positions on both sides of it.
 
-rivals.md, section 6.1. The published code does not write the recomputed K and V back. Nothing depends on that: the
-refresh set is the same in all steps of a window, so what a step leaves behind is overwritten before it is read again,
-and the next window begins with everything. Here they are written, like all others.
+docs/methods/other-caches.md, section 6.1. The published code does not write the recomputed K and V back. Nothing
+depends on that: the refresh set is the same in all steps of a window, so what a step leaves behind is overwritten
+before it is read again, and the next window begins with everything. Here they are written, like all others.
 """
 
 from __future__ import annotations

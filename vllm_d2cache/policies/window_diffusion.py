@@ -1,6 +1,6 @@
 """Window-Diffusion: text behind an outer window of masks does not exist yet; only an inner window is recomputed.
 
-rivals.md, section 10. A phase is ``phase_steps`` steps with one set of visible keys.
+docs/methods/other-caches.md, section 10. A phase is ``phase_steps`` steps with one set of visible keys.
 """
 
 from __future__ import annotations

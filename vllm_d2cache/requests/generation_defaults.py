@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Dream's names of what ranks candidates (d2cache.md, section 2, step 4).
+# Dream's names of what ranks candidates (docs/methods/d2cache.md, section 2, step 4).
 _SCORE_OF_ALG = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
 _WHY_IGNORED = {
     "alg": "candidates are never ranked at random; see the option score",
@@ -20,7 +20,7 @@ _WHY_IGNORED = {
     "steps": "tokens_per_step, threshold and factor say how many tokens a step commits",
     "output_history": "see the option trace_dir",
 }
-# Defaults that vLLM would give every request, and every request would then be refused for (request_check.py).
+# Defaults that vLLM would give every request, and every request would then be refused for (requests/check.py).
 UNSUPPORTED_DEFAULTS = ("min_p",)
 
 

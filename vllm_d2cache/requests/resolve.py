@@ -45,7 +45,7 @@ _ALTERNATIVES = (
     ("tokens_per_step", "steps"),
 )
 
-# What the published scripts use when several tokens are committed in a step (d2cache.md, section 10).
+# What the published scripts use when several tokens are committed in a step (docs/methods/d2cache.md, section 10).
 _PARALLEL_DEFAULTS = {"window": 32, "sigma": 0.0}
 
 

@@ -41,7 +41,7 @@ class _Part(NamedTuple):
 
     decoder: Decoder
     members: list[int]  # rows of the batch
-    index: torch.Tensor | None  # the same [m] int64 on the device; None = all of the batch
+    chosen: torch.Tensor | None  # the same [m] int64 on the device; None = all of the batch
 
 
 class Decoding:
@@ -161,11 +161,14 @@ class Decoding:
         )
         if len(parts) == 1:
             return score, token, parts[0].decoder.choose(step)
-        chosen = [(part.index, part.decoder.choose(step.select(part.index))) for part in parts]  # type: ignore[arg-type]
+        chosen = [(part.chosen, part.decoder.choose(step.select(part.chosen))) for part in parts]  # type: ignore[arg-type]
         return score, token, _together(chosen, view.masked, token)
 
     def _with_prior(self, score: torch.Tensor, rows: StepRows) -> torch.Tensor:
-        """Score times certainty density where a request asks for the prior (d2cache.md, section 2, step 6)."""
+        """Score times certainty density where a request asks for the prior.
+
+        docs/methods/d2cache.md, section 2, step 6.
+        """
         if not any(r.options.sigma > 0 for r in self._requests(rows.slots)):
             return score
         view = rows.view
