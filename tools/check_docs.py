@@ -9,8 +9,8 @@ Looked at are
 * in Python, mentions of a file under one of the repository's folders, such as docs/policies.md, and cited sections of a
   document, such as "docs/methods/NAME.md, section 4": the document needs a heading with that number.
 
-A name may leave out leading folders (`ops/density.py`, `eb.py`). A part in capitals stands for any (`policies/NAME.py`)
-and is not looked at. Names of files that exist only at run time stand in RUNTIME; a Python file whose names are all
+A name may leave out leading folders (`ops/density.py`, `eb.py`). PLACEHOLDERS stand for any (`policies/NAME.py`) and
+are not looked at. Names of files that exist only at run time stand in RUNTIME; a Python file whose names are all
 made up says so in a comment, MADE_UP. Standard library only.
 """
 
@@ -31,6 +31,7 @@ RUNTIME = (
     "benchmarks/serve.py",  # vLLM's
 )
 MADE_UP = "check_docs: names are made up"
+PLACEHOLDERS = {"NAME", "DIR", "FILE", "MODEL", "RELEASE", "SUITE"}
 # Endings of what counts as a file's name without a folder before it.
 ENDINGS = ("py", "md", "sh", "json", "jsonl", "toml", "yml", "yaml", "jinja", "npy", "png", "svg", "html", "css", "js")
 
@@ -74,7 +75,7 @@ def looks_like_path(word: str, files: Files) -> bool:
     """
     if word.startswith("/") or (word.startswith(".") and "/" not in word):
         return False
-    if any(part.isupper() for part in re.split(r"[/.]", word)):
+    if PLACEHOLDERS & set(re.split(r"[/._]", word)):
         return False
     if word.rpartition(".")[2] in ENDINGS and len(word.rpartition(".")[0]) > 0:
         return True

@@ -1,6 +1,7 @@
 """One request, denoised in plain loops: an oracle for the StepRunner and for the engine.
 
-Sections 2 to 4 of docs/methods/d2cache.md at batch size one, with the decisions of docs/architecture.md (window's own length, only recomputed
+Sections 2 to 4 of docs/methods/d2cache.md at batch size one, with the decisions of docs/architecture.md (window's
+own length, only recomputed
 positions are committed, ties to the lower position, no mask token). Nothing of the package's decoding rules is used.
 """
 

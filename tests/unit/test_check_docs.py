@@ -31,7 +31,7 @@ def found(tmp_path: Path, **changed: str) -> list[str]:
     "text",
     [
         "`pkg/ops/density.py`, `ops/density.py: begin`, `eb.py`, `pkg/ops/`, `ops/*.py`",
-        "`/v1/completions`, `GSAI-ML/LLaDA-8B-Instruct`, `.css`, `a / b`, `policies/NAME.py`, `1.5`",
+        "`/v1/completions`, `GSAI-ML/LLaDA-8B-Instruct`, `.css`, `a / b`, `policies/test_NAME.py`",
         "`pkg/ops/eb.py::test_this`, `benchmarks/results/gpu.json`",
         "[one](methods/cache.md), [two](../README.md#title), [three](methods/cache.md#31-density), [web](https://a.b/c.md)",
         "```\npython pkg/ops/eb.py out/gone.json\n[not a link](gone.md)\n```",
@@ -48,6 +48,7 @@ def test_what_exists_is_not_reported(tmp_path: Path, text: str) -> None:
         ("see `pkg/ops/gone.py`", "pkg/ops/gone.py"),
         ("see `gone.py: begin`", "gone.py"),
         ("in `pkg/gone`", "pkg/gone"),
+        ("in `pkg/README.md`", "pkg/README.md"),
         ("all of `ops/*.json`", "ops/*.json"),
         ("```\nsh pkg/gone.sh --fast\n```", "pkg/gone.sh"),
         ("[a](gone.md)", "gone.md"),
