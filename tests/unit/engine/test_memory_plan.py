@@ -10,8 +10,8 @@ import torch
 
 from tests.ops.live import LiveMemory
 from tests.unit.batches import without_layers
-from tests.unit.test_startup_log import LAYERS, LENGTH, SHAPE, SLOTS
-from tests.unit.test_startup_log import config as engine_config
+from tests.unit.engine.test_startup_log import LAYERS, LENGTH, SHAPE, SLOTS
+from tests.unit.engine.test_startup_log import config as engine_config
 from vllm_d2cache.canvas.request import EditSpec, Request, SamplingSpec
 from vllm_d2cache.canvas.states import tensor_bytes
 from vllm_d2cache.canvas.traits import FamilyTraits

@@ -19,7 +19,7 @@ from vllm_d2cache.doctor import environment
 from vllm_d2cache.doctor.finding import Finding
 from vllm_d2cache.doctor.model_directory import check_model
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "models" / "tiny-llada"
 
 

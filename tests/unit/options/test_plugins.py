@@ -28,7 +28,7 @@ from vllm_d2cache.policies.full import FullPolicy
 from vllm_d2cache.policies.registry import BUILT_IN, GROUP
 from vllm_d2cache.requests import resolve
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = {
     "policy_plugin": ("vllm_d2cache.policies", ("periodic", "key_norm")),
     "decoder_plugin": ("vllm_d2cache.decoders", ("leftmost",)),

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from vllm_d2cache.models.configs import DiffusionLMConfig
 from vllm_d2cache.models.families import FAMILIES
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

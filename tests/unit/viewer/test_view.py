@@ -17,7 +17,7 @@ from vllm_d2cache.cli import main
 from vllm_d2cache.observe.trace_reader import TraceError, read_trace
 from vllm_d2cache.viewer.page import ranges, render_page
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 EXAMPLE = ROOT / "examples" / "trace.jsonl"
 TINY = ROOT / "models" / "tiny-llada"
 EVIL = '</script><script>document.title="owned"</script>{{DATA}}'

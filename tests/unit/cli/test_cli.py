@@ -16,7 +16,7 @@ from vllm_d2cache.decoders.frequencies import count_frequencies, load_frequencie
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.options.types import OptionError
 
-MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-llada"
+MODEL = Path(__file__).resolve().parents[3] / "models" / "tiny-llada"
 
 
 def test_frequencies_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.batches import MASK, Batch, FakeJob, hook_of, run_alone
+from tests.unit.decoders.test_decoders import chosen, made, step_of
 from tests.unit.strategies import jobs
-from tests.unit.test_decoders import chosen, made, step_of
 from vllm_d2cache.mechanisms.shadows import ShadowHook, Verified
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.policies.budget import extra_rows

@@ -26,7 +26,7 @@ from vllm_d2cache.ops.row_stats import RowParams, RowStats
 from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.server import ServerOptions
 
-SERVER = ServerOptions({}, token_frequencies=str(Path(__file__).with_name("token_freq_5.npy")))
+SERVER = ServerOptions({}, token_frequencies=str(Path(__file__).parents[1].joinpath("token_freq_5.npy")))
 
 
 def request(name: str, **own: Any) -> Request:
