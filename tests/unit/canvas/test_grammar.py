@@ -16,8 +16,8 @@ from tests.unit.batches import MASK, Batch, FakeJob, run_alone
 from tests.unit.edits import NEVER, edited
 from tests.unit.strategies import DECODING, POLICIES, jobs
 from vllm_d2cache.canvas.grammar import bits_of
-from vllm_d2cache.canvas.request import EditSpec, SamplingSpec
 from vllm_d2cache.options.request import LONGEST_RUN
+from vllm_d2cache.options.sampling import EditSpec, SamplingSpec
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.requests.resolve import resolve

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.views import view_of
-from vllm_d2cache.canvas.request import Request, SamplingSpec
+from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.decoders import DECODER_CLASSES, Decoder, DecoderStep, PredictedRows
 from vllm_d2cache.decoders.klass import KlassDecoder
@@ -24,6 +24,7 @@ from vllm_d2cache.mechanisms.base import Finding, Worker
 from vllm_d2cache.mechanisms.shadows import Verified
 from vllm_d2cache.ops.row_stats import RowParams, RowStats
 from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.options.sampling import SamplingSpec
 from vllm_d2cache.options.server import ServerOptions
 
 SERVER = ServerOptions({}, token_frequencies=str(Path(__file__).parents[1].joinpath("token_freq_5.npy")))

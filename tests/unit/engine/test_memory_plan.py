@@ -12,8 +12,7 @@ from tests.ops.live import LiveMemory
 from tests.unit.batches import without_layers
 from tests.unit.engine.test_startup_log import LAYERS, LENGTH, SHAPE, SLOTS
 from tests.unit.engine.test_startup_log import config as engine_config
-from vllm_d2cache.canvas.request import EditSpec, Request, SamplingSpec
-from vllm_d2cache.canvas.states import tensor_bytes
+from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.decoders import DECODER_CLASSES
 from vllm_d2cache.engine.memory_plan import (
@@ -25,6 +24,7 @@ from vllm_d2cache.engine.memory_plan import (
     check_memory,
     plan_memory,
     request_memory,
+    tensor_bytes,
 )
 from vllm_d2cache.graphs.step_graphs import StepBuffers, graph_sizes
 from vllm_d2cache.mechanisms.base import Worker
@@ -35,6 +35,7 @@ from vllm_d2cache.mechanisms.stored_outputs import OutputHook
 from vllm_d2cache.mechanisms.value_directions import ValueDirections
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.row_stats import ROWS_PER_TILE, statistics_bytes
+from vllm_d2cache.options.sampling import EditSpec, SamplingSpec
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.policies import POLICY_CLASSES

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from vllm_d2cache.canvas.states import CanvasStates, state_bytes
+from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.traits import FamilyTraits
+from vllm_d2cache.engine.memory_plan import state_bytes
 from vllm_d2cache.engine.startup_log import plan_lines
 from vllm_d2cache.models.shape import TransformerShape
 from vllm_d2cache.requests.resolve import parse_server_options

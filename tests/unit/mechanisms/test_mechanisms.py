@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.unit.batches import Batch, FakeJob
-from vllm_d2cache.canvas.states import tensor_bytes
 from vllm_d2cache.decoders import DECODER_CLASSES
+from vllm_d2cache.engine.memory_plan import tensor_bytes
 from vllm_d2cache.mechanisms.base import FRESH, KEYS, ROWS, Mechanism, conflict
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.options.types import OptionError

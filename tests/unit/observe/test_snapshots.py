@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_d2cache.canvas.request import Request, SamplingSpec
+from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.observe.snapshots import append_snapshots, pieces, read_snapshots, take_snapshots
 from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.options.sampling import SamplingSpec
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.requests.asked import HOLE, snapshot_interval
 

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.batches import MASK, Batch, FakeJob
-from vllm_d2cache.canvas.request import Request, SamplingSpec
+from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.observe.trace import TraceRecorder, _file_name
 from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.options.sampling import SamplingSpec
 from vllm_d2cache.step.runner import Closed, Step
 
 

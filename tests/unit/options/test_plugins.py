@@ -18,7 +18,7 @@ from vllm_d2cache.mechanisms import KEYS, Use
 from vllm_d2cache.mechanisms.drift import ReadsDrift
 from vllm_d2cache.mechanisms.hidden_keys import HidesKeys
 from vllm_d2cache.mechanisms.importance import ReadsImportance
-from vllm_d2cache.mechanisms.row_exits import DropsRows
+from vllm_d2cache.mechanisms.row_exits import LetsRowsExit
 from vllm_d2cache.mechanisms.stored_outputs import StoresOutputs
 from vllm_d2cache.options import plugins
 from vllm_d2cache.options.plugins import PluginError, Plugins, discover
@@ -61,7 +61,7 @@ class DriftOfStored(FullPolicy):
 
 class DropsOfStored(FullPolicy):
     name = "mine"
-    uses = (DropsRows(layers=1), StoresOutputs())
+    uses = (LetsRowsExit(layers=1), StoresOutputs())
 
 
 class ImportanceOfStored(FullPolicy):
@@ -114,7 +114,7 @@ def test_an_unknown_name_is_no_policy() -> None:
         ([f"{__name__}:BadDefault"], "option 'x' whose default None is not an integer >= 1"),
         ([f"{__name__}:DriftOfHidden"], "reads drift and hides keys: the one needs keys, which the other takes"),
         ([f"{__name__}:DriftOfStored"], "reads drift and stores outputs: the one needs rows, which the other takes"),
-        ([f"{__name__}:DropsOfStored"], "drops rows and stores outputs: the one needs rows"),
+        ([f"{__name__}:DropsOfStored"], "row exits and stores outputs: the one needs rows"),
         ([f"{__name__}:ImportanceOfStored"], "attention importance and stores outputs: the one needs rows"),
         ([f"{__name__}:ImportanceOfHidden"], "attention importance and hides keys: the one needs keys"),
         ([f"{__name__}:Mine", "elsewhere:Mine"], "claimed by .*elsewhere:Mine.*rename or uninstall one"),

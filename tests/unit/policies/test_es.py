@@ -17,7 +17,7 @@ from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
 from tests.unit.batches import LAYERS, Batch, FakeJob, hook_of, run_alone
 from tests.unit.replay import one_by_one, replay
-from vllm_d2cache.mechanisms.row_exits import RowGate
+from vllm_d2cache.mechanisms.row_exits import ExitHook
 from vllm_d2cache.mechanisms.row_store import RowStore
 
 P, G = 3, 8
@@ -117,13 +117,13 @@ def test_a_confidence_is_remembered_while_its_row_is_out() -> None:
 # ---- the gate
 
 
-def exiting(keep: list[dict[int, int]], bias: list[float], store: RowStore) -> RowGate:
+def exiting(keep: list[dict[int, int]], bias: list[float], store: RowStore) -> ExitHook:
     """One request of five rows; the first is a prompt row, without a memory."""
     remembered = {0: (torch.arange(1, 5), torch.arange(1, 5))}
     staying = [[1 + here.get(0, 4)] for here in keep]
     request = torch.zeros(5, dtype=torch.int64)
     there = torch.ones(5, dtype=torch.bool)
-    return RowGate(staying, keep, remembered, {0: 6}, request, torch.tensor(bias), torch.ones(5), [3], store, there)
+    return ExitHook(staying, keep, remembered, {0: 6}, request, torch.tensor(bias), torch.ones(5), [3], store, there)
 
 
 def test_rows_that_moved_stay_and_others_keep_their_old_memory() -> None:
@@ -209,11 +209,11 @@ def test_rows_of_mates_stay_and_nobody_else_pays() -> None:
     batch.step([0, 1])
     step = batch.runner.open(torch.tensor(slots), slots)
     rows = step.rows
-    gate = hook_of(step, RowGate)
+    gate = hook_of(step, ExitHook)
     first = rows.counts[0]
     assert gate.staying[LAYERS - 1] == [first, 3]
     assert list(gate.remembered) == [1]
-    assert hook_of(batch.runner.open(torch.tensor(slots[:1]), slots[:1]), RowGate) is None
+    assert hook_of(batch.runner.open(torch.tensor(slots[:1]), slots[:1]), ExitHook) is None
 
 
 # ---- against the specification in loops, on a network

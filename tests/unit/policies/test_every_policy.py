@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.unit.batches import Batch, run_alone
 from tests.unit.strategies import POLICIES, jobs
-from vllm_d2cache.canvas.request import SamplingSpec
 from vllm_d2cache.mechanisms.hidden_keys import HidesKeys
+from vllm_d2cache.options.sampling import SamplingSpec
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.policies import POLICY_CLASSES

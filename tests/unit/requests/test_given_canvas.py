@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.unit.batches import MASK, VOCAB, Batch, FakeJob, run_alone
 from tests.unit.strategies import jobs
-from vllm_d2cache.canvas.request import SamplingSpec
+from vllm_d2cache.options.sampling import SamplingSpec
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.requests.asked import Asked
 from vllm_d2cache.requests.fit import check_fit

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.batches import MASK, VOCAB, Batch, FakeJob, run_alone
 from tests.unit.edits import NEVER, edited, specs
 from tests.unit.strategies import jobs
-from vllm_d2cache.canvas.request import EditSpec, SamplingSpec
+from vllm_d2cache.options.sampling import EditSpec, SamplingSpec
 
 
 def with_edits(job: FakeJob, spec: EditSpec, **sampling: object) -> FakeJob:

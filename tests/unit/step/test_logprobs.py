@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.unit.batches import Batch, FakeJob, run_alone
 from tests.unit.strategies import jobs
-from vllm_d2cache.canvas.request import SamplingSpec
+from vllm_d2cache.options.sampling import SamplingSpec
 
 
 def asking(job: FakeJob, count: int | None) -> FakeJob:

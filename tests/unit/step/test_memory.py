@@ -9,11 +9,12 @@ import torch
 
 from tests.ops.shapes import Shapes
 from tests.unit.batches import without_layers
-from vllm_d2cache.canvas.request import Request, SamplingSpec
+from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.ops.row_stats import ROWS_PER_TILE
 from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.options.sampling import SamplingSpec
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.requests.resolve import resolve
 from vllm_d2cache.step.runner import StepRunner

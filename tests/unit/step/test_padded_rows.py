@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tests.unit.batches import Batch, FakeJob
 from tests.unit.strategies import jobs
-from vllm_d2cache.canvas.request import EditSpec, SamplingSpec
 from vllm_d2cache.ops.packing import pack_columns
+from vllm_d2cache.options.sampling import EditSpec, SamplingSpec
 
 PLAIN = st.one_of([jobs(policy) for policy in ("d2cache", "d2cache", "full", "prefix", "dual", "dkv", "vicinity")])
 

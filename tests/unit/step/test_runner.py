@@ -15,8 +15,9 @@ from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
 from tests.unit.batches import MASK, VOCAB, Batch, FakeJob, run_alone
 from tests.unit.strategies import POLICIES, jobs
-from vllm_d2cache.canvas.request import Request, SamplingSpec
+from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.decoders import DECODER_CLASSES
+from vllm_d2cache.options.sampling import SamplingSpec
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.requests.resolve import resolve
