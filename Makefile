@@ -22,7 +22,7 @@ pytest := $(test_env) OMP_NUM_THREADS=1 $(bin)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-matrix unit properties engine kernels test-gpu lint docs format clients fuzz bench bench-gpu
-.PHONY: load eval train clean
+.PHONY: count load eval train clean
 
 help:  ## show this list
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv] [BACKEND=auto|cpu|cuda] [VLLM=0.31.0]'
@@ -73,6 +73,9 @@ format: env  ## apply ruff's fixes and format
 
 bench: env  ## CPU benchmark of a step
 	$(test_env) $(bin)/python -m benchmarks.cpu.step_speed
+
+count: env  ## what a step asks of a GPU outside the layers, counted without one: kernels and waits
+	$(bin)/python -m benchmarks.count $(ARGS)
 
 bench-gpu: env  ## GPU benchmark: correctness, ceilings of the card, kernels, engine steps
 	$(test_env) $(bin)/python -m benchmarks.gpu

@@ -111,6 +111,7 @@ class CanvasStates:
             self.window_step[slots],
             max(r.length for r in requests),
             options,
+            frozenset().union(*(r.options.used for r in requests)),
         )
 
     def commit(

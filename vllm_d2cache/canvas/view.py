@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_d2cache.canvas.lines import Lines
+from vllm_d2cache.options.request import SWITCHES
 
 
 class OptionColumns(NamedTuple):
@@ -41,6 +42,9 @@ class CanvasView(Lines):
     window_step: torch.Tensor  # [R] int64, the same within the current window
     num_positions: int  # T, the widest of the batch
     options: OptionColumns
+    # Options that are off at 0 and that some request of the step has turned on. For the others nothing has to be
+    # computed, and the host knows it.
+    used: frozenset[str] = frozenset(SWITCHES)
 
     @cached_property
     def length(self) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from vllm_d2cache.canvas.view import OptionColumns
 from vllm_d2cache.decoders.base import Commits, Decoder, DecoderStep, rank_candidates, take_best
 from vllm_d2cache.decoders.grammar import GrammarDecoder
+from vllm_d2cache.options.request import SWITCHES
 
 
 class ConfidenceDecoder(Decoder):
@@ -22,11 +23,16 @@ class ConfidenceDecoder(Decoder):
 
     def choose(self, step: DecoderStep) -> Commits:
         """See :func:`choose_commits`."""
-        return Commits(choose_commits(step.score, step.candidates, step.view.options, step.least))
+        view = step.view
+        return Commits(choose_commits(step.score, step.candidates, view.options, step.least, view.used))
 
 
 def choose_commits(
-    score: torch.Tensor, candidates: torch.Tensor, options: OptionColumns, least: torch.Tensor
+    score: torch.Tensor,
+    candidates: torch.Tensor,
+    options: OptionColumns,
+    least: torch.Tensor,
+    used: frozenset[str] = frozenset(SWITCHES),
 ) -> torch.Tensor:
     """Slots to commit: the best-scored candidates, as many as the request's rule says. Ties go to the lower slot.
 
@@ -34,19 +40,26 @@ def choose_commits(
         score: [R, G] float32, any value where there is no candidate.
         candidates: [R, G] bool, masked slots of the current window whose rows were computed in this step.
         least: [R] int64, how many at least.
+        used: rules that some request has turned on (CanvasView.used).
 
     Returns:
         [R, G] bool, a subset of ``candidates``; not empty where there are candidates.
     """
     ordered, index, valid = rank_candidates(score, candidates)
-    count = allowed_count(ordered, valid, options)
-    return take_best(index, candidates, torch.maximum(count, least))
+    return take_best(index, candidates, allowed_count(ordered, valid, options, least, used))
 
 
-def allowed_count(ordered: torch.Tensor, valid: torch.Tensor, options: OptionColumns) -> torch.Tensor:
-    """[R] int64: how many of the ranked candidates the threshold or the factor rule lets through; 0 without a rule."""
-    over_threshold = (ordered >= options.threshold.unsqueeze(1)) & valid & (options.threshold > 0).unsqueeze(1)
-    return torch.maximum(over_threshold.sum(1), _factor_count(ordered, valid, options.factor))
+def allowed_count(
+    ordered: torch.Tensor, valid: torch.Tensor, options: OptionColumns, least: torch.Tensor, used: frozenset[str]
+) -> torch.Tensor:
+    """[R] int64: how many of the ranked candidates the threshold or the factor rule lets through, and ``least`` [R]."""
+    count = least
+    if "threshold" in used:
+        over = (ordered >= options.threshold.unsqueeze(1)) & valid & (options.threshold > 0).unsqueeze(1)
+        count = torch.maximum(count, over.sum(1))
+    if "factor" in used:
+        count = torch.maximum(count, _factor_count(ordered, valid, options.factor))
+    return count
 
 
 def _factor_count(ordered: torch.Tensor, valid: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

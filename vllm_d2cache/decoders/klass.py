@@ -101,7 +101,8 @@ class KlassDecoder(Decoder):
         calm = self.calm[view.slots, : step.candidates.shape[1]]
         stable = step.candidates & (calm >= length.unsqueeze(1))
         ordered, index, valid = rank_candidates(step.score, stable)
-        settled = take_best(index, stable, allowed_count(ordered, valid, view.options))
+        none = torch.zeros_like(step.least)
+        settled = take_best(index, stable, allowed_count(ordered, valid, view.options, none, view.used))
         _, index, _ = rank_candidates(step.score, step.candidates)
         best = take_best(index, step.candidates, step.least)
         return Commits(torch.where(settled.any(1, keepdim=True), settled, best))

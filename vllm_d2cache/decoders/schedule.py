@@ -21,6 +21,8 @@ def least_commits(view: CanvasView, schedule: str) -> torch.Tensor:
         [R] int64, at least 1.
     """
     steps, fixed = view.options.steps, view.options.tokens_per_step
+    if "steps" not in view.used:
+        return fixed
     num_windows = -(-view.canvas_len // view.options.window)
     per_window = steps // num_windows
     left = (per_window - view.window_step).clamp(min=1)

@@ -17,7 +17,7 @@ def ranking_score(stats: RowStats, score: torch.Tensor) -> torch.Tensor:
 
     Args:
         stats: statistics of n rows.
-        score: [n] int64, index into config.SCORES.
+        score: [n] int64, index into options.request.SCORES.
 
     Returns:
         [n] float32.

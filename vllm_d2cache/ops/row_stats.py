@@ -33,7 +33,7 @@ class RowParams:
     temperature: torch.Tensor  # [n] float32, 0 = greedy
     top_p: torch.Tensor  # [n] float32, 1 = off
     top_k: torch.Tensor  # [n] int64, 0 = off
-    draw: torch.Tensor  # [n] float64 uniform numbers for sampling
+    draw: torch.Tensor | None  # [n] float64 uniform numbers for sampling; None where no row samples
     samples: bool  # some row has a temperature
     filters: bool  # some row has a top_p or top_k
     edits: RowEdits | None = None  # made before temperature and filters
@@ -44,7 +44,7 @@ class RowParams:
             self.temperature[i:j],
             self.top_p[i:j],
             self.top_k[i:j],
-            self.draw[i:j],
+            None if self.draw is None else self.draw[i:j],
             self.samples,
             self.filters,
             None if self.edits is None else self.edits.rows(slice(i, j)),
@@ -56,7 +56,7 @@ class RowParams:
             self.temperature[index],
             self.top_p[index],
             self.top_k[index],
-            self.draw[index],
+            None if self.draw is None else self.draw[index],
             self.samples,
             self.filters,
             None if self.edits is None else self.edits.rows(index),
@@ -175,6 +175,7 @@ def tile_stats(
     token = logits.argmax(-1)
     if params.samples:
         cumulative = probs.double().cumsum(-1)
+        assert params.draw is not None
         target = params.draw.unsqueeze(1) * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.shape[1] - 1)
         drawable = (params.temperature > 0) & (cumulative[:, -1] > 0)

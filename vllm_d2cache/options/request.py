@@ -14,6 +14,8 @@ REPORT = PREFIX + "report"
 SNAPSHOTS = PREFIX + "snapshots"
 REQUEST_KEYS = (CANVAS, REPORT, SNAPSHOTS)
 
+# Numbers that are off at 0.
+SWITCHES = ("threshold", "factor", "sigma", "steps")
 SCORES = ("confidence", "margin", "entropy")
 
 # Most tokens that a step commits of a request whose tokens are committed from left to right, unless it asks for more.
@@ -56,6 +58,11 @@ class RequestOptions:
     decoder_options: Mapping[str, Any] = field(default_factory=dict)
     rule_counts: bool = False
     ordered: bool = False
+
+    @property
+    def used(self) -> frozenset[str]:
+        """Those of the numbers that are off at 0 which the request has turned on."""
+        return frozenset(name for name in SWITCHES if getattr(self, name) > 0)
 
     @property
     def commits_many(self) -> bool:

@@ -127,10 +127,12 @@ class Decoding:
         """Sampling parameters of the rows of canvas slots ``slot`` of requests ``who``."""
         slots = rows.view.slots[who]
         temperature, top_p, top_k = self.canvas.sampling[slots].unbind(1)
-        position = rows.view.prompt_len[who] + slot
-        draw = uniform(self.canvas.seed[slots], self.canvas.step[slots], position)
         requests = self._requests(rows.slots)
         samples = any(r.sampling.temperature > 0 for r in requests)
+        draw = None
+        if samples:
+            position = rows.view.prompt_len[who] + slot
+            draw = uniform(self.canvas.seed[slots], self.canvas.step[slots], position)
         filters = any(
             r.options.confidence_top_p < 1
             or (r.sampling.temperature > 0 and (r.sampling.top_p < 1 or r.sampling.top_k > 0))
@@ -169,9 +171,9 @@ class Decoding:
 
         docs/methods/d2cache.md, section 2, step 6.
         """
-        if not any(r.options.sigma > 0 for r in self._requests(rows.slots)):
-            return score
         view = rows.view
+        if "sigma" not in view.used:
+            return score
         known = ~view.masked & view.in_canvas
         return score * certainty_density(known, view.canvas_len, view.options.sigma)
 

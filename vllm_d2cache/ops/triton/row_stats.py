@@ -250,7 +250,7 @@ def tile_stats(
             params.temperature.contiguous(),
             params.top_p.contiguous(),
             params.top_k.contiguous(),
-            params.draw.contiguous(),
+            (params.temperature if params.draw is None else params.draw).contiguous(),  # not read where no row samples
             logits.stride(0),
             vocab,
             mask_token_id,

@@ -1,0 +1,140 @@
+"""Prints what a step asks of a GPU outside the layers: ``python -m benchmarks.count``, or ``make count``.
+
+Kernels, waits and operators of ``open``, ``place`` and ``close`` of step/runner.py for batches of requests of 768 + 256
+positions, in steps after the first. The network and the rollout do not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.count.kernels import counted_kernels
+from vllm_d2cache.canvas.request import Request
+from vllm_d2cache.canvas.traits import FamilyTraits
+from vllm_d2cache.mechanisms.base import Finding, Hook, Worker
+from vllm_d2cache.mechanisms.importance import Importance, ImportanceHook
+from vllm_d2cache.options.sampling import SamplingSpec
+from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.policies.budget import row_budget
+from vllm_d2cache.requests.resolve import resolve
+from vllm_d2cache.step.pages import Pages
+from vllm_d2cache.step.runner import StepRunner
+
+PROMPT, CANVAS, PAGE, VOCAB, WIDTH = 768, 256, 16, 32, 8
+BATCHES = (1, 8, 32, 64)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "d2cache": {},
+    "d2cache, threshold": {"threshold": 0.9},
+    "d2cache, eb": {"decoder": "eb"},
+    "full": {"policy": "full"},
+    "prefix": {"policy": "prefix"},
+}
+MIXED = [*SETTINGS.values(), {"score": "margin"}, {"policy": "dual", "tokens_per_step": 2}]
+
+
+class Told(Hook):
+    """In place of a hook that looks into the layers."""
+
+    def __init__(self, finding: Finding) -> None:
+        self.finding = finding
+
+    def result(self, num_positions: int) -> Finding:
+        """As if the layers had run."""
+        return self.finding
+
+
+class Steps:
+    """A batch whose layers do not run."""
+
+    def __init__(self, options: list[dict[str, Any]], samples: bool = False) -> None:
+        n, server = len(options), ServerOptions({})
+        self.runner = StepRunner(Worker(n, PROMPT + CANVAS, torch.device("cpu"), FamilyTraits(5)))
+        self.slots, self.host = torch.arange(n), list(range(n))
+        self.pages = Pages(torch.zeros(n, (PROMPT + CANVAS) // PAGE, dtype=torch.int32), PAGE)
+        self.importance = Importance(torch.rand(n, PROMPT + CANVAS, generator=torch.Generator().manual_seed(0)))
+        for slot, chosen in enumerate(options):
+            resolved = resolve(server, chosen)
+            rows = row_budget(resolved, PROMPT, CANVAS, None)
+            spec = SamplingSpec(0.7 if samples and slot % 5 == 0 else 0.0)
+            self.runner.add(slot, Request(f"r{slot}", PROMPT, CANVAS, resolved, spec, rows), np.full(PROMPT, 6))
+
+    def step(self, padded: bool) -> None:
+        """One step."""
+        step = self.runner.open(self.slots, self.host, padded)
+        self.runner.place(step, self.pages)
+        hooks = (Told(self.importance) if isinstance(hook, ImportanceHook) else hook for hook in step.hooks)
+        step.hooks = tuple(hooks)
+        hidden = torch.zeros(1, WIDTH).expand(len(step.rows.logits_rows), WIDTH)
+        self.runner.close(step, hidden, lambda x: torch.zeros(len(x), VOCAB))
+
+
+def measure(options: list[dict[str, Any]], padded: bool, samples: bool = False) -> dict[str, Any]:
+    """Kernels, of these Triton's, and waits of the third step."""
+    steps = Steps(options, samples)
+    steps.step(False)
+    steps.step(padded)
+    with counted_kernels() as (count, launched):
+        steps.step(padded)
+    kernels, triton = sum(count.kernels.values()), sum(launched.values())
+    return {
+        "kernels": kernels,
+        "triton": triton,
+        "waits": sum(count.waits.values()),
+        "by": count.kernels.most_common(12),
+    }
+
+
+def lines() -> list[dict[str, Any]]:
+    """One for each setting, batch and form."""
+    found = []
+    for name, options in SETTINGS.items():
+        forms = (False,) if options.get("policy") == "prefix" else (True, False)
+        for n in BATCHES:
+            for padded in forms:
+                line = {"setting": name, "batch": n, "form": _form(padded)}
+                found.append({**line, **measure([options] * n, padded)})
+    for n in BATCHES[1:]:
+        mixed = [MIXED[i % len(MIXED)] for i in range(n)]
+        found.append(
+            {"setting": "mixed, some sampled", "batch": n, "form": _form(False), **measure(mixed, False, True)}
+        )
+    return found
+
+
+def _form(padded: bool) -> str:
+    return "padded" if padded else "exact"
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    rows = ["| setting | batch | form | kernels | of Triton | waits |", "|---|---|---|---|---|---|"]
+    rows += [
+        f"| {x['setting']} | {x['batch']} | {x['form']} | {x['kernels'] + x['triton']} | {x['triton']} | {x['waits']} |"
+        for x in found
+    ]
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/count"))
+    parser.add_argument("--by-operator", action="store_true", help="the most frequent operators of each line")
+    args = parser.parse_args()
+    found = lines()
+    print(table(found))
+    if args.by_operator:
+        for x in found:
+            print(x["setting"], x["batch"], x["form"], x["by"])
+    args.out.with_suffix(".md").write_text(table(found) + "\n")
+    args.out.with_suffix(".json").write_text(json.dumps([{**x, "by": dict(x["by"])} for x in found], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
