@@ -13,8 +13,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from vllm_d2cache.ops import canvas_columns, packing
 from vllm_d2cache.ops import row_stats as statistics
 
 # Kernels that PyTorch launches for one of these, at least.
@@ -61,7 +62,18 @@ def counted_kernels() -> Iterator[tuple[Count, Counter[str]]]:
         launched["certainty_density"] += 1
         return _ONES[: known.shape[0], : known.shape[1]]
 
+    def counted(op: Any) -> Any:
+        def call(*args: Any) -> Any:
+            launched[op.__name__] += 1
+            with _disable_current_modes():
+                return op(*args)
+
+        return call
+
     with ExitStack() as stack:
+        for op in (canvas_columns.to_positions, canvas_columns.to_slots):
+            stack.enter_context(mock.patch(f"vllm_d2cache.canvas.view.{op.__name__}", counted(op)))
+        stack.enter_context(mock.patch("vllm_d2cache.step.rows.pack_columns", counted(packing.pack_columns)))
         for module in ("vllm_d2cache.step.decoding", "vllm_d2cache.policies.d2cache"):
             stack.enter_context(mock.patch(f"{module}.certainty_density", certainty_density))
         stack.enter_context(mock.patch.object(statistics, "tile_stats", tile_stats))

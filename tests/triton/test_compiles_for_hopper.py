@@ -16,7 +16,7 @@ from tests.triton.hopper import Launch, launches
 from tests.triton.paged import Shape, make_batch
 from vllm_d2cache.ops.rollout import LayerRecord
 from vllm_d2cache.ops.row_stats import RowParams
-from vllm_d2cache.ops.triton import attention, density, pages, rollout, row_stats
+from vllm_d2cache.ops.triton import attention, density, packing, pages, rollout, row_stats
 
 CPU = torch.device("cpu")
 SHAPES = [
@@ -104,6 +104,14 @@ def test_density() -> None:
     check_resources(launch)
 
 
+def test_packing() -> None:
+    marked, places = torch.zeros(3, 1024, dtype=torch.bool), torch.full((3,), 40)
+    with launches() as found:
+        packing.pack_columns(marked, places.cumsum(0) - 40, places, 120)
+    (launch,) = found
+    check_resources(launch)
+
+
 def test_no_kernel_is_compiled_again_for_another_batch() -> None:
     """Counts, lengths and the number of requests differ in every step; a compilation takes seconds of a request."""
     compiled = defaultdict(set)
@@ -118,7 +126,10 @@ def test_no_kernel_is_compiled_again_for_another_batch() -> None:
             flags, ones = torch.zeros(rows, width, dtype=torch.bool), torch.ones(rows)
             with launches() as found:
                 density.certainty_density(flags, ones.long(), ones)
-            compiled[found[0].name].add(found[0].kernel.hash)
+                places = torch.ones(rows, dtype=torch.int64)
+                packing.pack_columns(flags, places.cumsum(0) - 1, places, rows)
+            for launch in found:
+                compiled[launch.name].add(launch.kernel.hash)
     assert {name: len(hashes) for name, hashes in compiled.items()} == dict.fromkeys(
-        [*ATTENTION, "_stats_kernel", "_density_kernel"], 1
+        [*ATTENTION, "_stats_kernel", "_density_kernel", "_pack_kernel"], 1
     )

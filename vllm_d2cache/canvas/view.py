@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_d2cache.canvas.lines import Lines
+from vllm_d2cache.ops.canvas_columns import to_positions, to_slots
 from vllm_d2cache.options.request import SWITCHES
 
 
@@ -107,14 +108,13 @@ def first_window(masked: torch.Tensor, live: torch.Tensor, window: torch.Tensor)
 
 def canvas_to_positions(mask: torch.Tensor, view: CanvasView, shift: int = 0) -> torch.Tensor:
     """[R, G] bool (or numbers) over canvas slots as [R, T] over positions, moved left by ``shift``; elsewhere 0."""
-    index = view.prompt_len.unsqueeze(1) + view.slot_index - shift
-    # Slots past a row's canvas land in a column that is cut off.
-    index = torch.where(view.in_canvas, index, view.num_positions)
-    out = mask.new_zeros(mask.shape[0], view.num_positions + 1)
-    return out.scatter_(1, index, mask)[:, : view.num_positions]
+    return to_positions(mask, _first(view, shift), view.canvas_len, view.num_positions)
 
 
 def positions_to_canvas(mask: torch.Tensor, view: CanvasView, shift: int = 0) -> torch.Tensor:
     """[R, T] bool over positions as [R, G] bool over the canvas slots that read them."""
-    index = view.prompt_len.unsqueeze(1) + view.slot_index - shift
-    return mask.gather(1, index.clamp(max=view.num_positions - 1)) & view.in_canvas
+    return to_slots(mask, _first(view, shift), view.canvas_len, view.masked.shape[1])
+
+
+def _first(view: CanvasView, shift: int) -> torch.Tensor:
+    return view.prompt_len - shift if shift else view.prompt_len

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_d2cache.ops.dispatch import dispatched
+
 
 class Packed(NamedTuple):
     """Where the marked columns went; ``size`` places, line after line."""
@@ -16,6 +18,7 @@ class Packed(NamedTuple):
     place: torch.Tensor
 
 
+@dispatched("vllm_d2cache.ops.triton.packing")
 def pack_columns(marked: torch.Tensor, starts: torch.Tensor, places: torch.Tensor, size: int) -> Packed:
     """Give the marked columns of each line its places, from the left; what remains of them is left over.
 
