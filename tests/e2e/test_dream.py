@@ -23,7 +23,7 @@ from tests.reference.dream import DenseDream
 from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
 from tests.reference.published import denoise
-from tests.unit.test_published import random_case
+from tests.unit.policies.test_published import random_case
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.requests.resolve import resolve
 

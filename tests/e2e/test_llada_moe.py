@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.conftest import Engine
 from tests.reference.llada_moe import DenseLladaMoe, write_random
 from tests.reference.published import denoise
-from tests.unit.test_published import random_case
+from tests.unit.policies.test_published import random_case
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.requests.resolve import resolve
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_plugins import ROOT, install
+from tests.unit.options.test_plugins import ROOT, install
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 

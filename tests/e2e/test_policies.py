@@ -102,13 +102,13 @@ def test_directions_are_found_for_those_who_compare_by_them(engine: Engine, monk
 def test_rows_leave_for_those_who_drop_them(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the layer of the exit a quarter of the window is computed, and those rows alone meet the head."""
     passed: list[int] = []
-    stock = row_exits.RowGate.behind
+    stock = row_exits.ExitHook.behind
 
     def counted(self: Any, layer: int, hidden: torch.Tensor, residual: torch.Tensor) -> None:
         passed.append(layer)
         stock(self, layer, hidden, residual)
 
-    monkeypatch.setattr(row_exits.RowGate, "behind", counted)
+    monkeypatch.setattr(row_exits.ExitHook, "behind", counted)
     frugal = [options for options in OPTIONS if POLICY_CLASSES[options.get("policy", "d2cache")].name != "es"]
     engine.run([request(options, seed) for seed, options in enumerate(frugal)])
     assert passed == []

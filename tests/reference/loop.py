@@ -15,13 +15,14 @@ from tests.reference.es import EarlySkip
 from tests.reference.oracle import SERVER
 from tests.reference.spa import SPACache
 from tests.unit.batches import Told, hook_of
-from vllm_d2cache.canvas.request import Request, SamplingSpec
+from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.mechanisms.base import Hook, Worker
 from vllm_d2cache.mechanisms.drift import Drift, DriftHook
 from vllm_d2cache.mechanisms.hidden_keys import KeysHook
 from vllm_d2cache.mechanisms.importance import Importance, ImportanceHook
 from vllm_d2cache.ops.rollout import push_back_map, rollout
+from vllm_d2cache.options.sampling import SamplingSpec
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.requests.resolve import parse_server_options, resolve
 from vllm_d2cache.step.runner import StepRunner

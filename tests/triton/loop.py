@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_d2cache.canvas.request import Request, SamplingSpec
+from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.rows import StepResult
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.graphs.step_graphs import StepGraphs
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.importance import ImportanceCapture, ImportanceHook, MapPool
 from vllm_d2cache.ops.paged_attention import PagedLayout, paged_attention, write_kv
+from vllm_d2cache.options.sampling import SamplingSpec
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.policies.budget import row_budget
 from vllm_d2cache.requests.resolve import resolve

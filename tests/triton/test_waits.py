@@ -10,8 +10,8 @@ import torch
 
 from tests.triton.loop import Loop
 from tests.waits import Waits
-from vllm_d2cache.canvas.request import SamplingSpec
 from vllm_d2cache.ops import dispatch
+from vllm_d2cache.options.sampling import SamplingSpec
 
 GREEDY, SAMPLED = SamplingSpec(), SamplingSpec(temperature=0.8, top_p=0.9, seed=4)
 CASES: list[tuple[dict[str, Any], SamplingSpec]] = [

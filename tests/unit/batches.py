@@ -11,14 +11,15 @@ import numpy as np
 import torch
 
 from vllm_d2cache.canvas.grammar import GrammarState, Matcher, bits_of
-from vllm_d2cache.canvas.request import Request, SamplingSpec
+from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.mechanisms.base import Finding, Hook, Worker
 from vllm_d2cache.mechanisms.drift import Drift, DriftHook
 from vllm_d2cache.mechanisms.hidden_keys import KeysHook
 from vllm_d2cache.mechanisms.importance import Importance, ImportanceHook
-from vllm_d2cache.mechanisms.row_exits import RowGate
+from vllm_d2cache.mechanisms.row_exits import ExitHook
+from vllm_d2cache.options.sampling import SamplingSpec
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.policies.budget import row_budget
 from vllm_d2cache.requests.resolve import parse_request_options, parse_server_options, resolve
@@ -221,7 +222,7 @@ class Batch:
 
     def _let_rows_leave(self, running: list[int], step: RunningStep) -> None:
         """Run the gate, if there is one, and see that as many rows stay as was said."""
-        gate, rows = hook_of(step, RowGate), step.rows
+        gate, rows = hook_of(step, ExitHook), step.rows
         if gate is None:
             return
         for layer in range(LAYERS):

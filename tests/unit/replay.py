@@ -11,14 +11,15 @@ import numpy as np
 import torch
 
 from tests.unit.batches import Told, hook_of
-from vllm_d2cache.canvas.request import Request, SamplingSpec
+from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.mechanisms.base import Hook, Worker
 from vllm_d2cache.mechanisms.drift import Drift, DriftHook, WatchedRows
 from vllm_d2cache.mechanisms.hidden_keys import KeyChoice, KeysHook
-from vllm_d2cache.mechanisms.row_exits import RowGate
+from vllm_d2cache.mechanisms.row_exits import ExitHook
 from vllm_d2cache.mechanisms.stored_outputs import OutputHook
 from vllm_d2cache.ops.row_stats import RowStats
+from vllm_d2cache.options.sampling import SamplingSpec
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.requests.resolve import resolve
 from vllm_d2cache.step.runner import Step, StepRunner
@@ -35,7 +36,7 @@ class Replayed:
     keys: list[int] | None  # positions the rows attend to; None = all
     choice: KeyChoice | None
     stored: OutputHook | None
-    exiting: RowGate | None
+    exiting: ExitHook | None
     watched: WatchedRows | None
 
 
@@ -98,7 +99,7 @@ def replay(
                 None if keys is None else keys.tolist(),
                 None if hidden is None else hidden.choices[0],
                 hook_of(step, OutputHook),
-                hook_of(step, RowGate),
+                hook_of(step, ExitHook),
                 None if meter is None else meter.watched[0],
             )
         )

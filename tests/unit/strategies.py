@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.unit.batches import MASK, VOCAB, FakeJob
-from vllm_d2cache.canvas.request import SamplingSpec
 from vllm_d2cache.decoders import DECODER_CLASSES
+from vllm_d2cache.options.sampling import SamplingSpec
 
 RULES: list[dict[str, Any]] = [
     {},

@@ -161,18 +161,6 @@ class CanvasStates:
         return StepResult(tokens.long(), fresh.int(), committed, view.masked, revoked)
 
 
-def state_bytes(num_slots: int, max_len: int) -> int:
-    """Bytes of the tensors of :class:`CanvasStates`, but for the columns that grow with the number of stop tokens."""
-    return tensor_bytes(CanvasStates(num_slots, max_len, torch.device("meta"), FamilyTraits(mask_token_id=0)))
-
-
-def tensor_bytes(owner: object) -> int:
-    """Bytes of the tensors that are attributes of ``owner``, or in a dictionary that is one."""
-    values = vars(owner).values()
-    held = [v for value in values for v in (value.values() if isinstance(value, dict) else [value])]
-    return sum(value.nbytes for value in held if isinstance(value, torch.Tensor))
-
-
 def _option_numbers(options: RequestOptions, canvas_len: int) -> list[float]:
     return [
         options.window_length(canvas_len),

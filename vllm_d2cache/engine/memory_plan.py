@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_d2cache.canvas.states import state_bytes, tensor_bytes
+from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.decoders.registry import DECODER_CLASSES
 from vllm_d2cache.graphs.step_graphs import graph_bytes, graph_sizes
@@ -166,6 +166,18 @@ def _policy_bytes(slots: int, length: int, options: ServerOptions, layers: int) 
     for mechanism in mechanisms.values():
         mechanism.allocate()
     return sum(map(tensor_bytes, [*made, *mechanisms.values()]))
+
+
+def state_bytes(num_slots: int, max_len: int) -> int:
+    """Bytes of the tensors of :class:`CanvasStates`, but for the columns that grow with the number of stop tokens."""
+    return tensor_bytes(CanvasStates(num_slots, max_len, torch.device("meta"), FamilyTraits(mask_token_id=0)))
+
+
+def tensor_bytes(owner: object) -> int:
+    """Bytes of the tensors that are attributes of ``owner``, or in a dictionary that is one."""
+    values = vars(owner).values()
+    held = [v for value in values for v in (value.values() if isinstance(value, dict) else [value])]
+    return sum(value.nbytes for value in held if isinstance(value, torch.Tensor))
 
 
 class Rehearsal:

@@ -26,10 +26,10 @@ from vllm_d2cache.ops.value_change import most_changed
 
 
 @dataclass(frozen=True)
-class DropsRows(Use):
+class LetsRowsExit(Use):
     """Rows leave the network behind at most so many layers; hidden states are remembered there."""
 
-    name: ClassVar[str] = "drops rows"
+    name: ClassVar[str] = "row exits"
     needs: ClassVar[frozenset[str]] = frozenset({KEYS, ROWS})
     takes: ClassVar[frozenset[str]] = frozenset({ROWS})
     layers: int
@@ -50,7 +50,7 @@ class RowExits(Wish):
     far the hidden state moved since a step in which the row stayed (ops/hidden_change.py).
     """
 
-    use: ClassVar[type[Use]] = DropsRows
+    use: ClassVar[type[Use]] = LetsRowsExit
     # [R, layers] int64: of the rows from the position before the canvas on, so many stay behind this layer, or all if
     # there are fewer; -1 = the layer lets all pass, and remembers no hidden states.
     keep: torch.Tensor
@@ -85,7 +85,7 @@ class ExitMemory(Mechanism):
     def forget(self, slot: int) -> None:
         self.states.drop(slot)
 
-    def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> RowGate:
+    def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> ExitHook:
         """Waits for the device: how many rows leave."""
         slots, dropping = rows.view.slots, list(members)
         remembered = canvas_rows(rows, dropping)
@@ -100,7 +100,7 @@ class ExitMemory(Mechanism):
                 left[r] = stay
             staying.append(behind)
             exits.append(here)
-        return RowGate(
+        return ExitHook(
             staying=staying[1:],
             exits=exits,
             remembered=remembered,
@@ -115,7 +115,7 @@ class ExitMemory(Mechanism):
 
 
 @dataclass
-class RowGate(RowHook):
+class ExitHook(RowHook):
     """Which rows are still in the network, during one forward pass."""
 
     staying: list[list[int]]  # of each layer: rows of each request behind it

@@ -19,7 +19,7 @@ ROWS_PER_TILE = 64
 # the logits as they come, so that this is not what takes the time.
 KERNEL_ROWS_PER_TILE = 256
 # Bytes that a logit takes at most in a tile of ROWS_PER_TILE rows: itself, and what filters, statistics, edits and
-# readers make of it (tests/unit/test_memory_plan.py).
+# readers make of it (tests/unit/engine/test_memory_plan.py).
 _BYTES_PER_LOGIT = 64
 
 TileReader = Callable[[int, int, torch.Tensor], None]

@@ -12,7 +12,7 @@ import torch
 
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.base import Worker
-from vllm_d2cache.mechanisms.row_exits import DropsRows, RowExits
+from vllm_d2cache.mechanisms.row_exits import LetsRowsExit, RowExits
 from vllm_d2cache.options.types import Number
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
@@ -39,7 +39,7 @@ class ESPolicy(CachePolicy):
         "importance_score_alpha": Number(float, 0, 1, note="1 = confidence alone, 0 = change alone", default=0.5),
     }
     defaults: ClassVar = {"window": 64, "sigma": 0.0}
-    uses = (DropsRows(layers=len(PROPORTION_STEPS)),)
+    uses = (LetsRowsExit(layers=len(PROPORTION_STEPS)),)
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)

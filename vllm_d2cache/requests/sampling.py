@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from vllm_d2cache.canvas.request import EditSpec, SamplingSpec
+from vllm_d2cache.options.sampling import EditSpec, SamplingSpec
 
 
 def sampling_spec(params: Any, req_id: str, engine_seed: int) -> SamplingSpec:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_d2cache.canvas.request import EditSpec, Request
+from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.ops.logit_edits import NO_PENALTIES, LogitEdits, RowEdits
+from vllm_d2cache.options.sampling import EditSpec
 
 
 class Constraints:
