@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks.count.__main__ import SETTINGS, measure
 
-WRITTEN = json.loads((Path(__file__).parents[3] / "benchmarks" / "results" / "count.json").read_text())
+ROOT = Path(__file__).parents[3]
+WRITTEN = json.loads((ROOT / "benchmarks" / "results" / "count.json").read_text())
 LINES = [line for line in WRITTEN if line["setting"] in SETTINGS and line["batch"] in (1, 8)]
 
 
@@ -25,3 +26,11 @@ def test_no_step_has_more_kernels_or_waits_than_documented(line: dict[str, Any])
 def test_padded_steps_wait_for_nothing_and_exact_ones_once() -> None:
     default = [line for line in WRITTEN if line["setting"].startswith(("d2cache", "full"))]
     assert {(line["form"], line["waits"]) for line in default} == {("padded", 0), ("exact", 1)}
+
+
+def test_the_document_shows_the_figures_of_the_command() -> None:
+    printed = set((ROOT / "benchmarks" / "results" / "count.md").read_text().splitlines())
+    section = (ROOT / "docs" / "performance.md").read_text().split("## Kernels outside the layers")[1].split("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(shown) > 2
+    assert set(shown) <= printed
