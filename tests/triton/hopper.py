@@ -1,6 +1,7 @@
-"""Kernels compiled for a Hopper GPU on any machine: the wrappers run on CPU tensors, and what they launch is compiled.
+"""Kernels compiled for an NVIDIA GPU on any machine: the wrappers run on CPU tensors, what they launch is compiled.
 
-Nothing runs on a device. What comes out is what a GPU would be given: its machine code, shared memory and local memory.
+Nothing runs on a device. What comes out is what a GPU would be given: its machine code, registers, shared memory and
+local memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-HOPPER = GPUTarget("cuda", 90, 32)
+# A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50.
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+TARGETS = {arch: GPUTarget("cuda", arch, 32) for arch in ARCHITECTURES}
+HOPPER = TARGETS[90]
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -34,19 +38,29 @@ class Launch:
     kernel: Any  # triton.compiler.CompiledKernel
 
     @property
+    def architecture(self) -> int:
+        """As the machine code has it, 90 for an H100."""
+        found = re.search(r"\.target\s+sm_(\d+)", self.kernel.asm["ptx"])
+        assert found is not None
+        return int(found[1])
+
+    @property
     def shared_memory(self) -> int:
         """Bytes of one block."""
         return int(self.kernel.metadata.shared)
 
-    @cached_property
+    @property
     def local_memory(self) -> int:
         """Bytes of one thread: its stack, and registers that did not fit."""
+        return self._usage["STACK"] + self._usage["LOCAL"]
+
+    @cached_property
+    def _usage(self) -> dict[str, int]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.kernel.asm["cubin"])
             file.flush()
             report = subprocess.check_output([CUOBJDUMP, "-res-usage", file.name], text=True)
-        usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", report)}
-        return usage["STACK"] + usage["LOCAL"]
+        return {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", report)}
 
 
 @contextmanager
@@ -62,7 +76,8 @@ def launches(target: GPUTarget = HOPPER) -> Iterator[list[Launch]]:
 
     device = SimpleNamespace(
         get_current_target=lambda: target,
-        get_current_device=lambda: 0,
+        # Triton remembers what it has compiled by the number of the device: each target is another one.
+        get_current_device=lambda: target.arch,
         get_current_stream=lambda device: 0,
     )
     JITFunction.run = run

@@ -1,4 +1,4 @@
-"""Every kernel compiles for an H100 at the shapes of real models, within what a block of a GPU has.
+"""Every kernel compiles for an H100 at the shapes of real models, within what a block of a GPU has; in bf16 elsewhere.
 
 ``make kernels`` runs this without Triton's interpreter, on any machine: the compiler and NVIDIA's assembler come with
 Triton. It is what can be known of a kernel before it meets a GPU, beside its numbers in the interpreter.
@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.triton.hopper import Launch, launches
+from tests.triton.hopper import ARCHITECTURES, TARGETS, Launch, launches
+from tests.triton.model_kernels import MODELS, every_kernel, row_params
 from tests.triton.paged import Shape, make_batch
 from vllm_d2cache.ops.rollout import LayerRecord
 from vllm_d2cache.ops.row_stats import RowParams
@@ -64,12 +65,6 @@ def statistics(dtype: torch.dtype, params: RowParams, vocab: int) -> list[Launch
     return found
 
 
-def params(rows: int, samples: bool, filters: bool) -> RowParams:
-    """Of rows that are sampled and filtered, or not."""
-    whole, ones = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
-    return RowParams(ones, ones, whole, ones.double(), samples, filters)
-
-
 def check_resources(launch: Launch) -> None:
     assert launch.shared_memory <= SHARED_MEMORY, launch.name
     assert launch.local_memory <= LOCAL_MEMORY, launch.name
@@ -93,7 +88,7 @@ def test_attention_maps_and_rollout(shape: Shape, parts: bool) -> None:
 @pytest.mark.parametrize("filters", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_row_statistics(dtype: torch.dtype, filters: bool, samples: bool, vocab: int) -> None:
-    (launch,) = statistics(dtype, params(2, samples, filters), vocab)
+    (launch,) = statistics(dtype, row_params(2, samples, filters), vocab)
     check_resources(launch)
 
 
@@ -120,7 +115,7 @@ def test_no_kernel_is_compiled_again_for_another_batch() -> None:
         for launch in attention_step(counts, lengths, SHAPES[0]):
             compiled[launch.name].add(launch.kernel.hash)
     for rows in (1, 2, 16, 33):
-        (launch,) = statistics(torch.bfloat16, params(rows, True, True), 126_464)
+        (launch,) = statistics(torch.bfloat16, row_params(rows, True, True), 126_464)
         compiled[launch.name].add(launch.kernel.hash)
         for width in (1, 16, 33):
             flags, ones = torch.zeros(rows, width, dtype=torch.bool), torch.ones(rows)
@@ -133,3 +128,15 @@ def test_no_kernel_is_compiled_again_for_another_batch() -> None:
     assert {name: len(hashes) for name, hashes in compiled.items()} == dict.fromkeys(
         [*ATTENTION, "_stats_kernel", "_density_kernel", "_pack_kernel"], 1
     )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("model", MODELS)
+def test_no_register_spills_in_bf16(model: str, architecture: int) -> None:
+    """On any card from Ampere on; and what was compiled is for that card."""
+    found = every_kernel(MODELS[model], TARGETS[architecture])
+    assert {launch.name for launch in found} == {*ATTENTION, "_stats_kernel", "_density_kernel", "_shift_kernel", "_pack_kernel"}
+    assert {launch.architecture for launch in found} == {architecture}
+    for launch in found:
+        assert launch.local_memory == 0, launch.name
+        assert launch.shared_memory <= SHARED_MEMORY, launch.name
