@@ -10,11 +10,11 @@ from triton.backends.compiler import GPUTarget
 
 from tests.triton.hopper import HOPPER, Launch, launches
 from tests.triton.paged import Shape
+from vllm_d2cache.graphs.step_graphs import StepBuffers, graph_sizes
 from vllm_d2cache.ops.paged_attention import AttentionMaps, MapPlan, PagedLayout
 from vllm_d2cache.ops.rollout import LayerRecord
 from vllm_d2cache.ops.row_stats import RowParams
 from vllm_d2cache.ops.triton import attention, canvas_columns, density, packing, pages, rollout, row_stats
-from vllm_d2cache.graphs.step_graphs import StepBuffers, graph_sizes
 
 CPU = torch.device("cpu")
 # Positions that a graph has room for.
