@@ -14,6 +14,8 @@ from vllm_d2cache.compat import cpu_runner, front_end
 from vllm_d2cache.compat.internals import model_file, unsupported_version
 from vllm_d2cache.config import SECTION, ServerOptions, parse_server_options
 from vllm_d2cache.generation_defaults import read_generation_defaults
+from vllm_d2cache.models.families import FAMILIES
+from vllm_d2cache.models.mask_token import mask_contradiction
 from vllm_d2cache.samplers.frequencies import load_frequencies
 
 if TYPE_CHECKING:
@@ -40,9 +42,13 @@ class DiffusionConfigHook:
         if problem:
             raise RuntimeError(problem)
         cpu_runner.check()
-        unsupported = model_config.hf_config.unsupported()
+        unsupported = [*model_config.hf_config.unsupported(), *_mask_problems(model_config)]
         if unsupported:
             raise ValueError("this checkpoint is not supported by vllm-d2cache: " + "; ".join(unsupported))
+        for architecture in model_config.architectures:
+            family = FAMILIES.get(architecture)
+            if family is not None and family.unserved is not None:
+                raise ValueError(f"vllm-d2cache cannot serve {architecture} yet: {family.unserved}")
         if model_config.original_max_model_len is None and model_config.max_model_len > DEFAULT_MAX_MODEL_LEN:
             logger.info(
                 "max_model_len is %d instead of the checkpoint's %d: a request's first step computes all of its "
@@ -75,6 +81,13 @@ class DiffusionConfigHook:
         if options.token_frequencies is not None:
             load_frequencies(options.token_frequencies, vllm_config.model_config.hf_config.vocab_size)
         _configure(vllm_config)
+
+
+def _mask_problems(model_config: ModelConfig) -> list[str]:
+    """Nothing, or what tokenizer_config.json says otherwise than config.json."""
+    found = model_file(model_config.tokenizer, "tokenizer_config.json", model_config.tokenizer_revision)
+    problem = mask_contradiction(found, model_config.hf_config.mask_token_id)
+    return [] if problem is None else [problem]
 
 
 def _refusals(config: VllmConfig) -> list[str]:

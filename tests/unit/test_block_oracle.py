@@ -31,13 +31,16 @@ LOOPS: dict[str, type[Loop]] = {
 _FIELDS = ("kind", "block", "rows", "keys", "tokens_in", "in_block_step", "sub_block", "committed", "edited")
 
 
-def difference(trace: dict[str, Any], spoil: Callable[[Loop], None] = lambda loop: None) -> str | None:
+def difference(
+    trace: dict[str, Any], spoil: Callable[[Loop], None] = lambda loop: None, network: Any = None
+) -> str | None:
     """The first thing that a run does otherwise than the trace, or None.
 
     Args:
         spoil: is given the loop before it starts.
+        network: what is run in place of the plain one; it has the same interface.
     """
-    model = MODELS[trace["checkpoint"]](BLOCK_ORACLE / trace["checkpoint"])
+    model = network or MODELS[trace["checkpoint"]](BLOCK_ORACLE / trace["checkpoint"])
     loop = LOOPS[trace["family"]](model, trace["prompt_ids"], trace["settings"])
     spoil(loop)
     wanted = iter(trace["steps"])

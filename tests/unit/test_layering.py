@@ -65,12 +65,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "models.weight_check": (),
     "models.families": (),
-    "models": ("records", "attention", "stored_outputs"),
+    "models.field_rules": (),
+    "models.mask_token": (),
+    "models": ("records", "attention", "stored_outputs", "models.families", "models.field_rules"),
     "trace_reader": (),
     "viewer": ("trace_reader",),
-    "config_hook": ("config", "compat", "samplers", "generation_defaults"),
+    "config_hook": (
+        "config", "compat", "samplers", "generation_defaults", "models.families", "models.mask_token",
+    ),
     "registration": ("models.families",),
-    "doctor": ("models.families",),
+    "doctor": ("models.families", "models.mask_token"),
     "cli": ("config", "samplers", "policies", "counters", "compat", "trace_reader", "viewer", "doctor"),
     "__init__": (),
 }  # fmt: skip
@@ -78,8 +82,9 @@ PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
     "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "grammar", "infill", "request_fields",
     "request_fit", "figures", "counters", "attention.capture", "attention.drift", "attention.eviction", "trace_reader",
-    "viewer", "models.families", "models.weight_check", "snapshots", "stored_outputs", "row_exits", "row_store",
-    "partial_rows", "memory_plan", "step_graphs", "graph_check", "value_directions",
+    "viewer", "models.families", "models.field_rules", "models.mask_token", "models.weight_check", "snapshots",
+    "stored_outputs", "row_exits", "row_store", "partial_rows", "memory_plan", "step_graphs", "graph_check",
+    "value_directions",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 
