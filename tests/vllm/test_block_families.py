@@ -105,3 +105,19 @@ def test_another_mask_token_in_the_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mask_token_id=370, but tokenizer_config"):
         read(directory)
     assert read(directory, hf_overrides={"mask_token_id": 371}).hf_config.traits().mask_token_id == 371
+
+
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize("by", ["file", "override"])
+@pytest.mark.parametrize("architecture", DIRECTORIES)
+def test_rope_scaling_is_refused(architecture: str, by: str, tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    with pytest.raises(ValueError, match="rope_type='yarn'"):
+        if by == "file":
+            read(checkpoint(tmp_path, architecture, rope_scaling=scaling))
+        else:
+            theta = json.loads((BLOCK_ORACLE / DIRECTORIES[architecture] / "config.json").read_text())["rope_theta"]
+            read(
+                BLOCK_ORACLE / DIRECTORIES[architecture],
+                hf_overrides={"rope_scaling": {**scaling, "rope_theta": theta}},
+            )

@@ -176,15 +176,16 @@ class HubConfig(DiffusionLMConfig):
         super().__init__(**settings)
 
     def unsupported(self) -> list[str]:
-        """``--hf-overrides`` may have changed what was read of RoPE."""
+        """As for all families, and what ``--hf-overrides`` may have changed of RoPE after the file was read."""
         rope = getattr(self, "rope_parameters", None)
-        if not isinstance(rope, dict):
-            return super().unsupported()
-        self.rope_type = rope.get("rope_type", rope.get("type", self.rope_type))
+        rope = rope if isinstance(rope, dict) else {}
+        # vLLM puts "default" there where the file's own entry has been taken out: that is not the operator's word.
+        changed = rope.get("rope_type", rope.get("type", "default"))
+        problems = [] if changed == "default" else [f"rope_type={changed!r} (supported: 'default')"]
         theta = rope.get("rope_theta", self.rope_theta)
-        agree = theta == self.rope_theta
-        clash = [] if agree else [f"rope_theta={self.rope_theta} but rope_parameters has {theta} (must agree)"]
-        return [*super().unsupported(), *clash]
+        if theta != self.rope_theta:
+            problems.append(f"rope_theta={self.rope_theta} but rope_parameters has {theta} (must agree)")
+        return [*super().unsupported(), *problems]
 
     def shape(self) -> TransformerShape:
         """What all families under these names have in common."""
