@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -20,19 +21,36 @@ from vllm_d2cache.options.types import Choice, Number
 
 @dataclass(frozen=True)
 class PredictedRows:
-    """The predicted rows of a step, before their statistics are taken; ``mine`` are those of one decoder."""
+    """The predicted rows of a step, before their statistics are taken; ``mine`` are those of one decoder.
+
+    What is derived is derived when a decoder first reads it: most read nothing.
+    """
 
     view: CanvasView
     predicted: torch.Tensor  # [R, G] bool, slots that have a row; the rows stand in row-major order
-    slots: torch.Tensor  # [n] int64, the request's slot
-    canvas_slot: torch.Tensor  # [n] int64
-    in_window: torch.Tensor  # [n] bool, the slot lies in the request's current window
-    mine: torch.Tensor  # [n] bool
+    request: torch.Tensor  # [n] int64, row of the batch
+    canvas_slot: torch.Tensor  # [n] int64, G where the row is padding
+    part: torch.Tensor | None  # [n] bool, the decoder's own rows; None = all are
     members: list[int]  # rows of the batch that are this decoder's, on the host
     hidden: torch.Tensor  # [n, d] final hidden states
     lm_head: Callable[[torch.Tensor], torch.Tensor]  # [m, d] -> [m, vocab] logits
     params: RowParams
     mask_token_id: int
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """[n] int64: the request's slot."""
+        return self.view.slots[self.request]
+
+    @cached_property
+    def in_window(self) -> torch.Tensor:
+        """[n] bool: the canvas slot lies in the request's current window."""
+        return self.view.in_window[self.request, self.canvas_slot.clamp(max=self.predicted.shape[1] - 1)]
+
+    @cached_property
+    def mine(self) -> torch.Tensor:
+        """[n] bool: the row is of one of ``members``."""
+        return torch.ones_like(self.request, dtype=torch.bool) if self.part is None else self.part
 
 
 @dataclass(frozen=True)

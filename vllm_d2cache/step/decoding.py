@@ -36,12 +36,13 @@ def decoder_class(request: Request) -> type[Decoder]:
     return cls.ordered or cls if request.options.ordered else cls
 
 
-class _Part(NamedTuple):
-    """One decoder's share of a step."""
+class Part(NamedTuple):
+    """One decoder's share of a step. Where it is the only one, the tensors are None: all is its own."""
 
     decoder: Decoder
     members: list[int]  # rows of the batch
-    chosen: torch.Tensor | None  # the same [m] int64 on the device; None = all of the batch
+    chosen: torch.Tensor | None  # the same [m] int64 on the device
+    mine: torch.Tensor | None  # [n] bool, predicted slots that are of these
 
 
 class Decoding:
@@ -86,26 +87,24 @@ class Decoding:
         flags = [decoder_class(r).revokes for r in self._requests(slots)]
         return upload(flags, torch.bool, self.canvas.device) if any(flags) else None
 
-    def row_stats(self, rows: StepRows, hidden: torch.Tensor, lm_head: LMHead, want_entropy: bool) -> RowStats:
+    def row_stats(
+        self, rows: StepRows, parts: Sequence[Part], hidden: torch.Tensor, lm_head: LMHead, want_entropy: bool
+    ) -> RowStats:
         """Statistics of the predicted slots: those that some request of the step reads.
 
         Args:
+            parts: see ``parts``.
             hidden: [n, d] final hidden states, in the order of ``rows.predicted_index``.
             want_entropy: somebody else reads the entropy, whatever scores and decoders do.
         """
         view, (who, slot) = rows.view, rows.predicted_index
         params = self._row_params(rows, who, slot)
-        requests, parts = self._requests(rows.slots), self._parts(rows)
-        scores = {r.options.score for r in requests}
+        scores = {r.options.score for r in self._requests(rows.slots)}
         entropy = want_entropy or SCORES[2] in scores or any(part.decoder.reads_entropy for part in parts)
         mask = self.canvas.traits.mask_token_id
-        in_window = view.in_window[who, slot.clamp(max=rows.predicted.shape[1] - 1)]
         readers = []
-        for decoder, members, index in parts:
-            mine = torch.ones_like(who, dtype=torch.bool) if index is None else torch.isin(who, index)
-            seen = PredictedRows(
-                view, rows.predicted, view.slots[who], slot, in_window, mine, members, hidden, lm_head, params, mask
-            )
+        for decoder, members, _, part in parts:
+            seen = PredictedRows(view, rows.predicted, who, slot, part, members, hidden, lm_head, params, mask)
             if (reader := decoder.tile_reader(seen)) is not None:
                 readers.append(reader)
         return row_stats(hidden, lm_head, params, mask, SCORES[1] in scores, entropy, readers)
@@ -142,15 +141,14 @@ class Decoding:
         return RowParams(temperature, top_p, top_k.long(), draw, samples, filters, edits)
 
     def choose(
-        self, rows: StepRows, stats: RowStats, found: tuple[Finding, ...]
+        self, rows: StepRows, parts: Sequence[Part], stats: RowStats, found: tuple[Finding, ...]
     ) -> tuple[torch.Tensor, torch.Tensor, Commits]:
         """Scores [R, G] of the predicted slots without the prior, predicted tokens [R, G] int32, and the commits."""
-        view, parts = rows.view, self._parts(rows)
-        who, _ = rows.predicted_index
+        view, (who, _) = rows.view, rows.predicted_index
         flat = ranking_score(stats, view.options.score[who])
-        for decoder, _, index in parts:
+        for decoder, _, _, mine in parts:
             changed = decoder.rescore(stats, flat, view.slots[who])
-            flat = changed if index is None else torch.where(torch.isin(who, index), changed, flat)
+            flat = changed if mine is None else torch.where(mine, changed, flat)
         score, token = rows.by_slot(flat), rows.by_slot(stats.token.int())
         step = DecoderStep(
             view,
@@ -180,14 +178,18 @@ class Decoding:
     def _requests(self, slots: Sequence[int]) -> list[Request]:
         return [self.canvas.requests[s] for s in slots]
 
-    def _parts(self, rows: StepRows) -> list[_Part]:
+    def parts(self, rows: StepRows) -> list[Part]:
+        """The decoders of a step, each with its share."""
         members: dict[type[Decoder], list[int]] = {}
         for i, request in enumerate(self._requests(rows.slots)):
             members.setdefault(decoder_class(request), []).append(i)
         if len(members) == 1:
-            return [_Part(self.decoder(cls), mine, None) for cls, mine in members.items()]
-        device = self.canvas.device
-        return [_Part(self.decoder(cls), m, upload(m, torch.int64, device)) for cls, m in members.items()]
+            return [Part(self.decoder(cls), mine, None, None) for cls, mine in members.items()]
+        found, (who, _) = [], rows.predicted_index
+        for cls, mine in members.items():
+            chosen = upload(mine, torch.int64, self.canvas.device)
+            found.append(Part(self.decoder(cls), mine, chosen, torch.isin(who, chosen)))
+        return found
 
 
 def _together(parts: list[tuple[torch.Tensor | None, Commits]], none: torch.Tensor, token: torch.Tensor) -> Commits:

@@ -142,11 +142,12 @@ class StepRunner:
             if hook.extra is not None:
                 hook.read(behind, partial(self.decoding.probability, rows, lm_head))
         want_entropy = self.planning.reads_entropy(rows.slots)
-        stats = self.decoding.row_stats(rows, hidden, lm_head, want_entropy)
+        parts = self.decoding.parts(rows)
+        stats = self.decoding.row_stats(rows, parts, hidden, lm_head, want_entropy)
         results = (hook.result(rows.view.num_positions) for hook in step.hooks)
         found = tuple(result for result in results if result is not None)
 
-        score, token, commits = self.decoding.choose(rows, stats, found)
+        score, token, commits = self.decoding.choose(rows, parts, stats, found)
         token = token if commits.token is None else commits.token
         view = self.canvas.commit(rows.view, commits.slots, token, commits.revoked)
         outcome = StepOutcome(

@@ -190,9 +190,7 @@ class TestPc:
         assert chosen(made("pc"), step_of("###", [3.0, 10.0, 10.0], least=2)) == [1, 2]
 
 
-def feed(
-    decoder: Decoder, logits: torch.Tensor, canvas_slots: list[int], in_window: list[bool] | None = None
-) -> torch.Tensor:
+def feed(decoder: Decoder, logits: torch.Tensor, canvas_slots: list[int], window: int | None = None) -> torch.Tensor:
     """Show a decoder the logits of one request's canvas slots; returns them as the decoder left them.
 
     The mask token is the last of the vocabulary.
@@ -201,9 +199,8 @@ def feed(
     zero = torch.zeros(n)
     params = RowParams(zero, zero + 1, zero.long(), zero.double(), False, False)
     slots = torch.zeros(n, dtype=torch.int64)
-    yes = torch.ones(n, dtype=torch.bool)
-    inside = yes if in_window is None else torch.tensor(in_window)
-    view = view_of(["#" * (1 + max(canvas_slots))], [1])
+    length = 1 + max(canvas_slots)
+    view = view_of(["#" * length], [1], window=window or length)
     predicted = torch.zeros_like(view.masked)
     predicted[0, canvas_slots] = True
     rows = PredictedRows(
@@ -211,8 +208,7 @@ def feed(
         predicted,
         slots,
         torch.tensor(canvas_slots),
-        inside,
-        yes,
+        None,
         [0],
         logits.clone(),
         torch.clone,
@@ -254,7 +250,7 @@ class TestCredit:
     def test_slots_outside_the_window_gain_none(self) -> None:
         decoder = made("credit")
         logits = torch.tensor(self.LOGITS * 2)
-        raised = feed(decoder, logits, [0, 40], [True, False])
+        raised = feed(decoder, logits, [0, 40], window=32)
         assert raised[0, 0] > logits[0, 0]
         assert torch.equal(raised[1], logits[1])
         first = feed(made("credit"), logits[1:], [40])

@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 
-from benchmarks.count.__main__ import SETTINGS, measure
+from benchmarks.count.__main__ import SETTINGS, measure, release
 
 ROOT = Path(__file__).parents[3]
-WRITTEN = json.loads((ROOT / "benchmarks" / "results" / "count.json").read_text())
+COUNTED = json.loads((ROOT / "benchmarks" / "results" / "count.json").read_text())
+WRITTEN = COUNTED["lines"]
 LINES = [line for line in WRITTEN if line["setting"] in SETTINGS and line["batch"] in (1, 8)]
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line['setting']}-{line['batch']}-{line['form']}")
 def test_no_step_has_more_kernels_or_waits_than_documented(line: dict[str, Any]) -> None:
     found = measure([SETTINGS[line["setting"]]] * line["batch"], line["form"] == "padded")
-    assert found["kernels"] <= line["kernels"]
+    if release() == COUNTED["torch"]:
+        # Another PyTorch may make an operator of others.
+        assert found["kernels"] <= line["kernels"]
     assert found["triton"] <= line["triton"]
     assert found["waits"] <= line["waits"]
 
