@@ -32,3 +32,16 @@ def test_positions_to_slots(shift: int, device: torch.device) -> None:
     assert torch.equal(kernels.to_slots(*part), twin.to_slots.__wrapped__(*part))
     turned = (values.t().contiguous().t(), *lines(device, shift), 31)
     assert torch.equal(kernels.to_slots(*turned), twin.to_slots.__wrapped__(*arguments))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_nothing_is_read_behind_a_line(shift: int, device: torch.device) -> None:
+    memory = torch.ones(4, 733, dtype=torch.bool, device=device)
+    slots = (memory[:, :710], *lines(device, shift), 31)
+    got = kernels.to_slots(*slots)
+    assert torch.equal(got, twin.to_slots.__wrapped__(*slots))
+    assert got.sum(1).tolist() == [4, 1, 10 + shift, 12]
+    positions = (memory[:, :8], *lines(device, shift), 740)
+    got = kernels.to_positions(*positions)
+    assert torch.equal(got, twin.to_positions.__wrapped__(*positions))
+    assert got.sum(1).tolist() == [4, 1, 8, 8]

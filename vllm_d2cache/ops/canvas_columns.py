@@ -25,7 +25,8 @@ def to_positions(values: torch.Tensor, first: torch.Tensor, length: torch.Tensor
 
 @dispatched(_TRITON)
 def to_slots(values: torch.Tensor, first: torch.Tensor, length: torch.Tensor, width: int) -> torch.Tensor:
-    """[R, width] bool: what ``values`` [R, T] bool has at position ``first`` [R] + g; False from ``length`` [R] on."""
+    """[R, width] bool: what ``values`` [R, T] has at position ``first`` [R] + g; False from ``length`` [R] and T on."""
     slot = torch.arange(width, device=values.device).unsqueeze(0)
-    index = (first.unsqueeze(1) + slot).clamp(max=values.shape[1] - 1)
-    return values.gather(1, index) & (slot < length.unsqueeze(1))
+    index = first.unsqueeze(1) + slot
+    inside = (slot < length.unsqueeze(1)) & (index < values.shape[1])
+    return values.gather(1, index.clamp(max=values.shape[1] - 1)) & inside

@@ -9,12 +9,13 @@ import triton.language as tl
 _BLOCK = 512
 
 
-@triton.jit(do_not_specialize=["stride", "width"])
+@triton.jit(do_not_specialize=["columns", "stride", "width"])
 def _shift_kernel(
     out,  # [R, width]
-    values,  # [R, ...]
+    values,  # [R, columns]
     first,  # [R] int64, position of slot 0
     length,  # [R] int64, slots
+    columns,
     stride,
     width,
     TO_SLOTS: tl.constexpr,
@@ -28,7 +29,8 @@ def _shift_kernel(
     else:
         source = column - start
         inside = (source >= 0) & (source < slots)
-    found = tl.load(values + row * stride + source, mask=inside & (column < width), other=0)
+    inside = inside & (source < columns) & (column < width)
+    found = tl.load(values + row * stride + source, mask=inside, other=0)
     tl.store(out + row * width + column, found, mask=column < width)
 
 
@@ -51,6 +53,13 @@ def _shifted(
     # A bool is a byte to the kernel.
     bytes_ = (out.view(torch.uint8), values.view(torch.uint8)) if values.dtype == torch.bool else (out, values)
     _shift_kernel[(values.shape[0], triton.cdiv(width, _BLOCK))](
-        *bytes_, first.contiguous(), length.contiguous(), values.stride(0), width, TO_SLOTS=to_slots, BLOCK=_BLOCK
+        *bytes_,
+        first.contiguous(),
+        length.contiguous(),
+        values.shape[1],
+        values.stride(0),
+        width,
+        TO_SLOTS=to_slots,
+        BLOCK=_BLOCK,
     )
     return out
