@@ -138,7 +138,7 @@ def main() -> None:
         for x in found:
             print(x["setting"], x["batch"], x["form"], x["by"])
     args.out.with_suffix(".md").write_text(table(found) + "\n")
-    # What an operator is made of differs from release to release of PyTorch; on which CPU it was counted does not matter.
+    # What an operator is made of differs from release to release of PyTorch; on which CPU it was counted does not.
     written = {"torch": release(), "lines": [{**x, "by": dict(x["by"])} for x in found]}
     args.out.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n")
 
