@@ -8,7 +8,7 @@ from vllm_d2cache.models.families import FAMILIES, Family
 def register_all() -> None:
     """Register all families (models/families.py) and the patches of patches/README.md."""
     from vllm_d2cache.compat import cpu_runner, front_end
-    from vllm_d2cache.requests.fields import check_fields
+    from vllm_d2cache.requests.dropped_fields import check_fields
     from vllm_d2cache.requests.fit import check_room
 
     for architecture, family in FAMILIES.items():

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
 from vllm_d2cache.engine.attention_backend import D2CacheMetadata
-from vllm_d2cache.graphs.graph_check import Pages, check_graphs
+from vllm_d2cache.graphs.graph_check import CacheSize, check_graphs
 from vllm_d2cache.graphs.step_graphs import MAX_LENGTH, StepBuffers, StepGraphs, graph_sizes
 from vllm_d2cache.mechanisms.importance import ImportanceCapture
 from vllm_d2cache.ops.paged_attention import PagedLayout
@@ -57,7 +57,7 @@ def record_graphs(
     recorder = CudaRecorder(device)
     graphs = StepGraphs(sizes, buffers, forward, recorder.record, tensor_parallel)
     recorder.capture(graphs)
-    check_graphs(graphs, Pages(blocks, block_size), model_config.get_vocab_size(), device)
+    check_graphs(graphs, CacheSize(blocks, block_size), model_config.get_vocab_size(), device)
     logger.info(
         "%d CUDA graphs of refresh steps, up to %d rows and %d positions a request, recorded and checked in %.1f s.",
         len(sizes),

@@ -6,6 +6,7 @@ forward, sampler (engine/runner_sampler.py). It computes nothing itself.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,16 +58,14 @@ class D2CacheModelState(ModelState):
         traits: Any = model.traits
         worker = Worker(self.max_num_reqs, self.max_model_len, device, traits, self.options, ranks)
         # Every rank computes the same; one of them writes.
-        writes = self.options.trace_dir is not None and vllm_config.parallel_config.rank == 0
-        name = vllm_config.model_config.model
-        self.tracer = TraceRecorder(self.options.trace_dir, name) if writes and self.options.trace_dir else None
+        directory = self.options.trace_dir if vllm_config.parallel_config.rank == 0 else None
+        self.tracer = TraceRecorder(directory, vllm_config.model_config.model) if directory else None
         self.steps = StepRunner(worker, may_graph=self.tracer is None)
         self.step: Step | None = None  # the one under way
         self.rehearsal = Rehearsal(plan_memory(vllm_config, self.options), device)
         self.watched: set[int] = set()  # slots of requests that want snapshots
         self._slots: dict[str, int] = {}
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
-        self._grammars: Grammars | None = None  # made for the first request that has one
         wants_graphs = self.options.graph_rows > 0 and not vllm_config.model_config.enforce_eager
         self._records_graphs = device.type == "cuda" and wants_graphs  # they are still to be recorded
 
@@ -99,7 +98,7 @@ class D2CacheModelState(ModelState):
             row_budget(options, len(prompt), canvas_len, self.options.refresh_budget),
             asked.canvas,
             len(text),
-            self._grammar_backend().start(params) if asked.constrained else None,
+            self._grammars.start(params) if asked.constrained else None,
         )
         # Only tokens already emitted stand in a resumed canvas, and they stand at its left end.
         emitted = int((np.asarray(text[len(prompt) :]) != self.steps.worker.traits.mask_token_id).sum())
@@ -111,11 +110,11 @@ class D2CacheModelState(ModelState):
         if self.tracer:
             self.tracer.start(req_index, request, list(prompt))
 
-    def _grammar_backend(self) -> Grammars:
-        if self._grammars is None:
-            ranks = self.steps.worker.tensor_parallel
-            self._grammars = Grammars(self.vllm_config, self.device, None if ranks is None else ranks.all_reduce)
-        return self._grammars
+    @cached_property
+    def _grammars(self) -> Grammars:
+        """Made for the first request that has one."""
+        ranks = self.steps.worker.tensor_parallel
+        return Grammars(self.vllm_config, self.device, None if ranks is None else ranks.all_reduce)
 
     def remove_request(self, req_id: str) -> None:
         """Forget a finished, aborted or preempted request."""
