@@ -136,6 +136,7 @@ def every_kernel(model: Model, target: GPUTarget = HOPPER) -> list[Launch]:
     """Every kernel that a step of the model launches, each specialisation once."""
     found = [
         *GraphStep.make(model.shape, 1024).layer(target),
+        *GraphStep.make(model.shape, 1024, requests=8).layer(target),
         *first_step(model.shape, 1024, target),
         *statistics(model, target),
         *columns(target),

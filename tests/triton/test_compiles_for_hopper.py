@@ -33,7 +33,9 @@ SHARED_MEMORY = 99 << 10
 # Of a thread's local memory. Registers that do not fit go there: a few words are nothing, a tile's sums are a disaster.
 LOCAL_MEMORY = 64
 
-ATTENTION = {"_write_kernel", "_attention_kernel", "_map_kernel", "_map_product_kernel", "_replay_kernel"}
+# Kernels of a layer whatever the batch, and those that a small batch has beside them, to fill the card.
+LAYER = {"_write_kernel", "_count_kernel", "_attention_kernel", "_map_kernel", "_map_product_kernel", "_replay_kernel"}
+SMALL = {"_combine_kernel", "_map_sum_kernel"}
 MATRIX_PRODUCTS = {"_attention_kernel", "_map_kernel", "_replay_kernel"}
 
 
@@ -75,7 +77,7 @@ def check_resources(launch: Launch) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_maps_and_rollout(shape: Shape, parts: bool) -> None:
     found = attention_step([33, 40, 5], [40, 400, 20], shape, parts)
-    assert {launch.name for launch in found} == ATTENTION
+    assert {launch.name for launch in found} == LAYER | SMALL
     for launch in found:
         check_resources(launch)
         if launch.name in MATRIX_PRODUCTS:
@@ -110,8 +112,9 @@ def test_packing() -> None:
 def test_no_kernel_is_compiled_again_for_another_batch() -> None:
     """Counts, lengths and the number of requests differ in every step; a compilation takes seconds of a request."""
     compiled = defaultdict(set)
-    batches = [([33], [40]), ([1, 16], [16, 17]), ([16, 5] * 8, [160, 16] * 8), ([2, 3, 4], [63, 64, 1025])]
-    for counts, lengths in batches:
+    small = [([33], [40]), ([1, 16], [16, 17]), ([16, 5] * 8, [160, 16] * 8), ([2, 3, 4], [63, 64, 1025])]
+    large = [([300, 301], [2048, 2049]), ([64] * 9, [4000] * 9)]
+    for counts, lengths in small + large:
         for launch in attention_step(counts, lengths, SHAPES[0]):
             compiled[launch.name].add(launch.kernel.hash)
     for rows in (1, 2, 16, 33):
@@ -125,9 +128,11 @@ def test_no_kernel_is_compiled_again_for_another_batch() -> None:
                 packing.pack_columns(flags, places.cumsum(0) - 1, places, rows)
             for launch in found:
                 compiled[launch.name].add(launch.kernel.hash)
-    assert {name: len(hashes) for name, hashes in compiled.items()} == dict.fromkeys(
-        [*ATTENTION, "_stats_kernel", "_density_kernel", "_pack_kernel"], 1
-    )
+    # Attention and maps with a program for each part of the keys or heads, and with one for all of them.
+    twice, pieces = ["_attention_kernel", "_map_kernel"], {"_count_kernel": 4}
+    once = (LAYER | SMALL | {"_stats_kernel", "_density_kernel", "_pack_kernel"}) - {*twice, *pieces}
+    found_hashes = {name: len(hashes) for name, hashes in compiled.items()}
+    assert found_hashes == dict.fromkeys(once, 1) | dict.fromkeys(twice, 2) | pieces
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -135,13 +140,8 @@ def test_no_kernel_is_compiled_again_for_another_batch() -> None:
 def test_no_register_spills_in_bf16(model: str, architecture: int) -> None:
     """On any card from Ampere on; and what was compiled is for that card."""
     found = every_kernel(MODELS[model], TARGETS[architecture])
-    assert {launch.name for launch in found} == {
-        *ATTENTION,
-        "_stats_kernel",
-        "_density_kernel",
-        "_shift_kernel",
-        "_pack_kernel",
-    }
+    others = {"_stats_kernel", "_density_kernel", "_shift_kernel", "_pack_kernel"}
+    assert {launch.name for launch in found} == LAYER | SMALL | others
     assert {launch.architecture for launch in found} == {architecture}
     for launch in found:
         assert launch.local_memory == 0, launch.name
