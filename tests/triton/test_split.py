@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.ops.live import LiveMemory
 from tests.triton.conftest import INTERPRETED
 from tests.triton.paged import Batch, Shape, make_batch, tolerance
 from tests.triton.programs import busy_programs
 from vllm_d2cache.ops import paged_attention as twin
-from vllm_d2cache.ops.paged_attention import PagedLayout
+from vllm_d2cache.ops.paged_attention import AttentionMaps, MapPlan, PagedLayout
+from vllm_d2cache.ops.split import ENOUGH, parts_bytes
 from vllm_d2cache.ops.triton import attention as kernels
 from vllm_d2cache.ops.triton import maps, work
 
 SHAPES = [Shape(2, 2, 32), Shape(7, 1, 16), Shape(10, 5, 16, 16, torch.bfloat16)]
-# A stretch and one key more, a whole number of stretches, keys whose stretches are longer, none at all.
-COUNTS, LENGTHS = [5, 1, 3, 2], [257, 512, 2305, 40]
+# A stretch and one key more, a whole number of stretches, less than one; in one shape keys whose stretches are longer.
+COUNTS, LENGTHS, LONG = [5, 1, 3, 2], [257, 512, 300, 40], [257, 512, 2305, 40]
 
 
 def both(batch: Batch, split: bool | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -32,7 +35,8 @@ def both(batch: Batch, split: bool | None) -> tuple[torch.Tensor, torch.Tensor, 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_who_does_which_part_changes_no_bit(shape: Shape, device: torch.device) -> None:
-    batch = make_batch(COUNTS, LENGTHS, shape, device, padding=[1, 0, 0, 2])
+    lengths = LONG if shape == SHAPES[1] else LENGTHS
+    batch = make_batch(COUNTS, lengths, shape, device, padding=[1, 0, 0, 2])
     (out, lse, left), (split_out, split_lse, split_left) = both(batch, False), both(batch, True)
     assert torch.equal(out, split_out)
     assert torch.equal(lse[batch.live], split_lse[batch.live])
@@ -99,7 +103,7 @@ def test_a_request_in_stretches_does_not_depend_on_its_mates(
     batch = make_batch([4, 3], [600, 300], SHAPES[0], device)
     layout = PagedLayout([4], [600], batch.layout.block_table[:1], [-1], batch.layout.slots[:4])
     output, _, own = both(replace(batch, query=batch.query[:4], layout=layout), None)
-    for enough in (work.ENOUGH, 1):
+    for enough in (ENOUGH, 1):
         monkeypatch.setattr(kernels, "ENOUGH", enough)
         monkeypatch.setattr(maps, "ENOUGH", enough)
         together, _, memory = both(batch, None)
@@ -116,3 +120,31 @@ def test_a_small_batch_has_work_for_many_programs() -> None:
         both(batch, None)
     assert busy["_attention_kernel"] == 8 * 3 * 4
     assert busy["_map_kernel"] == 2 * 3 * 16
+
+
+class Unlaunched:
+    """In place of a kernel."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("heads", [(32, 32), (28, 4), (16, 16), (9, 3)])
+def test_the_memory_plan_has_room_for_the_parts(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, names in ((kernels, ["_attention", "_combine"]), (maps, ["_map", "_map_sum"]), (work, ["_count"])):
+        for name in names:
+            monkeypatch.setattr(module, f"{name}_kernel", Unlaunched())
+    largest = 0
+    for rows in (30, 130, 255, 510):
+        for length in (300, 2048, 4096):
+            query = torch.empty(rows, heads[0], 128, dtype=torch.bfloat16)
+            cache = torch.empty(1, heads[1], 16, 256, dtype=torch.bfloat16)
+            table, slots = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(rows, dtype=torch.int64)
+            layout, plan = PagedLayout([rows], [length], table, [0], slots), MapPlan.pack([(rows, length)])
+            left = AttentionMaps(plan, torch.empty(plan.elements), torch.empty(rows, heads[0]))
+            output = torch.empty_like(query)
+            with LiveMemory() as live:
+                kernels.paged_attention(query, cache, layout, 0.1, output, left)
+            largest = max(largest, live.peak)
+    planned = parts_bytes(heads[0], 128, 4096)
+    assert 0.2 * planned < largest <= planned + 4096, "and some numbers a request"

@@ -23,7 +23,8 @@ def rotate_and_write(
     """Rotate queries and keys by their positions, and put keys and values into their pages.
 
     The rotation is computed in fp32 and rounded once, to the type of what is rotated. The first half of the rotated
-    numbers of a head turns with the second half; numbers behind them pass.
+    numbers of a head turns with the second half; numbers behind them pass. (Without
+    kernels, models/common.py has vLLM's own rotation do it, which rounds alike, and attention write the pages.)
 
     Args:
         kv_cache: [blocks, kv heads, block size, 2 * head size], keys first; written.

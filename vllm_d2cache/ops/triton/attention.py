@@ -17,20 +17,12 @@ import triton
 import triton.language as tl
 
 from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout
-from vllm_d2cache.ops.triton.common import dot_type, num_tiles, tile_shape
+from vllm_d2cache.ops.split import ENOUGH, most_stretches
+from vllm_d2cache.ops.triton.common import model_constants, tile_shape
 from vllm_d2cache.ops.triton.maps import attention_maps
-from vllm_d2cache.ops.triton.work import (
-    ENOUGH,
-    MOST_STRETCHES,
-    find_piece,
-    most_stretches,
-    num_programs,
-    num_stretches,
-    pieces,
-    stretch_of,
-)
+from vllm_d2cache.ops.triton.work import find_piece, pieces, stretch_of
 
-__all__ = ["attend", "attention_maps", "paged_attention", "partial_bytes"]
+__all__ = ["attend", "attention_maps", "paged_attention"]
 
 _LOG2_E = math.log2(math.e)
 # Heads whose stretches a program puts together.
@@ -145,9 +137,7 @@ def _attention_kernel(
     rows_per_tile: tl.constexpr = BLOCK_M // GROUP
     pieces_of_head = tl.load(piece_starts + num_requests)
     for piece in tl.range(tl.program_id(0), pieces_of_head * (HEADS // GROUP), tl.num_programs(0), disable_licm=True):
-        kv_head = (piece // pieces_of_head).to(
-            tl.int64
-        )  # a head's pages may lie more than 2^31 numbers behind the first
+        kv_head = (piece // pieces_of_head).to(tl.int64)  # its pages may lie 2^31 numbers behind the first's
         request, number = find_piece(piece_starts, piece % pieces_of_head, num_requests)
         row_start, row_end = tl.load(row_starts + request), tl.load(row_starts + request + 1)
         tiles = tl.cdiv(row_end - row_start, rows_per_tile)
@@ -174,7 +164,6 @@ def _attention_kernel(
         if SPLIT:
             begin = (number // tiles) * stretch
             end = tl.minimum(end, begin + stretch)
-        if SPLIT:
             top, total, acc = _attend_to(
                 q, begin, end, request, kv_head, scale,
                 kv_cache, block_table, key_positions, key_starts, stride_kb, stride_kh, stride_kn, stride_table,
@@ -294,14 +283,12 @@ def attend(
         split: whether each stretch of keys has a program of its own; None = where rows alone do not fill a card. The
             results are the same.
     """
-    num_rows, heads, head_size = query.shape
-    kv_heads, block_size = kv_cache.shape[1:3]
-    group = heads // kv_heads
+    num_rows, kv_heads = query.shape[0], kv_cache.shape[1]
+    group = query.shape[1] // kv_heads
     if num_rows == 0:
         return
     assert query.stride(2) == kv_cache.stride(3) == 1
-    assert lse.is_contiguous()
-    assert layout.slots.is_contiguous()
+    assert lse.is_contiguous() and layout.slots.is_contiguous()
     pairs, keys = tile or tile_shape(query.dtype)
     pairs = max(pairs, triton.next_power_of_2(group))
     out = query if output is None else output
@@ -312,9 +299,8 @@ def attend(
     parts = _parts(query, stretches if split else 0, output is not None)
     visible = layout.visible_keys
     num_keys = layout.text_lengths if visible is None else visible.counts
-    grid = _num_programs(layout, rows, kv_heads, stretches if split else 1)
-    width = triton.next_power_of_2(head_size)
-    _attention_kernel[(grid,)](
+    work = pieces(layout, rows, -1 if split else 0)
+    _attention_kernel[(work.programs(kv_heads),)](
         query,
         out,
         lse,
@@ -323,7 +309,7 @@ def attend(
         layout.block_table,
         layout.row_starts,
         num_keys,
-        pieces(layout, rows, -1 if split else 0),
+        work.starts,
         layout.slots,
         layout.text_lengths if visible is None else visible.positions,
         layout.text_lengths if visible is None else visible.starts,
@@ -334,46 +320,41 @@ def attend(
         *out.stride()[:2],
         *kv_cache.stride()[:3],
         layout.block_table.stride(0),
-        HEADS=heads,
-        GROUP=group,
-        HEAD=head_size,
-        BLOCK_SIZE=block_size,
         BLOCK_M=pairs,
         BLOCK_N=keys,
-        BLOCK_D=width,
-        DOT=dot_type(query.dtype),
-        WRITE_OUTPUT=output is not None,
         HAS_KEYS=visible is not None,
         SPLIT=split,
+        WRITE_OUTPUT=output is not None,
         # Tiles of K and V in flight; in fp32 three of them exceed the shared memory of many cards.
         num_stages=2 if query.dtype == torch.float32 else 3,
+        **model_constants(query, kv_cache),
     )
     if split:
-        at_once = min(_HEADS_AT_ONCE, triton.next_power_of_2(heads))
-        _combine_kernel[(num_rows, triton.cdiv(heads, at_once))](
-            out,
-            lse,
-            *parts,
-            layout.row_starts,
-            num_keys,
-            layout.slots,
-            len(layout.counts),
-            num_rows,
-            *out.stride()[:2],
-            HEADS=heads,
-            HEAD=head_size,
-            BLOCK_H=at_once,
-            BLOCK_D=width,
-            WRITE_OUTPUT=output is not None,
-        )
+        _combine(layout, num_keys, out, lse, parts)
 
 
-def _num_programs(layout: PagedLayout, rows: int, kv_heads: int, stretches: int) -> int:
-    """Of the attention kernel; ``stretches``: most of them in a request, 1 where they are not split."""
-    each = zip(layout.counts, layout.lengths, strict=True)
-    pieces_of = (triton.cdiv(n, rows) * kv_heads * (num_stretches(t) if stretches > 1 else 1) for n, t in each)
-    capacity = num_tiles(sum(layout.counts), len(layout.counts), rows) * kv_heads * stretches
-    return num_programs(layout, pieces_of, capacity)
+def _combine(
+    layout: PagedLayout, num_keys: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, parts: tuple[torch.Tensor, ...]
+) -> None:
+    """Put the stretches of every row together; ``out`` is left alone where they have no values."""
+    num_rows, heads, head_size = out.shape
+    at_once = min(_HEADS_AT_ONCE, triton.next_power_of_2(heads))
+    _combine_kernel[(num_rows, triton.cdiv(heads, at_once))](
+        out,
+        lse,
+        *parts,
+        layout.row_starts,
+        num_keys,
+        layout.slots,
+        len(layout.counts),
+        num_rows,
+        *out.stride()[:2],
+        HEADS=heads,
+        HEAD=head_size,
+        BLOCK_H=at_once,
+        BLOCK_D=triton.next_power_of_2(head_size),
+        WRITE_OUTPUT=parts[0].shape[3] > 0,
+    )
 
 
 def _parts(query: torch.Tensor, stretches: int, with_values: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -382,10 +363,3 @@ def _parts(query: torch.Tensor, stretches: int, with_values: bool) -> tuple[torc
     top, total = query.new_empty(2, stretches, num_rows, heads, dtype=torch.float32)
     size = head_size if with_values else 0
     return query.new_empty(stretches, num_rows, heads, size, dtype=torch.float32), top, total
-
-
-def partial_bytes(heads: int, kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
-    """Bytes that a layer's stretches take at most before they are put together."""
-    rows = max(tile_shape(dtype)[0], triton.next_power_of_2(heads // kv_heads)) // (heads // kv_heads)
-    most = (ENOUGH - 1) // kv_heads * rows
-    return MOST_STRETCHES * most * heads * (head_size + 2) * torch.float32.itemsize

@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 
 from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout
-from vllm_d2cache.ops.triton.common import dot_type, num_tiles, tile_shape
-from vllm_d2cache.ops.triton.work import ENOUGH, find_piece, num_programs, pieces
+from vllm_d2cache.ops.split import ENOUGH, kv_heads_at_once
+from vllm_d2cache.ops.triton.common import model_constants, tile_shape
+from vllm_d2cache.ops.triton.work import find_piece, pieces
 
 _LOG2_E = math.log2(math.e)
-# Heads that a program adds up, at least; those that share keys are not parted.
-_HEADS_AT_ONCE = 4
 # Rows and positions of a tile of the second kernel.
 _SUM_TILE = (2, 256)
 
@@ -185,26 +184,26 @@ def attention_maps(
         split: whether each group of heads has a program of its own; None = where tiles alone do not fill a card. The
             results are the same.
     """
-    num_rows, heads, head_size = query.shape
-    kv_heads, block_size = kv_cache.shape[1:3]
+    num_rows, heads, kv_heads = *query.shape[:2], kv_cache.shape[1]
     if num_rows == 0 or not maps.plan.elements:
         return
     rows, keys = tile or tile_shape(query.dtype)
-    at_once = max(1, _HEADS_AT_ONCE // (heads // kv_heads))
+    at_once = kv_heads_at_once(heads, kv_heads)
     groups = triton.cdiv(kv_heads, at_once)
     if split is None:
         split = triton.cdiv(num_rows, rows) * triton.cdiv(max(layout.lengths), keys) < ENOUGH
     split = split and groups > 1
     elements = maps.plan.elements
     memory = query.new_empty(groups * elements, dtype=torch.float32) if split else maps.memory
-    _map_kernel[(_num_programs(layout, maps, rows, keys, groups if split else 1),)](
+    work = pieces(layout, rows, keys, maps.plan)
+    _map_kernel[(work.programs(groups if split else 1),)](
         query,
         lse,
         kv_cache,
         layout.block_table,
         layout.row_starts,
         layout.text_lengths,
-        pieces(layout, rows, keys, maps.plan),
+        work.starts,
         layout.slots,
         memory,
         maps.plan.starts_on(query.device),
@@ -214,17 +213,12 @@ def attention_maps(
         *query.stride()[:2],
         *kv_cache.stride()[:3],
         layout.block_table.stride(0),
-        HEADS=heads,
-        GROUP=heads // kv_heads,
-        HEAD=head_size,
-        BLOCK_SIZE=block_size,
         ROWS=rows,
         KEYS=keys,
-        BLOCK_D=triton.next_power_of_2(head_size),
-        DOT=dot_type(query.dtype),
         AT_ONCE=at_once,
         SPLIT=split,
         num_warps=4 if query.dtype == torch.float32 else 8,  # with four, 16 bits run out of registers
+        **model_constants(query, kv_cache),
     )
     if split:
         _add_groups(layout, maps, memory, heads, groups)
@@ -232,12 +226,13 @@ def attention_maps(
 
 def _add_groups(layout: PagedLayout, maps: AttentionMaps, parts: torch.Tensor, heads: int, groups: int) -> None:
     rows, keys = _SUM_TILE
-    _map_sum_kernel[(_num_programs(layout, maps, rows, keys, 1),)](
+    work = pieces(layout, rows, keys, maps.plan)
+    _map_sum_kernel[(work.programs(),)](
         maps.memory,
         parts,
         layout.row_starts,
         layout.text_lengths,
-        pieces(layout, rows, keys, maps.plan),
+        work.starts,
         layout.slots,
         maps.plan.starts_on(parts.device),
         len(layout.counts),
@@ -247,26 +242,3 @@ def _add_groups(layout: PagedLayout, maps: AttentionMaps, parts: torch.Tensor, h
         ROWS=rows,
         KEYS=keys,
     )
-
-
-def _num_programs(layout: PagedLayout, maps: AttentionMaps, rows: int, keys: int, groups: int) -> int:
-    each = (
-        triton.cdiv(n, rows) * triton.cdiv(t, keys) * groups
-        for n, t, shape in zip(layout.counts, layout.lengths, maps.plan.shapes, strict=True)
-        if shape is not None
-    )
-    tiles = num_tiles(sum(layout.counts), len(layout.counts), rows)
-    return num_programs(layout, each, tiles * triton.cdiv(max(layout.lengths), keys) * groups)
-
-
-def partial_bytes(num_rows: int, max_length: int, dtype: torch.dtype, heads: int, kv_heads: int) -> int:
-    """Bytes that a layer's groups of heads take at most before they are added up.
-
-    Args:
-        num_rows: of all requests that leave a map.
-        max_length: most positions of one.
-    """
-    rows, keys = tile_shape(dtype)
-    groups = triton.cdiv(kv_heads, max(1, _HEADS_AT_ONCE // (heads // kv_heads)))
-    most = (ENOUGH - 1) // triton.cdiv(max_length, keys) * rows
-    return groups * min(num_rows, most) * max_length * torch.float32.itemsize

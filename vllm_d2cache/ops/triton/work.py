@@ -7,22 +7,18 @@ for tiles that might have been, and a program without a piece ends after one loa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_d2cache.ops.paged_attention import MapPlan, PagedLayout
+from vllm_d2cache.ops.split import MOST_STRETCHES, STRETCH, most_stretches, num_stretches
+from vllm_d2cache.ops.triton.common import num_tiles
 
-# Keys are added up in stretches: what a stretch comes to, and how stretches are put together, depends on the request
-# alone, so that it does not matter which program does which. A stretch has STRETCH keys, or a multiple of it where a
-# request would have more than MOST_STRETCHES.
-STRETCH, MOST_STRETCHES = 256, 8
 _STRETCH, _MOST_STRETCHES = tl.constexpr(STRETCH), tl.constexpr(MOST_STRETCHES)
-# With as many pieces as this there is no need to cut further: an H100 holds some 400 programs at a time.
-ENOUGH = 512
 # Programs of a multiprocessor, as far as registers go (tests/triton/test_compiles_for_hopper.py), and what they need of
 # its shared memory.
 _PROGRAMS_PER_PROCESSOR, _SHARED_MEMORY = 2, 48 << 10
@@ -35,16 +31,6 @@ _BLOCK = 64
 def stretch_of(length):
     """Keys of one stretch of a request with ``length`` keys."""
     return _STRETCH * tl.maximum(tl.cdiv(length, _STRETCH * _MOST_STRETCHES), 1)
-
-
-def num_stretches(length: int) -> int:
-    """Stretches of a request with ``length`` keys."""
-    return triton.cdiv(length, STRETCH * max(1, triton.cdiv(length, STRETCH * MOST_STRETCHES)))
-
-
-def most_stretches(length: int) -> int:
-    """Stretches that requests of up to ``length`` keys can have."""
-    return min(MOST_STRETCHES, triton.cdiv(length, STRETCH))
 
 
 @triton.jit(do_not_specialize=["num_requests"])
@@ -92,20 +78,33 @@ def find_piece(starts, piece, num_requests):
     return low, piece - tl.load(starts + low)
 
 
-def pieces(layout: PagedLayout, rows: int, columns: int, plan: MapPlan | None = None) -> torch.Tensor:
-    """[R + 1] int32: the first piece of each request, and the number of all. Made once a step.
+class Pieces(NamedTuple):
+    """Of all requests of a step."""
+
+    starts: torch.Tensor  # [R + 1] int32: the first piece of each request, and the number of all
+    most: int  # how many there can be
+    capacities: bool  # ``most`` goes by capacities: nearly all of them may be nobody's
+
+    def programs(self, times: int = 1) -> int:
+        """How many to start where each piece is to be done so many times, for heads or groups of them."""
+        most = max(1, self.most * times)
+        return min(most, _resident(self.starts.device)) if self.capacities else most
+
+
+def pieces(layout: PagedLayout, rows: int, columns: int, plan: MapPlan | None = None) -> Pieces:
+    """Counted once a step.
 
     Args:
         rows: of a piece.
         columns: keys of a piece; 0 = all of the request's, -1 = a stretch.
         plan: only the requests that leave a map have pieces, and their columns are all positions.
     """
-    visible = None if plan is not None else layout.visible_keys
     known: dict[Any, Any] = layout.__dict__.setdefault("_pieces", {})
     key = (rows, columns, id(plan))
     if key not in known:
         device, count = layout.slots.device, len(layout.counts)
         starts = torch.empty(count + 1, dtype=torch.int32, device=device)
+        visible = None if plan is not None else layout.visible_keys
         lengths = layout.text_lengths if visible is None else visible.counts
         _count_kernel[(1,)](
             starts,
@@ -118,22 +117,26 @@ def pieces(layout: PagedLayout, rows: int, columns: int, plan: MapPlan | None = 
             CHOOSES=plan is not None,
             BLOCK=_BLOCK,
         )
-        known[key] = starts, plan  # while the plan lives, nobody else has its id
+        found = Pieces(starts, _most(layout, rows, columns, plan), layout.capacities)
+        known[key] = found, plan  # while the plan lives, nobody else has its id
     return known[key][0]
 
 
-def num_programs(layout: PagedLayout, most: Iterable[int], capacity: int) -> int:
-    """How many programs to start.
-
-    Args:
-        most: pieces of each request, at least; looked at where the layout's lists are the truth.
-        capacity: pieces there can be at most, where they are capacities.
-    """
+def _most(layout: PagedLayout, rows: int, columns: int, plan: MapPlan | None) -> int:
+    """Pieces of all requests, at most; by what the host knows of them."""
     if layout.capacities:
-        return max(1, min(capacity, _resident(layout.slots.device)))
-    return max(1, sum(most))
+        length = max(layout.lengths)
+        across = most_stretches(length) if columns < 0 else triton.cdiv(length, columns) if columns else 1
+        return num_tiles(sum(layout.counts), len(layout.counts), rows) * across
+    total = 0
+    for r, (count, length) in enumerate(zip(layout.counts, layout.lengths, strict=True)):
+        if plan is None or plan.shapes[r] is not None:
+            across = num_stretches(length) if columns < 0 else triton.cdiv(length, columns) if columns else 1
+            total += triton.cdiv(count, rows) * across
+    return total
 
 
+@functools.cache
 def _resident(device: torch.device) -> int:
     """Programs that a device holds at a time."""
     if device.type != "cuda":
