@@ -135,17 +135,22 @@ def _attention_kernel(
     SPLIT: tl.constexpr,  # a piece is one stretch; else all of them
 ):
     rows_per_tile: tl.constexpr = BLOCK_M // GROUP
+    kv_heads: tl.constexpr = HEADS // GROUP
     pieces_of_head = tl.load(piece_starts + num_requests)
-    for piece in tl.range(tl.program_id(0), pieces_of_head * (HEADS // GROUP), tl.num_programs(0), disable_licm=True):
-        kv_head = (piece // pieces_of_head).to(tl.int64)  # its pages may lie 2^31 numbers behind the first's
-        request, number = find_piece(piece_starts, piece % pieces_of_head, num_requests)
+    for piece in tl.range(tl.program_id(0), pieces_of_head * kv_heads, tl.num_programs(0), disable_licm=True):
+        # A request's last tiles may be padding: in parts the first ones come first, under all heads, so that every
+        # program gets some of them. Whole, the tiles of a head come together, as they read the same keys.
+        kv_head = piece % kv_heads if SPLIT else piece // pieces_of_head
+        kv_head = kv_head.to(tl.int64)  # its pages may lie 2^31 numbers behind the first's
+        in_head_order = piece // kv_heads if SPLIT else piece % pieces_of_head
+        request, number = find_piece(piece_starts, in_head_order, num_requests)
         row_start, row_end = tl.load(row_starts + request), tl.load(row_starts + request + 1)
-        tiles = tl.cdiv(row_end - row_start, rows_per_tile)
         length = tl.load(num_keys + request)
         stretch = stretch_of(length)
+        stretches = tl.cdiv(length, stretch) if SPLIT else 1
         # The query heads that share a kv head lie side by side in the tile: keys are loaded once for all of them.
         m = tl.arange(0, BLOCK_M)
-        row = row_start + (number % tiles) * rows_per_tile + m // GROUP
+        row = row_start + (number // stretches) * rows_per_tile + m // GROUP
         head = kv_head * GROUP + m % GROUP
         present = (m < rows_per_tile * GROUP) & (row < row_end)
         live = present & (tl.load(slots + row, mask=present, other=-1) >= 0)
@@ -162,7 +167,7 @@ def _attention_kernel(
         # A tile of padding rows alone reads no key.
         end = tl.where(tl.max(live.to(tl.int32), 0) > 0, length, 0)
         if SPLIT:
-            begin = (number // tiles) * stretch
+            begin = (number % stretches) * stretch
             end = tl.minimum(end, begin + stretch)
             top, total, acc = _attend_to(
                 q, begin, end, request, kv_head, scale,
@@ -179,7 +184,7 @@ def _attention_kernel(
                 top, total, acc = _put_together(top, total, acc, next_top, next_total, next_acc)
 
         if SPLIT:
-            at = ((number // tiles) * num_rows.to(tl.int64) + row64) * HEADS + head
+            at = ((number % stretches) * num_rows.to(tl.int64) + row64) * HEADS + head
             tl.store(part_top + at, top, mask=live)
             tl.store(part_total + at, total, mask=live)
             if WRITE_OUTPUT:

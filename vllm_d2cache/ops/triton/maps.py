@@ -99,14 +99,19 @@ def _map_kernel(
     for piece in tl.range(
         tl.program_id(0), pieces_of_group * (groups if SPLIT else 1), tl.num_programs(0), disable_licm=True
     ):
-        group = piece // pieces_of_group if SPLIT else 0
-        request, number = find_piece(piece_starts, piece % pieces_of_group, num_requests)
+        # In parts the tiles that are not padding come first; see attention.py.
+        group = piece % groups if SPLIT else 0
+        in_group_order = piece // groups if SPLIT else piece
+        request, number = find_piece(piece_starts, in_group_order, num_requests)
         row_start, row_end = tl.load(row_starts + request), tl.load(row_starts + request + 1)
         tiles = tl.cdiv(row_end - row_start, ROWS)
         length = tl.load(lengths + request)
-        j = (number // tiles) * KEYS + tl.arange(0, KEYS)
+        columns = tl.cdiv(length, KEYS)
+        tile = number // columns if SPLIT else number % tiles
+        column = number % columns if SPLIT else number // tiles
+        j = column * KEYS + tl.arange(0, KEYS)
         in_text = j < length
-        row = row_start + (number % tiles) * ROWS + tl.arange(0, ROWS)
+        row = row_start + tile * ROWS + tl.arange(0, ROWS)
         present = row < row_end
         live = present & (tl.load(slots + row, mask=present, other=-1) >= 0)
         row64 = row.to(tl.int64)
