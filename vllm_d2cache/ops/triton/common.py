@@ -13,6 +13,9 @@ from vllm_d2cache.ops.split import TILE
 # Triton's interpreter runs kernels on CPU tensors with NumPy (TRITON_INTERPRET=1 before Triton is imported).
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
+# Columns of a line that a program looks at at a time, where it walks along the line.
+STRETCH = 1024
+
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -49,6 +52,11 @@ def model_constants(query: torch.Tensor, kv_cache: torch.Tensor) -> dict[str, An
         "BLOCK_D": triton.next_power_of_2(head_size),
         "DOT": dot_type(query.dtype),
     }
+
+
+def as_bytes(flags: torch.Tensor) -> torch.Tensor:
+    """Bools as a kernel sees them, without gaps."""
+    return flags.contiguous().view(torch.uint8)
 
 
 @triton.jit
