@@ -14,7 +14,7 @@ from tests.triton.paged import Batch, Shape, make_batch, tolerance
 from tests.triton.programs import busy_programs
 from vllm_d2cache.ops import paged_attention as twin
 from vllm_d2cache.ops.paged_attention import AttentionMaps, MapPlan, PagedLayout
-from vllm_d2cache.ops.split import ENOUGH, parts_bytes
+from vllm_d2cache.ops.split import forced, parts_bytes
 from vllm_d2cache.ops.triton import attention as kernels
 from vllm_d2cache.ops.triton import maps, work
 
@@ -96,17 +96,14 @@ def test_capacities_and_few_programs_change_no_bit(
     assert (output[5:] == 0).all()
 
 
-def test_a_request_in_stretches_does_not_depend_on_its_mates(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_in_stretches_does_not_depend_on_its_mates(device: torch.device) -> None:
     """Bit for bit, in a batch that is split and in one that has rows enough."""
     batch = make_batch([4, 3], [600, 300], SHAPES[0], device)
     layout = PagedLayout([4], [600], batch.layout.block_table[:1], [-1], batch.layout.slots[:4])
     output, _, own = both(replace(batch, query=batch.query[:4], layout=layout), None)
-    for enough in (ENOUGH, 1):
-        monkeypatch.setattr(kernels, "ENOUGH", enough)
-        monkeypatch.setattr(maps, "ENOUGH", enough)
-        together, _, memory = both(batch, None)
+    for cut in (True, False):
+        with forced(cut):
+            together, _, memory = both(batch, None)
         assert torch.equal(output, together[:4])
         assert torch.equal(own, memory[: own.numel()])
 

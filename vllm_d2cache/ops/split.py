@@ -7,6 +7,9 @@ step is cut may go by the batch. The kernels (ops/triton/attention.py, maps.py) 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 # A stretch has STRETCH keys, or a multiple of it where a request would have more than MOST_STRETCHES.
 STRETCH, MOST_STRETCHES = 256, 8
 # Heads that a program of the map adds up, at least; those that share keys are not parted.
@@ -15,6 +18,24 @@ _HEADS_AT_ONCE = 4
 TILE = (32, 64)
 # With as many programs as this there is no need to cut further: an H100 holds some 400 at a time.
 ENOUGH = 512
+
+_forced: bool | None = None
+
+
+def is_cut(programs: int, parts: int) -> bool:
+    """Whether a step is cut into so many parts that has so many programs without."""
+    return parts > 1 and programs < ENOUGH if _forced is None else _forced
+
+
+@contextmanager
+def forced(cut: bool) -> Iterator[None]:
+    """Have every step be cut, or none, whatever its size: the results are the same."""
+    global _forced
+    before, _forced = _forced, cut
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def num_stretches(length: int) -> int:

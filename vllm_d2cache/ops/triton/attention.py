@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout
-from vllm_d2cache.ops.split import ENOUGH, most_stretches
+from vllm_d2cache.ops.split import is_cut, most_stretches
 from vllm_d2cache.ops.triton.common import model_constants, tile_shape
 from vllm_d2cache.ops.triton.maps import attention_maps
 from vllm_d2cache.ops.triton.work import find_piece, pieces, stretch_of
@@ -95,7 +95,7 @@ def _put_together(top, total, acc, next_top, next_total, next_acc):
     return new_top, total, tl.fma(next_acc, weights, acc * shrinks)
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_rows"])
+@triton.jit(do_not_specialize=["num_requests", "num_rows", "stride_table"])
 def _attention_kernel(
     query,  # [N, heads, HEAD]
     output,  # [N, heads, HEAD]
@@ -300,7 +300,7 @@ def attend(
     assert out.stride(2) == 1
     rows, stretches = pairs // group, most_stretches(max(layout.lengths))
     if split is None:
-        split = stretches > 1 and triton.cdiv(num_rows, rows) * kv_heads < ENOUGH
+        split = is_cut(triton.cdiv(num_rows, rows) * kv_heads, stretches)
     parts = _parts(query, stretches if split else 0, output is not None)
     visible = layout.visible_keys
     num_keys = layout.text_lengths if visible is None else visible.counts

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout
-from vllm_d2cache.ops.split import ENOUGH, kv_heads_at_once
+from vllm_d2cache.ops.split import is_cut, kv_heads_at_once
 from vllm_d2cache.ops.triton.common import model_constants, tile_shape
 from vllm_d2cache.ops.triton.work import find_piece, pieces
 
@@ -61,7 +61,7 @@ def _add_heads(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_requests", "elements"])
+@triton.jit(do_not_specialize=["num_requests", "elements", "stride_table"])
 def _map_kernel(
     query,
     lse,
@@ -196,8 +196,7 @@ def attention_maps(
     at_once = kv_heads_at_once(heads, kv_heads)
     groups = triton.cdiv(kv_heads, at_once)
     if split is None:
-        split = triton.cdiv(num_rows, rows) * triton.cdiv(max(layout.lengths), keys) < ENOUGH
-    split = split and groups > 1
+        split = is_cut(triton.cdiv(num_rows, rows) * triton.cdiv(max(layout.lengths), keys), groups)
     elements = maps.plan.elements
     memory = query.new_empty(groups * elements, dtype=torch.float32) if split else maps.memory
     work = pieces(layout, rows, keys, maps.plan)

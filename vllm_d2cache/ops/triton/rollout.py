@@ -63,7 +63,7 @@ def _map_product_kernel(
         tl.store(out + line + j, acc, mask=in_text)
 
 
-@triton.jit(do_not_specialize=["stride_out", "stride_v"])
+@triton.jit(do_not_specialize=["stride_out", "stride_v", "stride_table"])
 def _replay_kernel(
     out,  # [m, heads, width] float32: each head's product
     v,  # [R, width] float32
