@@ -1,4 +1,4 @@
-"""Every kernel compiles for an H100 at the shapes of real models, within what a block of a GPU has; in bf16 elsewhere.
+"""Every kernel compiles for an H100 at the shapes of real models, within what a block of a GPU has; in bf16 for others.
 
 ``make kernels`` runs this without Triton's interpreter, on any machine: the compiler and NVIDIA's assembler come with
 Triton. It is what can be known of a kernel before it meets a GPU, beside its numbers in the interpreter.
@@ -6,12 +6,16 @@ Triton. It is what can be known of a kernel before it meets a GPU, beside its nu
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.count.grid import grids
 from tests.triton.hopper import ARCHITECTURES, TARGETS, Launch, launches
 from tests.triton.model_kernels import MODELS, every_kernel, row_params
 from tests.triton.paged import Shape, make_batch
@@ -21,6 +25,7 @@ from vllm_d2cache.ops.row_stats import RowParams
 from vllm_d2cache.ops.triton import attention, density, packing, pages, rollout, row_stats
 
 CPU = torch.device("cpu")
+WRITTEN = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "grid.json").read_text())["grids"]
 SHAPES = [
     Shape(32, 32, 128, 16, torch.bfloat16),  # LLaDA-8B
     Shape(28, 4, 128, 16, torch.bfloat16),  # Dream-7B
@@ -164,3 +169,10 @@ def test_no_kernel_outside_the_layers_is_compiled_again_for_another_batch() -> N
     for rows, prompt, canvas in ((1, 1, 1), (2, 15, 16), (8, 33, 33), (4, 1024, 1024)):
         for launch in step_kernels(rows, prompt, canvas):
             assert launch.kernel.hash in first, launch.name
+
+
+@pytest.mark.parametrize("line", WRITTEN, ids=lambda line: f"{line['model']}-{line['length']}")
+def test_programs_are_as_many_as_written_down(line: dict[str, Any]) -> None:
+    """benchmarks/results/grid.json is what the kernels' wrappers do."""
+    found = grids(MODELS[line["model"]], line["length"])
+    assert found == {kernel: line[kernel] for kernel in found}

@@ -23,7 +23,7 @@ GREEDY = SamplingSpec()
 SAMPLED = SamplingSpec(temperature=0.8, top_p=0.9, seed=4)
 REQUESTS: list[tuple[list[dict[str, Any]], SamplingSpec]] = [
     ([{"current_k": 5}, {"current_k": 3, "tokens_per_step": 2}], GREEDY),
-    ([{"current_k": 5, "threshold": 0.5, "factor": 1.0}, {"factor": 0.8, "policy": "full"}], GREEDY),
+    ([{"current_k": 5, "threshold": 0.5}, {"factor": 0.8, "policy": "full"}], GREEDY),
     ([{"current_k": 5, "score": "margin"}, {"decoder": "eb", "gamma": 0.5, "policy": "prefix", "window": 4}], SAMPLED),
     ([{"policy": "full", "score": "entropy"}, {"policy": "full", "threshold": 0.4}], SAMPLED),
 ]
@@ -101,7 +101,7 @@ def test_a_kernel_that_was_left_out_is_noticed(monkeypatch: pytest.MonkeyPatch, 
     from vllm_d2cache.engine import warm_up as module
 
     monkeypatch.setitem(dispatch._chosen, device.type, "triton")
-    monkeypatch.setattr(module, "_kinds", lambda: [({}, GREEDY)])
+    monkeypatch.setattr(module, "_kinds", lambda: [([{}], GREEDY)])
     loop = Loop(device, {"current_k": 3}, SAMPLED, [(40, 9), (30, 8)])
     with launched() as known:
         warm_up(place_of(loop), sizes=(2,))

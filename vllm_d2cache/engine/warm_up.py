@@ -8,7 +8,7 @@ those with mechanisms of their own add no kernel but attention to a part of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -34,8 +34,9 @@ from vllm_d2cache.ops.row_stats import RowParams, tile_stats
 from vllm_d2cache.ops.step_rows import choose_rows
 from vllm_d2cache.options.request import SCORES
 from vllm_d2cache.options.sampling import SamplingSpec
+from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.options.types import OptionError
-from vllm_d2cache.policies.budget import row_budget, uses_of
+from vllm_d2cache.policies.budget import row_budget
 from vllm_d2cache.policies.registry import POLICY_CLASSES
 from vllm_d2cache.requests.resolve import resolve
 from vllm_d2cache.step.decoding import LMHead
@@ -45,6 +46,8 @@ from vllm_d2cache.step.runner import Step, StepRunner
 # Text and canvas of a synthetic request, where the server takes that much: more keys than a stretch, and few enough
 # rows behind the first step that maps are kept.
 _LENGTH, _CANVAS = 320, 24
+# One that says nothing of its own: requests here say all.
+_SERVER = ServerOptions({})
 _GREEDY, _SAMPLED = SamplingSpec(), SamplingSpec(temperature=0.7, top_p=0.9, top_k=5, seed=0)
 
 
@@ -84,27 +87,33 @@ def warm_up(place: Place, sizes: Sequence[int] = (1, 2, 3, 4)) -> int:
     for cut in (True, False):
         with split.forced(cut):
             for size in (1, max(sizes)):
-                steps += _Batch(place, {}, _GREEDY, size).run(layers=True)
-    for options, sampling in _kinds():
+                steps += _Batch(place, [{}], _GREEDY, size).run(layers=True)
+    for kind, sampling in _kinds():
         for size in sizes:
-            with suppress(OptionError):  # a decoder and a policy that cannot go together
-                steps += _Batch(place, options, sampling, size).run(layers=False)
+            # As many as to have all of the kind, and lines that lie alike.
+            many = size if size >= len(kind) else size + 4
+            steps += _Batch(place, kind, sampling, many).run(layers=False)
     return steps
 
 
-def _kinds() -> list[tuple[dict[str, Any], SamplingSpec]]:
-    """What requests can ask for, as far as kernels see it."""
-    on = {"threshold": 0.9, "factor": 1.0}
-    found: list[tuple[dict[str, Any], SamplingSpec]] = [
-        ({}, _GREEDY),
-        ({}, _SAMPLED),
-        *(({k: v}, _GREEDY) for k, v in on.items()),
-        (on, _GREEDY),
-    ]
-    found += [({"score": score}, _GREEDY) for score in SCORES[1:]]
-    found += [({"decoder": name}, _GREEDY) for name, cls in DECODER_CLASSES.items() if not cls.uses]
+def _kinds() -> list[tuple[list[dict[str, Any]], SamplingSpec]]:
+    """What requests of a batch can ask for, in turn, as far as kernels see it."""
+    threshold, factor = {"threshold": 0.9}, {"factor": 1.0}
+    kinds: list[list[dict[str, Any]]] = [[{}], [threshold], [factor], [threshold, factor]]
+    kinds += [[{"score": score}] for score in SCORES[1:]]
+    kinds += [[{"decoder": name, "policy": "full"}] for name in _plain_decoders()]
     plain = [name for name, cls in POLICY_CLASSES.items() if all(isinstance(u, ReadsImportance) for u in cls.uses)]
-    return found + [({"policy": name}, _GREEDY) for name in plain]
+    kinds += [[{"policy": name}] for name in plain]
+    return [([{}], _SAMPLED), *((kind, _GREEDY) for kind in kinds)]
+
+
+def _plain_decoders() -> Iterator[str]:
+    """Those that use no mechanism, and nothing that an operator has to give."""
+    for name, cls in DECODER_CLASSES.items():
+        with suppress(OptionError):
+            resolve(_SERVER, {"decoder": name, "policy": "full"})
+            if not cls.uses:
+                yield name
 
 
 def _statistics(place: Place) -> None:
@@ -130,19 +139,24 @@ class _Told(Hook):
 
 
 class _Batch:
-    """Requests alike, with slots and texts of their own."""
+    """Requests of one kind, with slots and texts of their own.
 
-    def __init__(self, place: Place, options: dict[str, Any], sampling: SamplingSpec, size: int) -> None:
+    Args:
+        kind: what they ask for, in turn.
+    """
+
+    def __init__(self, place: Place, kind: list[dict[str, Any]], sampling: SamplingSpec, size: int) -> None:
         prompt, canvas = place.text
         worker = replace(place.worker, num_slots=size)
-        chosen_options = resolve(worker.server, {"current_k": max(1, sum(place.text) // 20), **options})
+        few = {"policy": "d2cache", "current_k": max(1, (prompt + canvas) // 20)}
         self.place, self.size = place, size
-        self.plain = all(isinstance(use, ReadsImportance) for use in uses_of(chosen_options))
         self.runner = StepRunner(worker, may_graph=False)
         self.slots, self.host = torch.arange(size, device=worker.device), list(range(size))
-        rows = row_budget(chosen_options, prompt, canvas, None)
-        for slot in self.host if self.plain else []:
-            request = Request(f"warm-{slot}", prompt, canvas, chosen_options, sampling, rows)
+        for slot in self.host:
+            asked = kind[slot % len(kind)]
+            options = resolve(_SERVER, asked if "policy" in asked else {**few, **asked})
+            rows = row_budget(options, prompt, canvas, None)
+            request = Request(f"warm-{slot}", prompt, canvas, options, sampling, rows)
             self.runner.add(slot, request, np.zeros(prompt, dtype=np.int64))
         blocks = -(-sum(place.text) // place.block_size)
         table = torch.zeros(size, place.table_width, dtype=torch.int32)
@@ -155,8 +169,6 @@ class _Batch:
         Args:
             layers: run the network; else its importance and hidden states are made up.
         """
-        if not self.plain:
-            return 0
         self._step(False, layers)
         self._step(False, layers)
         if not self.runner.forms.can_pad(self.host):
