@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from tests.e2e.conftest import Engine, runner_of
 from tests.graph_emulator import Emulator
 from vllm_d2cache.graphs.step_graphs import GraphSize, StepGraphs
+from vllm_d2cache.ops.triton import pages, rotary
 
 pytestmark = [
     pytest.mark.vllm,
@@ -77,7 +79,11 @@ def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, m
             return stock(graphs, size)
 
         monkeypatch.setattr(StepGraphs, "run", run)
+        rotated = Mock(wraps=rotary.rotate_and_write)
+        monkeypatch.setattr(rotary, "rotate_and_write", rotated)
+        monkeypatch.setattr(pages, "write_kv", Mock(side_effect=AssertionError("pages are written with the rotation")))
         assert generate(engine) == want
+        assert rotated.call_count > 0
         assert emulator.graphs == 2
         assert replays[:2] == state.steps.forms.graphs.sizes, "the check at start-up"
         # Refresh steps of the first two requests at least; the third refreshes everything and fits as well.
