@@ -67,7 +67,7 @@ def launched() -> Iterator[set[tuple[Any, ...]]]:
 def place_of(loop: Loop) -> Place:
     hidden = torch.empty(0, HEADS * HEAD, device=loop.device)
     blocks, width = loop.caches[0].shape[0], loop.table.shape[1]
-    return Place(loop.steps.worker, loop.forward, lambda x: x @ loop.head, hidden, blocks, PAGE, width)
+    return Place(loop.steps.worker, loop.forward, lambda x: x @ loop.head, hidden, blocks, PAGE, width, 1000)
 
 
 def serve(loop: Loop) -> None:

@@ -134,6 +134,7 @@ class D2CacheModelState(ModelState):
             cache.shape[0],
             cache.shape[2],
             width,
+            config.scheduler_config.max_num_batched_tokens,
         )
         count = warm_up(place)
         logger.info("Kernels compiled in %d synthetic steps, %.1f s.", count, time.monotonic() - start)

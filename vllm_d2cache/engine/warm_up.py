@@ -62,6 +62,7 @@ class Place:
     blocks: int  # KV blocks, the first being nobody's; the others are overwritten
     block_size: int
     table_width: int  # block ids of a request in the engine's table
+    rows: int  # most rows of a forward pass
 
     @property
     def text(self) -> tuple[int, int]:
@@ -83,10 +84,10 @@ def warm_up(place: Place, sizes: Sequence[int] = (1, 2, 3, 4)) -> int:
     if chosen(place.worker.device) == "torch":
         return 0
     _statistics(place)
-    steps = 0
+    steps, most = 0, max(1, min(max(sizes), place.rows // sum(place.text)))
     for cut in (True, False):
         with split.forced(cut):
-            for size in (1, max(sizes)):
+            for size in sorted({1, most}):
                 steps += _Batch(place, [{}], _GREEDY, size).run(layers=True)
     for kind, sampling in _kinds():
         for size in sizes:

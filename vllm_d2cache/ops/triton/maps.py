@@ -136,6 +136,8 @@ def _map_kernel(
                 if i == groups - 1:
                     acc = tl.div_rn(acc, HEADS)
             tl.store(own, acc, mask=mask)
+            if not SPLIT:
+                tl.debug_barrier()  # another thread may read it for the next group
 
 
 @triton.jit(do_not_specialize=["num_requests", "elements"])
