@@ -8,7 +8,7 @@ rows are refreshed that the map would be a T x T matrix).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_d2cache.ops.dispatch import dispatched
-from vllm_d2cache.ops.host import upload
+from vllm_d2cache.ops.host import Numbers
 
 _TRITON = "vllm_d2cache.ops.triton"
 
@@ -47,6 +47,8 @@ class PagedLayout:
     slots: torch.Tensor  # [N] int64, flat KV slot of each query row; -1 for a padding row
     # Of each request: [n] int64 positions its rows attend to, None = all of them. The default is None for everyone.
     keys: list[torch.Tensor | None] | None = None
+    # What kernels read of the lists above; layouts of one step share it, whatever rows and keys their layers have.
+    numbers: Numbers = field(default_factory=Numbers, repr=False, compare=False)
 
     def read_on_device(self, row_starts: torch.Tensor, text_lengths: torch.Tensor) -> None:
         """Have kernels read these two, which may change; ``counts`` and ``lengths`` are then no more than capacities.
@@ -62,26 +64,40 @@ class PagedLayout:
     @cached_property
     def row_starts(self) -> torch.Tensor:
         """[R + 1] int32: first row of each request, and the end of the last."""
-        return upload(list(accumulate(self.counts, initial=0)), torch.int32, self.slots.device)
+        self.numbers.expect(self.lengths, torch.int32)
+        return self.numbers.on(self.slots.device, _starts(self.counts), torch.int32)
 
     @cached_property
     def text_lengths(self) -> torch.Tensor:
         """[R] int32: ``lengths``."""
-        return upload(self.lengths, torch.int32, self.slots.device)
+        self.numbers.expect(_starts(self.counts), torch.int32)
+        return self.numbers.on(self.slots.device, self.lengths, torch.int32)
 
     @cached_property
     def visible_keys(self) -> VisibleKeys | None:
         """``keys`` as kernels read them; None where every request attends to all of its positions."""
         if self.keys is None or all(k is None for k in self.keys):
             return None
-        device = self.slots.device
         some = [k for k in self.keys if k is not None]
         offsets = iter(accumulate((k.shape[0] for k in some), initial=0))
         starts = [-1 if k is None else next(offsets) for k in self.keys]
         counts = [t if k is None else k.shape[0] for k, t in zip(self.keys, self.lengths, strict=True)]
+        for values in (_starts(self.counts), self.lengths, counts):
+            self.numbers.expect(values, torch.int32)
+        device = self.slots.device
         return VisibleKeys(
-            torch.cat(some).int(), upload(starts, torch.int64, device), upload(counts, torch.int32, device)
+            torch.cat(some).int(),
+            self.numbers.on(device, starts, torch.int64),
+            self.numbers.on(device, counts, torch.int32),
         )
+
+    def expect_rows(self, counts: list[int]) -> None:
+        """Some layer will have these rows of each request."""
+        self.numbers.expect(_starts(counts), torch.int32)
+
+
+def _starts(counts: list[int]) -> list[int]:
+    return list(accumulate(counts, initial=0))
 
 
 class VisibleKeys(NamedTuple):
@@ -99,15 +115,23 @@ class MapPlan:
     shapes: list[tuple[int, int] | None]  # [rows, T] of each request; None = leaves none
     starts: list[int]  # first element of each map, -1 where there is none
     elements: int
+    numbers: Numbers = field(default_factory=Numbers, repr=False, compare=False)  # see PagedLayout
 
     @classmethod
-    def pack(cls, shapes: list[tuple[int, int] | None]) -> MapPlan:
-        """The maps of those shapes side by side."""
+    def pack(cls, shapes: list[tuple[int, int] | None], numbers: Numbers | None = None) -> MapPlan:
+        """The maps of those shapes side by side.
+
+        Args:
+            numbers: of the step; None = its own.
+        """
         starts, offset = [], 0
         for shape in shapes:
             starts.append(offset if shape else -1)
             offset += shape[0] * shape[1] if shape else 0
-        return cls(shapes, starts, offset)
+        numbers = Numbers() if numbers is None else numbers
+        if offset:
+            numbers.expect(starts, torch.int64)
+        return cls(shapes, starts, offset, numbers)
 
     def read_on_device(self, starts: torch.Tensor) -> None:
         """Have kernels read ``starts`` [R] int64, which may change; those of the host are then no more than room."""
@@ -116,7 +140,7 @@ class MapPlan:
     def starts_on(self, device: torch.device) -> torch.Tensor:
         """[R] int64: ``starts`` on the device."""
         if "_starts" not in self.__dict__:
-            self.__dict__["_starts"] = upload(self.starts, torch.int64, device)
+            self.__dict__["_starts"] = self.numbers.on(device, self.starts, torch.int64)
         return self.__dict__["_starts"]
 
 
