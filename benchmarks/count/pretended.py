@@ -22,7 +22,6 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from vllm_d2cache.ops import dispatch
 from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout
@@ -140,7 +139,7 @@ class _Operators(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func is torch.ops.prim.device.default:
             return CUDA
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = list(_tensors((*args, *kwargs.values())))
         here = any(isinstance(x, OnDevice) for x in tensors)
         target = kwargs.get("device")
         to_device = target is not None and torch.device(target).type in ("cuda", "meta")
@@ -198,6 +197,14 @@ class _Operators(TorchDispatchMode):
             (asked.pinned if is_pinned else asked.pageable)[_place()] += 1
         else:
             asked.kernels += 1
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for x in values:
+        if isinstance(x, torch.Tensor):
+            yield x
+        elif isinstance(x, list | tuple):
+            yield from _tensors(x)
 
 
 def _is_mask(x: torch.Tensor) -> bool:

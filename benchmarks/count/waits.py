@@ -1,8 +1,8 @@
 """How often a step and an admission make the host wait for a GPU, and what they copy to it: counted without one.
 
 Requests with every policy and decoder that is registered run on the pretended device, layers and hooks included, at
-several batches. What is counted is the fourth to seventh step of a batch, the worst of them, and the admission of one
-request beside others.
+several batches. What is counted is the worst of some steps after the first, and the admission of one request beside
+others.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from vllm_d2cache.step.runner import StepRunner
 # At 64 requests their predicted rows are more than a tile of statistics.
 PROMPT, CANVAS, PAGE, MASK = 20, 24, 16, 5
 BATCHES = (1, 8, 64)
-# Some methods do something else in every second, fourth or fifth step.
-STEPS_BEFORE, STEPS = 3, 4
+# Behind the first one. Some methods do something else in every second, fourth or fifth step.
+STEPS = 5
 
 ALL_EDITS = EditSpec(bias=((9, 2.0), (11, -1.0)), banned=(7,), min_tokens=3, stop_ids=(8,), penalties=(1.2, 0.1, 0.1))
 LOGPROBS, EDITS = SamplingSpec(num_logprobs=3), SamplingSpec(edits=ALL_EDITS)
@@ -164,24 +164,26 @@ def _asked(asked: Asked, work: Callable[[], None]) -> dict[str, Any]:
     }
 
 
-def measure(setting: Setting, batch: int, padded: bool = False) -> dict[str, Any] | None:
-    """The worst of some steps; None where such steps cannot be padded."""
+def measure(setting: Setting, batch: int) -> dict[str, dict[str, Any]]:
+    """The worst of some steps of each form; padded ones where such steps can be padded."""
     with pretended_device() as asked:
         requests = Batch(setting, batch)
-        for _ in range(STEPS_BEFORE):
-            requests.step()
-        if padded and not requests.runner.forms.can_pad(requests.host):
-            return None
-        seen = [_asked(asked, lambda: requests.step(padded)) for _ in range(STEPS)]
-    return max(seen, key=lambda found: (found["waits"] + found["pageable"], found["pinned"]))
+        requests.step()
+        found = {"exact": [_asked(asked, requests.step) for _ in range(STEPS)]}
+        if requests.runner.forms.can_pad(requests.host):
+            found["padded"] = [_asked(asked, lambda: requests.step(padded=True)) for _ in range(2)]
+    return {form: max(seen, key=_cost) for form, seen in found.items()}
+
+
+def _cost(found: dict[str, Any]) -> tuple[int, ...]:
+    return found["waits"] + found["pageable"], found["pinned"], found["kernels"]
 
 
 def measure_admission(setting: Setting, running: int = 8) -> dict[str, Any]:
     """The admission of a request beside others, which have had some steps."""
     with pretended_device() as asked:
         requests = Batch(setting, running)
-        for _ in range(2):
-            requests.step()
+        requests.step()
         requests.runner.remove(1)
         return _asked(asked, lambda: requests.add(1))
 
@@ -191,9 +193,8 @@ def lines() -> list[dict[str, Any]]:
     found = []
     for name, setting in (settings() | mixed()).items():
         for batch in BATCHES:
-            for padded in (True, False):
-                if (seen := measure(setting, batch, padded)) is not None:
-                    found.append({"setting": name, "batch": batch, "form": "padded" if padded else "exact", **seen})
+            forms = measure(setting, batch)
+            found += [{"setting": name, "batch": batch, "form": form, **seen} for form, seen in forms.items()]
         found.append({"setting": name, "batch": 8, "form": "admission", **measure_admission(setting)})
     return found
 

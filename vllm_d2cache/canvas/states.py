@@ -44,6 +44,7 @@ class CanvasStates:
         self.emitted, self.step, self.window_step = (table(torch.int64) for _ in range(3))
         self.prompt_len, self.canvas_len, self.seed = (table(torch.int64) for _ in range(3))
         self.sampling = table(torch.float32, 3)  # temperature, top_p, top_k
+        self.row_budget = table(torch.int32)
         self.numbers = table(torch.float32, len(OptionColumns._fields))
         self.stop_ids = torch.full((num_slots, 1), -1, dtype=torch.int32, device=device)
 
@@ -74,7 +75,7 @@ class CanvasStates:
         self.step[slot] = self.window_step[slot] = 0
         self.prompt_len[slot], self.canvas_len[slot] = p, g
         sampling, options = request.sampling, request.options
-        self.seed[slot] = sampling.seed
+        self.seed[slot], self.row_budget[slot] = sampling.seed, request.row_budget
         # The nucleus that shapes confidences also bounds what may be sampled.
         top_p = min(sampling.top_p, options.confidence_top_p) if sampling.temperature else options.confidence_top_p
         top_k = sampling.top_k if sampling.temperature else 0

@@ -42,6 +42,7 @@ class KlassDecoder(Decoder):
     commits_many = True
     default_threshold = 0.9
     observes_all = True
+    takes_padding = True
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)

@@ -73,23 +73,29 @@ class PagedLayout:
         self.numbers.expect(_starts(self.counts), torch.int32)
         return self.numbers.on(self.slots.device, self.lengths, torch.int32)
 
+    def __post_init__(self) -> None:
+        if self.keys is not None and any(k is not None for k in self.keys):
+            starts, counts = self._key_places(self.keys)
+            self.numbers.expect(starts, torch.int64)
+            self.numbers.expect(counts, torch.int32)
+
     @cached_property
     def visible_keys(self) -> VisibleKeys | None:
         """``keys`` as kernels read them; None where every request attends to all of its positions."""
         if self.keys is None or all(k is None for k in self.keys):
             return None
-        some = [k for k in self.keys if k is not None]
-        offsets = iter(accumulate((k.shape[0] for k in some), initial=0))
-        starts = [-1 if k is None else next(offsets) for k in self.keys]
-        counts = [t if k is None else k.shape[0] for k, t in zip(self.keys, self.lengths, strict=True)]
-        for values in (_starts(self.counts), self.lengths, counts):
-            self.numbers.expect(values, torch.int32)
+        starts, counts = self._key_places(self.keys)
         device = self.slots.device
         return VisibleKeys(
-            torch.cat(some).int(),
+            torch.cat([k for k in self.keys if k is not None]).int(),
             self.numbers.on(device, starts, torch.int64),
             self.numbers.on(device, counts, torch.int32),
         )
+
+    def _key_places(self, keys: list[torch.Tensor | None]) -> tuple[list[int], list[int]]:
+        offsets = iter(accumulate((k.shape[0] for k in keys if k is not None), initial=0))
+        starts = [-1 if k is None else next(offsets) for k in keys]
+        return starts, [t if k is None else k.shape[0] for k, t in zip(keys, self.lengths, strict=True)]
 
     def expect_rows(self, counts: list[int]) -> None:
         """Some layer will have these rows of each request."""
