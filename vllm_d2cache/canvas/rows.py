@@ -34,6 +34,7 @@ class StepRows:
     lengths: list[int]  # T of each request, likewise
     counts: list[int]  # rows of each request, padding included
     refreshed: torch.Tensor  # [R] int64, rows of each request without padding and extra rows
+    num_predicted: torch.Tensor  # [R] int64, predicted slots of each
     full: list[bool]  # every position of the request is refreshed; False where padding hides it
     positions: torch.Tensor  # [N] int64, absolute
     input_ids: torch.Tensor  # [N] int32
@@ -44,6 +45,7 @@ class StepRows:
     predicted: torch.Tensor  # [R, G] bool, slots whose statistics are taken
     # [n] request and [n] slot of each predicted slot, row-major; slot G, which is none, where there is padding.
     predicted_index: tuple[torch.Tensor, torch.Tensor]
+    place: torch.Tensor  # [R, G] int64, which of the n each predicted slot is
     logits_rows: torch.Tensor  # [n + v] int64 into N, one for each predicted slot, then those of the extra rows
     extra: list[int]  # of each request: rows behind the text
 
@@ -95,7 +97,10 @@ class StepRows:
         slot = torch.where(live, slot[asked], self.predicted.shape[1])
         rows = replace(self, predicted_index=(who[asked], slot), logits_rows=self.logits_rows[stayed])
         predicted = rows.by_slot(live)
-        return replace(rows, candidates=self.candidates & predicted, predicted=predicted), stayed
+        place = predicted.flatten().cumsum(0).view_as(predicted) - 1
+        candidates, number = self.candidates & predicted, predicted.sum(1)
+        rows = replace(rows, candidates=candidates, predicted=predicted, num_predicted=number, place=place)
+        return rows, stayed
 
 
 @dataclass(frozen=True)
@@ -106,4 +111,5 @@ class StepResult:
     num_tokens: torch.Tensor  # [R] int32, how many of them
     committed: torch.Tensor  # [R, G] bool
     masked: torch.Tensor  # [R, G] bool, after the commits
-    revoked: torch.Tensor | None = None  # [R, G] bool, committed earlier and masked again; None where nothing can be
+    revoked: torch.Tensor | None  # [R, G] bool, committed earlier and masked again; None where nothing can be
+    changes: torch.Tensor  # [2, R] int64, how many committed and how many revoked

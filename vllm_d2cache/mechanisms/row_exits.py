@@ -90,7 +90,7 @@ class ExitMemory(Mechanism):
         """Waits for the device once: how many rows leave."""
         slots, dropping = rows.view.slots, list(members)
         place, sizes = canvas_places(rows)
-        known = torch.cat([torch.stack([sizes, rows.predicted.sum(1)], 1), self.keep[slots]], 1).tolist()
+        known = torch.cat([torch.stack([sizes, rows.num_predicted], 1), self.keep[slots]], 1).tolist()
         left, predicted = ([line[i] for line in known] for i in range(2))
         keep = {r: known[r][2:] for r in dropping}
         remembered = canvas_rows(rows, place, left, dropping)
