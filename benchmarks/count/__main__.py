@@ -1,7 +1,8 @@
 """Prints what a step asks of a GPU outside the layers: ``python -m benchmarks.count``, or ``make count``.
 
 Kernels, waits and operators of ``open``, ``place`` and ``close`` of step/runner.py for batches of requests of 768 + 256
-positions, in steps after the first. The network and the rollout do not run.
+positions, in steps after the first. The network and the rollout do not run. Then waits and copies of every policy and
+decoder, with a small network (benchmarks/count/waits.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.count import waits
 from benchmarks.count.kernels import counted_kernels
 from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.traits import FamilyTraits
@@ -144,6 +146,9 @@ def main() -> None:
     # What an operator is made of differs from release to release of PyTorch; on which CPU it was counted does not.
     written = {"torch": release(), "lines": [{**x, "by": dict(x["by"])} for x in found]}
     args.out.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n")
+    waited = waits.lines()
+    print(waits.table(waited))
+    waits.write(waited, args.out.with_name("waits"))
 
 
 if __name__ == "__main__":

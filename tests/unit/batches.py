@@ -242,6 +242,7 @@ class Batch:
             committed = [(s, int(tokens[s])) for s in result.committed[r].nonzero().flatten().tolist()]
             start, length = int(view.window_start[r]), int(view.options.window[r])
             emitted = result.tokens[r, : int(result.num_tokens[r])].tolist()
+            assert len(emitted) <= self.runner.canvas.requests[self.slot(i)].most_emitted
             predicted = rows.predicted[r].nonzero().flatten().tolist()
             masked = result.masked[r].nonzero().flatten().tolist()
             window = range(start, min(start + length, job.canvas_length))

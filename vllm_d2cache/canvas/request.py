@@ -33,3 +33,8 @@ class Request:
     def most_rows(self) -> int:
         """Rows of the text that its next step can have: what has never been computed, then the row budget."""
         return self.length if self.computed < self.length else self.row_budget
+
+    @property
+    def most_emitted(self) -> int:
+        """Most tokens that a step hands out: those of a window, as windows fill in turn; given ones may follow."""
+        return self.canvas_len if self.given else self.options.window_length(self.canvas_len)

@@ -80,30 +80,28 @@ class StepRows:
             extra=added.counts,
         )
 
-    def without(self, present: torch.Tensor) -> tuple[StepRows, torch.Tensor]:
+    def without(self, present: torch.Tensor, most: int | None = None) -> tuple[StepRows, torch.Tensor]:
         """The same once it is known which rows have left: a slot that is read from such a row has no logits.
 
         Args:
             present: [N - S] bool. Rows of requests with extra rows do not leave.
+            most: that so many predicted slots are left, or fewer: the rest becomes padding, behind all others. None =
+                nobody on the host knows, and it waits for the device.
 
         Returns:
             And [m] int64, which of ``logits_rows`` are left.
         """
         (who, slot), count = self.predicted_index, len(self.predicted_index[0])
-        asked = present[self.logits_rows[:count]].nonzero().flatten()
+        there = present[self.logits_rows[:count]] & (slot < self.predicted.shape[1])
+        asked = (there.nonzero() if most is None else there.nonzero_static(size=most)).flatten()
+        live, asked = asked >= 0, asked.clamp(min=0)
         stayed = torch.cat([asked, torch.arange(count, len(self.logits_rows), device=asked.device)])
-        predicted = torch.zeros_like(self.predicted)
-        predicted[who[asked], slot[asked]] = True
+        slot = torch.where(live, slot[asked], self.predicted.shape[1])
+        rows = replace(self, predicted_index=(who[asked], slot), logits_rows=self.logits_rows[stayed])
+        predicted = rows.by_slot(live)
         place = predicted.flatten().cumsum(0).view_as(predicted) - 1
-        rows = replace(
-            self,
-            candidates=self.candidates & predicted,
-            predicted=predicted,
-            predicted_index=(who[asked], slot[asked]),
-            num_predicted=predicted.sum(1),
-            place=place,
-            logits_rows=self.logits_rows[stayed],
-        )
+        candidates, number = self.candidates & predicted, predicted.sum(1)
+        rows = replace(rows, candidates=candidates, predicted=predicted, num_predicted=number, place=place)
         return rows, stayed
 
 

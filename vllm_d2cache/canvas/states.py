@@ -11,6 +11,7 @@ import torch
 from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.canvas.view import CanvasView, OptionColumns
+from vllm_d2cache.ops.host import Writes
 from vllm_d2cache.ops.texts import Texts, commit_texts, emit_texts, read_texts
 from vllm_d2cache.options.request import SCORES, RequestOptions
 
@@ -43,56 +44,63 @@ class CanvasStates:
         self.prompt_len, self.canvas_len, self.step, self.window_step, self.emitted = self.counts
         self.seed = table(torch.int64)
         self.sampling = table(torch.float32, 3)  # temperature, top_p, top_k
+        self.row_budget = table(torch.int32)
         self.numbers = table(torch.float32, len(OptionColumns._fields))
         self.stop_ids = torch.full((num_slots, 1), -1, dtype=torch.int32, device=device)
 
-    def add(self, slot: int, request: Request, prompt: np.ndarray, emitted: int) -> None:
+    def add(self, slot: int, request: Request, prompt: np.ndarray, emitted: int, writes: Writes | None = None) -> None:
         """Give ``slot`` to a request: its prompt and a canvas of masks.
 
         Args:
             prompt: [P] token ids.
             emitted: tokens already handed out before a preemption; they are decoded again but not emitted again.
+            writes: what it needs of the host is put here; nothing may read the slot before they are sent. None = they
+                are sent at once.
         """
+        if writes is None:
+            writes = Writes(self.device)
+            self.add(slot, request, prompt, emitted, writes)
+            writes.send()
+            return
         p, g, t = request.prompt_len, request.canvas_len, request.length
         request.computed = 0
         self.requests[slot] = request
-        self.tokens[slot, :p] = torch.from_numpy(np.ascontiguousarray(prompt, dtype=np.int32)).to(self.device)
-        self.tokens[slot, p:t] = self.traits.mask_token_id
+        self._set_stop_ids(slot, request.sampling.stop_token_ids, writes)
         self.masked[slot], self.terminal[slot] = False, False
-        self.masked[slot, :g] = True
-        self._set_stop_ids(slot, request.sampling.stop_token_ids)
-        if request.given:
-            self._set_given(slot, request)
+        canvas = np.full(g, self.traits.mask_token_id) if not request.given else self._set_given(slot, request, writes)
+        if not request.given:
+            self.masked[slot, :g] = True
+        writes.put(self.tokens[slot, :t], np.concatenate([prompt, canvas]))
         self.emitted[slot] = emitted
         self.step[slot] = self.window_step[slot] = 0
         self.prompt_len[slot], self.canvas_len[slot] = p, g
         sampling, options = request.sampling, request.options
-        self.seed[slot] = sampling.seed
+        self.seed[slot], self.row_budget[slot] = sampling.seed, request.row_budget
         # The nucleus that shapes confidences also bounds what may be sampled.
         top_p = min(sampling.top_p, options.confidence_top_p) if sampling.temperature else options.confidence_top_p
         top_k = sampling.top_k if sampling.temperature else 0
-        self.sampling[slot] = torch.tensor([sampling.temperature, top_p, float(top_k)])
-        self.numbers[slot] = torch.tensor(_option_numbers(options, g))
+        writes.put(self.sampling[slot], [sampling.temperature, top_p, top_k])
+        writes.put(self.numbers[slot], _option_numbers(options, g))
 
     def remove(self, slot: int) -> None:
         """Forget the request in ``slot``."""
         del self.requests[slot]
 
-    def _set_given(self, slot: int, request: Request) -> None:
-        """Write the tokens the request gives; from then on they are like committed ones."""
-        p, g = request.prompt_len, request.canvas_len
-        given = torch.tensor(request.given, dtype=torch.int32, device=self.device)
+    def _set_given(self, slot: int, request: Request, writes: Writes) -> np.ndarray:
+        """[G] token ids of a canvas with the tokens the request gives; from then on they are like committed ones."""
+        given = np.array(request.given)
         fixed = given >= 0
-        self.tokens[slot, p : p + g][fixed] = given[fixed]
-        self.masked[slot, :g] = ~fixed
-        self.terminal[slot, :g] = fixed & torch.isin(given, self.stop_ids[slot])
+        writes.put(self.masked[slot, : len(given)], ~fixed)
+        writes.put(self.terminal[slot, : len(given)], fixed & np.isin(given, request.sampling.stop_token_ids))
+        return np.where(fixed, given, self.traits.mask_token_id)
 
-    def _set_stop_ids(self, slot: int, stop_ids: tuple[int, ...]) -> None:
+    def _set_stop_ids(self, slot: int, stop_ids: tuple[int, ...], writes: Writes) -> None:
         missing = len(stop_ids) - self.stop_ids.shape[1]
         if missing > 0:
             self.stop_ids = torch.nn.functional.pad(self.stop_ids, (0, missing), value=-1)
         self.stop_ids[slot] = -1
-        self.stop_ids[slot, : len(stop_ids)] = torch.tensor(stop_ids, dtype=torch.int32)
+        if stop_ids:
+            writes.put(self.stop_ids[slot, : len(stop_ids)], stop_ids)
 
     def view(self, slots: torch.Tensor, slots_host: Sequence[int]) -> CanvasView:
         """The texts of ``slots`` [R] as they are now, padded to the widest."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -40,6 +40,7 @@ class PredictedRows:
     lm_head: Callable[[torch.Tensor], torch.Tensor]  # [m, d] -> [m, vocab] logits
     params: RowParams
     mask_token_id: int
+    member_slots: Sequence[int] = ()  # slots of ``members``, on the host
 
     @cached_property
     def slots(self) -> torch.Tensor:
@@ -50,6 +51,11 @@ class PredictedRows:
     def in_window(self) -> torch.Tensor:
         """[n] bool: the canvas slot lies in the request's current window."""
         return self.view.in_window[self.request, self.canvas_slot.clamp(max=self.predicted.shape[1] - 1)]
+
+    @cached_property
+    def live(self) -> torch.Tensor:
+        """[n] bool: the row is not padding."""
+        return self.canvas_slot < self.predicted.shape[1]
 
     @cached_property
     def mine(self) -> torch.Tensor:

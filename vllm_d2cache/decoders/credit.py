@@ -54,12 +54,13 @@ class CreditDecoder(Decoder):
         # Line of a canvas slot -> its tokens with credit, -1 behind them, and the credits.
         self._tokens = torch.zeros(0, _MORE_COLUMNS, dtype=torch.int64, device=device)
         self._credit = torch.zeros(0, _MORE_COLUMNS, device=device)
+        self._used = 0  # most columns that a list can have used by now
 
     def start(self, slot: int, request: Request) -> None:
         """No token has credit."""
         super().start(slot, request)
         lines = self._pool.take(slot, request.canvas_len)
-        self._tokens, self._credit = self._pool.fit(self._tokens), self._pool.fit(self._credit)
+        self._tokens, self._credit = self._pool.fit(self._tokens, spare=1), self._pool.fit(self._credit, spare=1)
         self._tokens[lines], self._credit[lines] = -1, 0.0
 
     def stop(self, slot: int) -> None:
@@ -68,25 +69,32 @@ class CreditDecoder(Decoder):
 
     def tile_reader(self, rows: PredictedRows) -> TileReader:
         """Give credit to the most probable tokens of the window's slots, and raise logits by what has been gathered."""
-        line = self._pool.lines(rows.slots, rows.canvas_slot)
-        mine = rows.mine & rows.in_window
+        self._make_room()
+        mine = rows.mine & rows.in_window & rows.live
+        line = torch.where(mine, self._pool.lines(rows.slots, rows.canvas_slot), self._pool.spare)
         alpha, beta, gamma = (self.number(name, rows.slots) for name in self.options)
 
         def read(i: int, j: int, logits: torch.Tensor) -> None:
-            local = mine[i:j].nonzero().flatten()
-            if not len(local):
-                return
-            row = local + i
-            part = logits[local]
-            probs = torch.softmax(part, dim=-1)
-            mask = torch.tensor([rows.mask_token_id], device=part.device)
-            token = part.index_fill(1, mask, -torch.inf).argmax(1, keepdim=True)
-            gain = probs.gather(1, token).squeeze(1) ** gamma[row]
-            tokens, credit = self._give(line[row], token, gain, beta[row])
-            bonus = alpha[row].unsqueeze(1) * credit.log1p()  # 0 where there is no token
-            logits[local] = part.scatter_add(1, tokens.clamp(min=0), bonus)
+            probs = torch.softmax(logits, dim=-1)
+            choosable = logits.clone()
+            choosable[:, rows.mask_token_id] = -torch.inf
+            token = choosable.argmax(1, keepdim=True)
+            gain = probs.gather(1, token).squeeze(1) ** gamma[i:j]
+            tokens, credit = self._give(line[i:j], token, gain, beta[i:j])
+            bonus = alpha[i:j].unsqueeze(1) * credit.log1p()  # 0 where there is no token
+            raised = logits.scatter_add(1, tokens.clamp(min=0), bonus)
+            logits.copy_(torch.where(mine[i:j].unsqueeze(1), raised, logits))
 
         return read
+
+    def _make_room(self) -> None:
+        """A free column for each list, as a step adds one token at most. The device is asked once in a few steps."""
+        if self._used == self._tokens.shape[1]:
+            self._used = int((self._tokens[: self._pool.spare] >= 0).sum(1).amax())
+            if self._used + _MORE_COLUMNS > self._tokens.shape[1]:
+                self._tokens = torch.nn.functional.pad(self._tokens, (0, _MORE_COLUMNS), value=-1)
+                self._credit = torch.nn.functional.pad(self._credit, (0, _MORE_COLUMNS))
+        self._used += 1
 
     def _give(
         self, line: torch.Tensor, token: torch.Tensor, gain: torch.Tensor, beta: torch.Tensor
@@ -94,10 +102,6 @@ class CreditDecoder(Decoder):
         """Fade the credits of the lines [m], add ``gain`` [m] to that of ``token`` [m, 1]; returns both lists."""
         tokens, credit = self._tokens[line], self._credit[line] * beta.unsqueeze(1)
         here, free = tokens == token, tokens < 0
-        if not bool((here | free).any(1).all()):
-            self._tokens = torch.nn.functional.pad(self._tokens, (0, _MORE_COLUMNS), value=-1)
-            self._credit = torch.nn.functional.pad(self._credit, (0, _MORE_COLUMNS))
-            return self._give(line, token, gain, beta)
         # The token's own column, else the first free one.
         column = (2 * here.to(torch.int8) + free.to(torch.int8)).argmax(1, keepdim=True)
         tokens = tokens.scatter(1, column, token)

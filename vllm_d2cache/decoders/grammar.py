@@ -12,7 +12,7 @@ from vllm_d2cache.canvas.grammar import GrammarState, RunPrediction
 from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.decoders.base import Commits, Decoder, DecoderStep, PredictedRows
 from vllm_d2cache.mechanisms.base import Worker
-from vllm_d2cache.ops.host import upload
+from vllm_d2cache.ops.host import upload_arrays
 from vllm_d2cache.ops.logit_edits import LogitEdits, RowEdits
 from vllm_d2cache.ops.row_stats import row_stats
 
@@ -52,18 +52,18 @@ class GrammarDecoder(Decoder):
 
         Their logits are computed a second time: statistics and log-probabilities are those of the model alone.
         """
-        device, view = rows.hidden.device, rows.view
-        chosen = upload(rows.members, torch.int64, device)
-        self._members = view.slots[chosen].tolist()
+        view = rows.view
+        self._members = list(rows.member_slots)
         self._lead_token = None
         if not len(rows.hidden):
             return
+        words = np.stack([self._tenants[slot].grammar.allowed for slot in self._members])
+        members = np.array(rows.members, dtype=np.int64)
+        chosen, bitmask = upload_arrays([members, words], rows.hidden.device)
         lead = view.lead[chosen]
         # Where the lead is not predicted there is nothing to commit, and the row does not matter.
         place = (rows.predicted.view(-1).cumsum(0) - 1).view_as(rows.predicted)
         index = place[chosen, lead].clamp(min=0)
-        words = np.stack([self._tenants[slot].grammar.allowed for slot in self._members])
-        bitmask = torch.from_numpy(words).to(device, non_blocking=True)
         params = rows.params.rows(index)
         edits = params.edits or RowEdits(LogitEdits(), chosen, lead)
         params = replace(params, edits=replace(edits, bitmask=bitmask))
@@ -81,17 +81,17 @@ class GrammarDecoder(Decoder):
         sure = (threshold > 0) & (step.score >= threshold)
         own, candidate, certain = (x.gather(1, slot) for x in (step.token.long(), step.candidates, sure))
         lead_token = own[:, 0] if self._lead_token is None else self._lead_token
-        known = torch.stack([own, (candidate & inside).long(), certain.long()]).tolist()
-        leads, least = torch.stack([lead_token, step.least]).tolist()
+        each = torch.stack([lead_token, step.least], 1)
+        # One wait for all that the grammars look at.
+        known = torch.cat([each, own, (candidate & inside).long(), certain.long()], 1).tolist()
         runs = []
-        for i, tenant in enumerate(tenants):
-            tokens, may, sure_of = (part[i] for part in known)
-            run = RunPrediction(leads[i], tokens, may, sure_of, least[i])
+        for tenant, (lead, least, *line) in zip(tenants, known, strict=True):
+            run = RunPrediction(lead, line[:most], line[most : 2 * most], line[2 * most :], least)
             runs.append(tenant.grammar.follow(run, tenant.longest))
         # Slots without a token land in a column that is cut off.
-        length = upload([len(run) for run in runs], torch.int64, device).unsqueeze(1)
-        padded = [t for run in runs for t in (*run, *[0] * (most - len(run)))]
-        written_tokens = upload(padded, torch.int32, device).view_as(slot)
+        lengths = np.array([[len(run)] for run in runs], dtype=np.int64)
+        padded = np.array([[*run, *[0] * (most - len(run))] for run in runs], dtype=np.int32)
+        length, written_tokens = upload_arrays([lengths, padded], device)
         target = torch.where(torch.arange(most, device=device) < length, slot, width)
         written = torch.nn.functional.pad(step.token, (0, 1)).scatter(1, target, written_tokens)
         committed = torch.zeros(written.shape, dtype=torch.bool, device=device).scatter(1, target, True)

@@ -42,12 +42,15 @@ class KlassDecoder(Decoder):
     commits_many = True
     default_threshold = 0.9
     observes_all = True
+    takes_padding = True
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
         num_slots, max_len, device = worker.num_slots, worker.max_len, worker.device
-        # By canvas slot: for how many steps in a row its divergence has been below the threshold.
-        self.calm = torch.zeros(num_slots, max_len, dtype=torch.int32, device=device)
+        # By canvas slot: for how many steps in a row its divergence has been below the threshold. The last line is
+        # nobody's.
+        self._nobody = num_slots
+        self.calm = torch.zeros(num_slots + 1, max_len, dtype=torch.int32, device=device)
         self._pool = CanvasPool(num_slots, device)
         self._hidden: torch.Tensor | None = None  # [lines, d], of a canvas slot's last computed row
         self._seen = torch.zeros(0, dtype=torch.bool, device=device)  # [lines], whether there has been such a row
@@ -62,7 +65,7 @@ class KlassDecoder(Decoder):
         super().start(slot, request)
         self.calm[slot] = min(request.options.value("kl_history_length"), _MANY_STEPS)
         lines = self._pool.take(slot, request.canvas_len)
-        self._seen = self._pool.fit(self._seen)
+        self._seen = self._pool.fit(self._seen, spare=1)
         self._seen[lines] = False
 
     def stop(self, slot: int) -> None:
@@ -74,22 +77,20 @@ class KlassDecoder(Decoder):
         hidden = rows.hidden
         if self._hidden is None:
             self._hidden = hidden.new_zeros(0, hidden.shape[1])
-        self._hidden = memory = self._pool.fit(self._hidden)
-        line = self._pool.lines(rows.slots, rows.canvas_slot)
+        self._hidden = memory = self._pool.fit(self._hidden, spare=1)
+        own = rows.mine & rows.live
+        # Rows that are not its own write where nobody reads.
+        line = torch.where(own, self._pool.lines(rows.slots, rows.canvas_slot), self._pool.spare)
+        slots, canvas_slot = torch.where(own, rows.slots, self._nobody), torch.where(own, rows.canvas_slot, 0)
         limit = self.number("kl_threshold", rows.slots)
 
         def read(i: int, j: int, logits: torch.Tensor) -> None:
-            local = rows.mine[i:j].nonzero().flatten()
-            if not len(local):
-                return
-            mine = local + i
-            at = line[mine]
-            last = scaled_logits(rows.lm_head(memory[at]), rows.params.rows(mine), rows.mask_token_id)
+            at, where = line[i:j], (slots[i:j], canvas_slot[i:j])
+            last = scaled_logits(rows.lm_head(memory[at]), rows.params.tile(i, j), rows.mask_token_id)
             before = torch.where(self._seen[at].unsqueeze(1), torch.softmax(last, dim=-1), 0.0)
-            divergence = _divergence(torch.softmax(logits[local], dim=-1), before)
-            where = rows.slots[mine], rows.canvas_slot[mine]
-            self.calm[where] = torch.where(divergence < limit[mine], self.calm[where] + 1, 0)
-            memory[at] = hidden[mine]
+            divergence = _divergence(torch.softmax(logits, dim=-1), before)
+            self.calm[where] = torch.where(divergence < limit[i:j], self.calm[where] + 1, 0)
+            memory[at] = hidden[i:j]
             self._seen[at] = True
 
         return read

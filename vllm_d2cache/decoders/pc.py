@@ -21,6 +21,7 @@ class PcDecoder(Decoder):
 
     name = "pc"
     needs_server = ("token_frequencies",)
+    takes_padding = True
     options: ClassVar = {
         "clip_alpha": Number(float, 0, open_low=True, default=10.0),
     }

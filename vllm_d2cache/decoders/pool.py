@@ -24,6 +24,11 @@ class CanvasPool:
         """Lines up to the end of the last range."""
         return max((end for _, end in self._ranges.values()), default=0)
 
+    @property
+    def spare(self) -> int:
+        """A line behind the ranges: rows that are none of this decoder's write there."""
+        return self.num_lines
+
     def take(self, slot: int, length: int) -> slice:
         """Give the request in ``slot`` a range of ``length`` lines, in place of one it may have; returns it."""
         self._ranges.pop(slot, None)
@@ -44,9 +49,13 @@ class CanvasPool:
         """[n] int64: the line of each canvas slot [n] of the requests in ``slots`` [n]."""
         return self._first[slots] + canvas_slot
 
-    def fit(self, memory: torch.Tensor) -> torch.Tensor:
-        """``memory`` [lines, ...] itself, or a longer copy with zeros behind it where it has too few lines."""
-        missing = self.num_lines - memory.shape[0]
+    def fit(self, memory: torch.Tensor, spare: int = 0) -> torch.Tensor:
+        """``memory`` [lines, ...] itself, or a longer copy with zeros behind it where it has too few lines.
+
+        Args:
+            spare: lines behind the ranges that there must be room for.
+        """
+        missing = self.num_lines + spare - memory.shape[0]
         if missing <= 0:
             return memory
         return torch.cat([memory, memory.new_zeros(missing, *memory.shape[1:])])

@@ -31,6 +31,7 @@ class HierarchicalDecoder(Decoder):
     }
     reads = ("threshold", "score")
     commits_many = True
+    takes_padding = True
     default_threshold = 0.9
 
     def choose(self, step: DecoderStep) -> Commits:
@@ -72,6 +73,7 @@ class LocalLeapDecoder(Decoder):
     }
     reads = ("threshold", "score")
     commits_many = True
+    takes_padding = True
     default_threshold = 0.9
 
     def choose(self, step: DecoderStep) -> Commits:

@@ -73,8 +73,7 @@ class D2CacheSampler:
         if state.tracer:
             state.tracer.step(rows, result, canvas, closed.stats.confidence)
         # The worker's computed count stays where the scheduler rolls it back to.
-        budgets = [canvas.requests[s].row_budget for s in rows.slots]
-        rejected = upload(budgets, torch.int32, logits.device)
+        rejected = canvas.row_budget[rows.view.slots]
         state.finish_step()
         logprobs = None if closed.logprobs is None else LogprobsTensors(*closed.logprobs)
         # Rows and commits of each request: compat/internals.py, take_step_report.
@@ -87,7 +86,10 @@ class D2CacheSampler:
         report = torch.stack([counts, commits], dim=1)
         if state.watched:
             report = append_snapshots(report, canvas, rows.slots, state.watched)
-        return SamplerOutput(result.tokens, logprobs, report, result.num_tokens, rejected)
+        # vLLM copies all columns to the host, and turns them into Python's numbers.
+        most = max(canvas.requests[slot].most_emitted for slot in rows.slots)
+        tokens = result.tokens[:, :most].contiguous()
+        return SamplerOutput(tokens, logprobs, report, result.num_tokens, rejected)
 
 
 def _nothing(num_reqs: int, device: torch.device) -> SamplerOutput:

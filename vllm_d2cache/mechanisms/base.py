@@ -8,7 +8,7 @@ find something out (:class:`Finding`). The step itself knows nothing of any mech
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ from vllm_d2cache.canvas.rows import ExtraRows, StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.canvas.view import CanvasView
+from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout
 from vllm_d2cache.ops.rollout import TensorParallel
 from vllm_d2cache.options.server import ServerOptions
@@ -119,6 +120,13 @@ Ask = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.T
 request's own sampling parameters."""
 
 
+def membership(members: Collection[int], num_requests: int, device: torch.device) -> torch.Tensor | None:
+    """[R] bool: which rows of the batch use a mechanism; None where all of them do."""
+    if len(members) == num_requests:
+        return None
+    return upload([r in members for r in range(num_requests)], torch.bool, device)
+
+
 class Mechanism(ABC):
     """State of one mechanism for all requests that use it.
 
@@ -205,6 +213,10 @@ class Hook:
 
     def present(self) -> torch.Tensor | None:
         """[N - S] bool: rows of the text that have reached the end; None = all have."""
+        return None
+
+    def most_predicted(self) -> int | None:
+        """Of how many rows that are ``present`` the logits are read at most; None = only the device knows."""
         return None
 
     def result(self, num_positions: int) -> Finding | None:

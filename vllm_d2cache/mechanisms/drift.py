@@ -14,7 +14,8 @@ import torch
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.view import canvas_to_positions
-from vllm_d2cache.mechanisms.base import KEYS, ROWS, Finding, Hook, Mechanism, Use, Worker
+from vllm_d2cache.mechanisms.base import KEYS, ROWS, Finding, Hook, Mechanism, Use, Worker, membership
+from vllm_d2cache.mechanisms.canvas_rows import per_request
 from vllm_d2cache.ops.attention_drift import attention_to, received_attention, shared_similarity
 from vllm_d2cache.ops.paged_attention import PagedLayout, read_kv
 from vllm_d2cache.ops.rollout import TensorParallel
@@ -67,14 +68,20 @@ class DriftMeter(Mechanism):
         self.memory.pop(slot, None)
 
     def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> DriftHook:
+        """Waits for the device once: how many rows look."""
         view = rows.view
         watched: list[WatchedRows | None] = [None] * len(rows.slots)
-        looking = canvas_to_positions(rows.candidates, view)
         known = ~canvas_to_positions(view.masked, view)
-        of_rows = rows.by_request()
+        looking = canvas_to_positions(rows.candidates, view)[rows.request, rows.text_positions]
+        if (mine := membership(members, len(rows.slots), view.slots.device)) is not None:
+            looking = looking & mine[rows.request]
+        counts = per_request(rows, looking).tolist()
+        index = looking.nonzero_static(size=sum(counts)).flatten()
+        first = rows.refreshed.cumsum(0) - rows.refreshed
+        within = (index - first[rows.request[index]]).split(counts)
+        positions = rows.text_positions[index].split(counts)
         for r in members:
-            index = looking[r][of_rows[r]].nonzero().flatten()
-            watched[r] = WatchedRows(index, of_rows[r][index], known[r, : rows.lengths[r]])
+            watched[r] = WatchedRows(within[r], positions[r], known[r, : rows.lengths[r]])
         return DriftHook(watched, rows.slots, self.memory, self.worker.tensor_parallel)
 
 

@@ -10,7 +10,8 @@ import torch
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.view import CanvasView
-from vllm_d2cache.mechanisms.base import KEYS, Hook, Mechanism, Use, Wish, Worker
+from vllm_d2cache.mechanisms.base import KEYS, Hook, Mechanism, Use, Wish, Worker, membership
+from vllm_d2cache.mechanisms.canvas_rows import per_request
 from vllm_d2cache.ops.key_choice import choose_keys, mean_query_scores
 from vllm_d2cache.ops.paged_attention import PagedLayout, read_kv
 from vllm_d2cache.ops.rollout import TensorParallel
@@ -81,24 +82,31 @@ class HiddenKeys(Mechanism):
         self.chosen.pop(slot, None)
 
     def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> KeysHook:
-        """Waits for the device: how many keys there are."""
-        view, mine = rows.view, list(members)
+        """Waits for the device once: how many keys there are, and how many rows say which of them are kept."""
+        view = rows.view
         nobody: list[None] = [None] * len(rows.slots)
         hook = KeysHook([*nobody], [*nobody], rows.slots, self.chosen, self.worker.tensor_parallel)
-        at = torch.tensor(mine, device=view.slots.device)
-        visible = self.visible[view.slots[at], : view.num_positions] & view.in_text[at]
-        numbers = self.kept[view.slots[at]].tolist()
-        counts = visible.sum(1).tolist()
-        of_rows = rows.by_request()
-        for i, positions in enumerate(visible.nonzero()[:, 1].split(counts)):
-            r, (choose, apply, count, pool) = mine[i], numbers[i]
+        visible = self.visible[view.slots, : view.num_positions] & view.in_text
+        kept = self.kept[view.slots]
+        asks = kept[:, :2].any(1)
+        if (mine := membership(members, len(rows.slots), view.slots.device)) is not None:
+            visible, asks = visible & mine.unsqueeze(1), asks & mine
+        slot = rows.text_positions - view.prompt_len[rows.request]
+        inside = (slot >= 0) & view.in_window[rows.request, slot.clamp(min=0)] & asks[rows.request]
+        found = torch.stack([visible.sum(1), per_request(rows, inside)], 1)
+        numbers = torch.cat([kept, found], 1).tolist()
+        positions = visible.nonzero_static(size=sum(line[4] for line in numbers))[:, 1]
+        index = inside.nonzero_static(size=sum(line[5] for line in numbers)).flatten()
+        first = rows.refreshed.cumsum(0) - rows.refreshed
+        queries = (index - first[rows.request[index]]).split([line[5] for line in numbers])
+        for r, keys in enumerate(positions.split([line[4] for line in numbers])):
+            choose, apply, count, pool, seen, _ = numbers[r]
+            if r not in members:
+                continue
             if choose or apply:
-                slot = of_rows[r] - view.prompt_len[r]
-                inside = (slot >= 0) & view.in_window[r][slot.clamp(min=0)]
-                queries = inside.nonzero().flatten()
-                hook.choices[r] = KeyChoice(bool(choose), positions, queries, count, pool)
-            elif counts[i] < rows.lengths[r]:
-                hook.keys[r] = positions
+                hook.choices[r] = KeyChoice(bool(choose), keys, queries[r], count, pool)
+            elif seen < rows.lengths[r]:
+                hook.keys[r] = keys
         return hook
 
 
@@ -159,7 +167,7 @@ class KeysHook(Hook):
             scores = self.tensor_parallel.all_reduce(scores) / self.tensor_parallel.size
         outside = torch.ones_like(scores, dtype=torch.bool)
         outside[choice.visible] = False
-        places = outside.nonzero().flatten()
+        places = outside.nonzero_static(size=len(scores) - len(choice.visible)).flatten()
         if self.layer == 0:
             self.chosen[self.slots[r]] = []
         self.chosen[self.slots[r]].append(places[choose_keys(scores[places], choice.count, choice.pool)])

@@ -65,7 +65,7 @@ class ImportanceCapture(Hook):
         layout = self.layout
         kept = [w and keeps_map(b, t) for w, b, t in zip(self.wanted, self._bounds, layout.lengths, strict=True)]
         shapes = zip(layout.counts, layout.lengths, kept, strict=True)
-        return MapPlan.pack([(n, t) if keep else None for n, t, keep in shapes])
+        return MapPlan.pack([(n, t) if keep else None for n, t, keep in shapes], layout.numbers)
 
     @property
     def _bounds(self) -> list[int]:

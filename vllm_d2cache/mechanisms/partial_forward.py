@@ -87,22 +87,30 @@ class PartialForward:
 
     def run(self, layers: Sequence[Layer], positions: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[N, d] embeddings -> hidden and residual [N, d] behind the last; those of rows that left say nothing."""
+        counts = [self._counts(number) for number in range(len(layers))]
+        for rows in counts:
+            self.layout.expect_rows(rows)
         hidden, residual = layers[0](positions, hidden, None)
         for number, layer in enumerate(layers):
             if number > 0:
                 at = BeforeLayer(number, len(layers), layer, positions, hidden, residual, self.layout.slots)
-                hidden, residual = self._layer(at)
+                hidden, residual = self._layer(at, counts[number])
             for hook in self.hooks:
                 hook.behind(number, hidden, residual)
         self.use_layout(self.layout)
         return hidden, residual
 
-    def _layer(self, at: BeforeLayer) -> tuple[torch.Tensor, torch.Tensor]:
-        computed = torch.ones(at.hidden.shape[0], dtype=torch.bool, device=at.hidden.device)
+    def _counts(self, number: int) -> list[int]:
         counts = self.layout.counts
+        if number > 0:
+            for hook in self.hooks:
+                counts = hook.counts(number, counts)
+        return counts
+
+    def _layer(self, at: BeforeLayer, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        computed = torch.ones(at.hidden.shape[0], dtype=torch.bool, device=at.hidden.device)
         for hook in self.hooks:
             hook.narrow(at, computed)
-            counts = hook.counts(at.number, counts)
         behind = at.hidden.shape[0] - at.slots.shape[0]
         index = computed.nonzero_static(size=sum(counts) + behind).flatten()
         fresh, stream = at.hidden[index], at.residual[index]

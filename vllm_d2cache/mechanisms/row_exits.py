@@ -8,7 +8,7 @@ and it has no logits: the slots that are read from it are not candidates of this
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -17,11 +17,12 @@ from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.mechanisms.base import KEYS, ROWS, Mechanism, RequestSize, Use, Wish, Worker
-from vllm_d2cache.mechanisms.canvas_rows import canvas_rows
+from vllm_d2cache.mechanisms.canvas_rows import canvas_places, canvas_rows
 from vllm_d2cache.mechanisms.partial_forward import BeforeLayer, RowHook
 from vllm_d2cache.mechanisms.row_store import RowStore
 from vllm_d2cache.ops.hidden_change import at_most_one, relative_change
-from vllm_d2cache.ops.host import upload
+from vllm_d2cache.ops.host import Numbers
+from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.value_change import most_changed
 
 
@@ -86,11 +87,13 @@ class ExitMemory(Mechanism):
         self.states.drop(slot)
 
     def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> ExitHook:
-        """Waits for the device: how many rows leave."""
+        """Waits for the device once: how many rows leave."""
         slots, dropping = rows.view.slots, list(members)
-        remembered = canvas_rows(rows, dropping)
-        keep = dict(zip(dropping, self.keep[slots][dropping].tolist(), strict=True))
-        left = {r: len(remembered[r][0]) for r in dropping}
+        place, sizes = canvas_places(rows)
+        known = torch.cat([torch.stack([sizes, rows.num_predicted], 1), self.keep[slots]], 1).tolist()
+        left, predicted = ([line[i] for line in known] for i in range(2))
+        keep = {r: known[r][2:] for r in dropping}
+        remembered = canvas_rows(rows, place, left, dropping)
         staying, exits = [rows.counts], []
         for layer in range(self.keep.shape[1]):
             here = {r: min(left[r], keep[r][layer]) for r in dropping if keep[r][layer] >= 0}
@@ -111,6 +114,7 @@ class ExitMemory(Mechanism):
             slots=rows.slots,
             memory=self.states,
             still_there=torch.ones_like(rows.request, dtype=torch.bool),
+            predicted=sum(map(min, predicted, staying[-1])),
         )
 
 
@@ -128,9 +132,20 @@ class ExitHook(RowHook):
     slots: list[int]
     memory: RowStore  # hidden states behind the layers where rows may leave, of rows that stayed; changed
     still_there: torch.Tensor  # [N] bool, rows that have not left
+    predicted: int | None = None  # most rows that have logits at the end
+    numbers: Numbers = field(default_factory=Numbers)
+
+    def place(self, layout: PagedLayout) -> None:
+        self.numbers = layout.numbers
+        for exits in self.exits:
+            if exits:
+                self.numbers.expect(self._stay(exits), torch.int64)
 
     def present(self) -> torch.Tensor:
         return self.still_there
+
+    def most_predicted(self) -> int | None:
+        return self.predicted
 
     def counts(self, number: int, counts: list[int]) -> list[int]:
         return list(map(min, counts, self.staying[number - 1]))
@@ -154,14 +169,16 @@ class ExitHook(RowHook):
         change = relative_change(state, old).masked_fill(~present, 0)
         change = at_most_one(change, request, len(self.slots))
         score = (self.bias[index] + self.weight[index] * change).masked_fill(~present, -torch.inf)
-        count = [exits.get(r, 0) for r in range(len(self.slots))]
-        stays = most_changed(score, request, upload(count, torch.int64, index.device))
+        stays = most_changed(score, request, self.numbers.on(index.device, self._stay(exits), torch.int64))
         self.still_there[index] = stays
 
         sizes = [len(place) for _, place in mine]
         parts = zip(stores, mine, state.split(sizes), stays.split(sizes), strict=True)
         for store, (_, place), now, stay in parts:
             store[place] = torch.where(stay.unsqueeze(1), now, store[place])
+
+    def _stay(self, exits: dict[int, int]) -> list[int]:
+        return [exits.get(r, 0) for r in range(len(self.slots))]
 
     def _store(self, r: int, layer: int, like: torch.Tensor) -> torch.Tensor:
         """[places, d] of a request behind this layer."""

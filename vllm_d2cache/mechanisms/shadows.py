@@ -9,8 +9,7 @@ import torch
 
 from vllm_d2cache.canvas.rows import ExtraRows, StepRows
 from vllm_d2cache.canvas.states import CanvasStates
-from vllm_d2cache.mechanisms.base import FRESH, KEYS, ROWS, Ask, Finding, Hook, Mechanism, Use, Worker
-from vllm_d2cache.ops.host import upload
+from vllm_d2cache.mechanisms.base import FRESH, KEYS, ROWS, Ask, Finding, Hook, Mechanism, Use, Worker, membership
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.shadow_attention import ShadowRows, shadow_attention
 
@@ -42,13 +41,15 @@ class Shadows(Mechanism):
     """Keeps nothing from step to step."""
 
     def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> ShadowHook:
-        """Waits for the device: how many shadows there are."""
+        """Waits for the device once: how many shadows there are."""
         view, device = rows.view, rows.view.slots.device
-        mine = upload([r in members for r in range(len(rows.slots))], torch.bool, device)
-        verified = view.in_window & ~view.masked & mine.unsqueeze(1)
+        verified = view.in_window & ~view.masked
+        if (mine := membership(members, len(rows.slots), device)) is not None:
+            verified = verified & mine.unsqueeze(1)
         shadowed = view.in_window & verified.any(1, keepdim=True)
-        owner, place = shadowed.nonzero(as_tuple=True)
-        who, slot = verified.nonzero(as_tuple=True)
+        counts, verifies = torch.stack([shadowed.sum(1), verified.sum(1)]).tolist()
+        owner, place = shadowed.nonzero_static(size=sum(counts)).unbind(1)
+        who, slot = verified.nonzero_static(size=sum(verifies)).unbind(1)
         # A slot is read where its family reads it: from the shadow, of a shifted family from that on the left; the
         # window's first slot then has none, and is read from the text.
         source = slot - canvas.traits.logit_shift
@@ -61,7 +62,7 @@ class Shadows(Mechanism):
         hook = ShadowHook(verified, who, slot, canvas.tokens[view.slots[who], view.prompt_len[who] + slot].long())
         logits_rows = torch.where(in_shadow, shadow_row, text_row)
         if len(who):
-            hook.extra = ExtraRows(shadowed.sum(1).tolist(), positions, masks, logits_rows)
+            hook.extra = ExtraRows(counts, positions, masks, logits_rows)
         return hook
 
 

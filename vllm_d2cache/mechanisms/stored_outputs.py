@@ -15,8 +15,8 @@ import torch
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.view import CanvasView
-from vllm_d2cache.mechanisms.base import ROWS, Mechanism, RequestSize, Use, Wish, Worker
-from vllm_d2cache.mechanisms.canvas_rows import canvas_rows
+from vllm_d2cache.mechanisms.base import ROWS, Mechanism, RequestSize, Use, Wish, Worker, membership
+from vllm_d2cache.mechanisms.canvas_rows import canvas_places, canvas_rows, per_request
 from vllm_d2cache.mechanisms.partial_forward import BeforeLayer, RowHook
 from vllm_d2cache.mechanisms.row_store import RowStore
 from vllm_d2cache.mechanisms.value_directions import ValueDirections, leading
@@ -90,29 +90,33 @@ class OutputStore(Mechanism):
         self.outputs.drop(slot)
 
     def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> OutputHook:
-        """Waits for the device: how many rows each layer computes."""
+        """Waits for the device once: how many rows each layer computes."""
         view, device = rows.view, self.worker.device
-        stores = torch.zeros(len(rows.slots), dtype=torch.bool, device=device)
-        stores[list(members)] = True
-        kind = self.kind[view.slots[rows.request], rows.text_positions] * stores[rows.request]
-        count = self.count[view.slots]
-        computed, compared = torch.zeros(2, len(rows.slots), 1, dtype=torch.int64, device=device)
-        computed.index_add_(0, rows.request, (kind == 0).long().unsqueeze(1))
-        compared.index_add_(0, rows.request, (kind == 2).long().unsqueeze(1))
-        index = (kind == 2).nonzero().flatten()
+        kind = self.kind[view.slots[rows.request], rows.text_positions]
+        if (mine := membership(members, len(rows.slots), device)) is not None:
+            kind = kind * mine[rows.request]
+        count, place = self.count[view.slots], canvas_places(rows)
+        compared = per_request(rows, kind == 2).unsqueeze(1)
+        computed = per_request(rows, kind == 0).unsqueeze(1) + torch.minimum(compared, count)
+        rank = self.proxy_rank[view.slots[rows.request]]
+        ranked = ((kind == 2) & (rank != 0)).sum().view(1)
+        *numbers, num_ranked = torch.cat([computed.t().flatten(), compared.flatten(), place[1], ranked]).tolist()
+        n = len(rows.slots)
+        *per_layer, num_compared, sizes = (numbers[i : i + n] for i in range(0, len(numbers), n))
+        index = (kind == 2).nonzero_static(size=sum(num_compared)).flatten()
         proxied = None
         if any(isinstance(use, StoresOutputs) and use.proxies for use in members.values()):
-            rank = self.proxy_rank[view.slots[rows.request[index]]]
-            some = rank.nonzero().flatten()
+            rank = rank[index]
+            some = rank.nonzero_static(size=num_ranked).flatten()
             proxied = (some, rank[some])
         return OutputHook(
             stored=kind > 0,
             compared=index,
             request=rows.request,
             count=count,
-            computed=(computed + torch.minimum(compared, count)).t().tolist(),
+            computed=per_layer,
             proxied=proxied,
-            kept=canvas_rows(rows, members),
+            kept=canvas_rows(rows, place[0], sizes, members),
             capacity={r: rows.lengths[r] - rows.prompt_lens[r] + 1 for r in members},
             slots=rows.slots,
             outputs=self.outputs,

@@ -64,24 +64,23 @@ class RowEdits:
     def _penalise(self, logits: torch.Tensor) -> None:
         edits = self.edits
         assert edits.penalties is not None and edits.text is not None and edits.prompt_len is not None
-        uses = (edits.penalties != edits.penalties.new_tensor(NO_PENALTIES)).any(1)[self.request].nonzero().flatten()
-        request = self.request[uses]
-        text = edits.text[request]
+        text = edits.text[self.request]
         position = torch.arange(text.shape[1], device=text.device).unsqueeze(0)
+        prompt_len = edits.prompt_len[self.request]
         # A token that is asked about where it stands has not been there before.
-        own = edits.prompt_len[request] + self.slot[uses]
-        text = text.masked_fill(position == own.unsqueeze(1), -1)
+        text = text.masked_fill(position == (prompt_len + self.slot).unsqueeze(1), -1)
         stands = text >= 0
-        written = stands & (position >= edits.prompt_len[request].unsqueeze(1))
+        written = stands & (position >= prompt_len.unsqueeze(1))
         # Counts are whole numbers: adding them up is exact in any order.
         seen, count = (
-            logits.new_zeros(len(uses), logits.shape[1]).scatter_add_(1, text.clamp(min=0), where.float())
-            for where in (stands, written)
+            torch.zeros_like(logits).scatter_add_(1, text.clamp(min=0), where.float()) for where in (stands, written)
         )
-        repetition, frequency, presence = edits.penalties[request].unsqueeze(2).unbind(1)
-        part = logits[uses]
-        part = torch.where(seen > 0, torch.where(part > 0, part / repetition, part * repetition), part)
-        logits[uses] = part - frequency * count - presence * (count > 0)
+        penalties = edits.penalties[self.request]
+        repetition, frequency, presence = penalties.unsqueeze(2).unbind(1)
+        changed = torch.where(seen > 0, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
+        changed = changed - frequency * count - presence * (count > 0)
+        off = [penalties[:, i] == value for i, value in enumerate(NO_PENALTIES)]
+        logits.copy_(torch.where((off[0] & off[1] & off[2]).unsqueeze(1), logits, changed))
 
 
 NO_PENALTIES = (1.0, 0.0, 0.0)
@@ -89,17 +88,16 @@ NO_PENALTIES = (1.0, 0.0, 0.0)
 
 def _ban(logits: torch.Tensor, ids: torch.Tensor) -> None:
     """Set the listed ids [n, F] of each row to -inf; -1 is padding."""
-    some = (ids >= 0).any(1).nonzero().flatten()
-    ids = _filled(ids[some])
-    logits[some] = logits[some].scatter(1, ids, -torch.inf)
+    listed, some = _filled(ids)
+    # A row without any keeps the logit of the id that stands in for one.
+    logits.scatter_(1, listed, logits.gather(1, listed).masked_fill(some, -torch.inf))
 
 
 def _keep(logits: torch.Tensor, ids: torch.Tensor) -> None:
     """Set all but the listed ids [n, A] of each row to -inf; rows without any stay as they are."""
-    some = (ids >= 0).any(1).nonzero().flatten()
-    ids = _filled(ids[some])
-    part = logits[some]
-    logits[some] = torch.full_like(part, -torch.inf).scatter(1, ids, part.gather(1, ids))
+    listed, some = _filled(ids)
+    kept = torch.full_like(logits, -torch.inf).scatter_(1, listed, logits.gather(1, listed))
+    logits.copy_(torch.where(some, kept, logits))
 
 
 def _keep_bits(logits: torch.Tensor, bitmask: torch.Tensor) -> None:
@@ -111,6 +109,9 @@ def _keep_bits(logits: torch.Tensor, bitmask: torch.Tensor) -> None:
         rows.masked_fill_(kept.flatten(1)[:, : rows.shape[1]] == 0, -torch.inf)
 
 
-def _filled(ids: torch.Tensor) -> torch.Tensor:
-    """Padding replaced by an id of the same line: naming one twice changes nothing."""
-    return torch.where(ids >= 0, ids, ids.amax(1, keepdim=True) if ids.numel() else ids)
+def _filled(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [n, F] whose padding is replaced by an id of the same line (naming one twice changes nothing), or by 0 where
+    the line has none; and [n, 1] bool, whether it has any.
+    """
+    largest = ids.amax(1, keepdim=True)
+    return torch.where(ids >= 0, ids, largest.clamp(min=0)), largest >= 0

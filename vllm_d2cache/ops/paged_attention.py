@@ -8,7 +8,7 @@ rows are refreshed that the map would be a T x T matrix).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_d2cache.ops.dispatch import dispatched
-from vllm_d2cache.ops.host import upload
+from vllm_d2cache.ops.host import Numbers
 
 _TRITON = "vllm_d2cache.ops.triton"
 
@@ -52,6 +52,8 @@ class PagedLayout:
     # [N] int32, the span of each row: it attends to positions before this one; ascending within a request but for its
     # padding. None = all rows see their whole text.
     limits: torch.Tensor | None = None
+    # What kernels read of the lists above; layouts of one step share it, whatever rows and keys their layers have.
+    numbers: Numbers = field(default_factory=Numbers, repr=False, compare=False)
 
     def read_on_device(self, row_starts: torch.Tensor, text_lengths: torch.Tensor) -> None:
         """Have kernels read these two, which may change; ``counts`` and ``lengths`` are then no more than capacities.
@@ -77,26 +79,46 @@ class PagedLayout:
     @cached_property
     def row_starts(self) -> torch.Tensor:
         """[R + 1] int32: first row of each request, and the end of the last."""
-        return upload(list(accumulate(self.counts, initial=0)), torch.int32, self.slots.device)
+        self.numbers.expect(self.lengths, torch.int32)
+        return self.numbers.on(self.slots.device, _starts(self.counts), torch.int32)
 
     @cached_property
     def text_lengths(self) -> torch.Tensor:
         """[R] int32: ``lengths``."""
-        return upload(self.lengths, torch.int32, self.slots.device)
+        self.numbers.expect(_starts(self.counts), torch.int32)
+        return self.numbers.on(self.slots.device, self.lengths, torch.int32)
+
+    def __post_init__(self) -> None:
+        if self.keys is not None and any(k is not None for k in self.keys):
+            starts, counts = self._key_places(self.keys)
+            self.numbers.expect(starts, torch.int64)
+            self.numbers.expect(counts, torch.int32)
 
     @cached_property
     def visible_keys(self) -> VisibleKeys | None:
         """``keys`` as kernels read them; None where every request attends to all of its positions."""
         if self.keys is None or all(k is None for k in self.keys):
             return None
+        starts, counts = self._key_places(self.keys)
         device = self.slots.device
-        some = [k for k in self.keys if k is not None]
-        offsets = iter(accumulate((k.shape[0] for k in some), initial=0))
-        starts = [-1 if k is None else next(offsets) for k in self.keys]
-        counts = [t if k is None else k.shape[0] for k, t in zip(self.keys, self.lengths, strict=True)]
         return VisibleKeys(
-            torch.cat(some).int(), upload(starts, torch.int64, device), upload(counts, torch.int32, device)
+            torch.cat([k for k in self.keys if k is not None]).int(),
+            self.numbers.on(device, starts, torch.int64),
+            self.numbers.on(device, counts, torch.int32),
         )
+
+    def _key_places(self, keys: list[torch.Tensor | None]) -> tuple[list[int], list[int]]:
+        offsets = iter(accumulate((k.shape[0] for k in keys if k is not None), initial=0))
+        starts = [-1 if k is None else next(offsets) for k in keys]
+        return starts, [t if k is None else k.shape[0] for k, t in zip(keys, self.lengths, strict=True)]
+
+    def expect_rows(self, counts: list[int]) -> None:
+        """Some layer will have these rows of each request."""
+        self.numbers.expect(_starts(counts), torch.int32)
+
+
+def _starts(counts: list[int]) -> list[int]:
+    return list(accumulate(counts, initial=0))
 
 
 class VisibleKeys(NamedTuple):
@@ -114,15 +136,23 @@ class MapPlan:
     shapes: list[tuple[int, int] | None]  # [rows, T] of each request; None = leaves none
     starts: list[int]  # first element of each map, -1 where there is none
     elements: int
+    numbers: Numbers = field(default_factory=Numbers, repr=False, compare=False)  # see PagedLayout
 
     @classmethod
-    def pack(cls, shapes: list[tuple[int, int] | None]) -> MapPlan:
-        """The maps of those shapes side by side."""
+    def pack(cls, shapes: list[tuple[int, int] | None], numbers: Numbers | None = None) -> MapPlan:
+        """The maps of those shapes side by side.
+
+        Args:
+            numbers: of the step; None = its own.
+        """
         starts, offset = [], 0
         for shape in shapes:
             starts.append(offset if shape else -1)
             offset += shape[0] * shape[1] if shape else 0
-        return cls(shapes, starts, offset)
+        numbers = Numbers() if numbers is None else numbers
+        if offset:
+            numbers.expect(starts, torch.int64)
+        return cls(shapes, starts, offset, numbers)
 
     def read_on_device(self, starts: torch.Tensor) -> None:
         """Have kernels read ``starts`` [R] int64, which may change; those of the host are then no more than room."""
@@ -131,7 +161,7 @@ class MapPlan:
     def starts_on(self, device: torch.device) -> torch.Tensor:
         """[R] int64: ``starts`` on the device."""
         if "_starts" not in self.__dict__:
-            self.__dict__["_starts"] = upload(self.starts, torch.int64, device)
+            self.__dict__["_starts"] = self.numbers.on(device, self.starts, torch.int64)
         return self.__dict__["_starts"]
 
 

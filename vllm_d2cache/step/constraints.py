@@ -9,6 +9,7 @@ import torch
 from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
+from vllm_d2cache.ops.host import Writes
 from vllm_d2cache.ops.logit_edits import NO_PENALTIES, LogitEdits, RowEdits
 from vllm_d2cache.options.sampling import EditSpec
 
@@ -24,31 +25,42 @@ class Constraints:
         num_slots, device = canvas.prompt_len.shape[0], canvas.device
         self.canvas = canvas
         self._specs: dict[int, EditSpec] = {}
+        self._written: set[int] = set()  # slots whose lines are not those of a request that asks for nothing
         self._allowed = _IdTable(num_slots, device)
         self._bias_ids = _IdTable(num_slots, device)
         self._bias = torch.zeros(num_slots, 1, device=device)
         self._banned = _IdTable(num_slots, device)
         self._stop_ids = _IdTable(num_slots, device)
         self._min_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self._penalties = torch.tensor(NO_PENALTIES, device=device).repeat(num_slots, 1)
+        self._penalties = torch.tensor(NO_PENALTIES).repeat(num_slots, 1).to(device)
 
-    def add(self, slot: int, request: Request) -> None:
-        """Note what the request of ``slot`` asks, if anything."""
+    def add(self, slot: int, request: Request, writes: Writes) -> None:
+        """Note what the request of ``slot`` asks, if anything.
+
+        Args:
+            writes: what it needs of the host is put here; nothing may read the slot before they are sent.
+        """
         self._specs.pop(slot, None)
         spec = request.sampling.edits
-        # A line is written in any case: it is read whenever a mate uses the table.
-        self._allowed.set(slot, spec.allowed)
-        self._bias_ids.set(slot, [token for token, _ in spec.bias])
-        self._bias = _widened(self._bias, self._bias_ids.ids.shape[1], 0.0)
-        self._bias[slot] = 0.0
-        self._bias[slot, : len(spec.bias)] = torch.tensor([value for _, value in spec.bias])
-        self._banned.set(slot, spec.banned)
-        self._stop_ids.set(slot, spec.stop_ids if spec.min_tokens else ())
-        self._min_tokens[slot] = spec.min_tokens
-        self._penalties[slot] = torch.tensor(spec.penalties)
         # stop_ids are there for min_tokens alone.
-        if spec != EditSpec(stop_ids=spec.stop_ids):
+        asks = spec != EditSpec(stop_ids=spec.stop_ids)
+        if not asks and slot not in self._written:
+            return
+        # Of who asks for anything every line is written: it is read whenever a mate uses the table.
+        self._allowed.put(slot, spec.allowed, writes)
+        self._bias_ids.put(slot, [token for token, _ in spec.bias], writes)
+        self._bias = _widened(self._bias, self._bias_ids.ids.shape[1], 0.0)
+        values = [value for _, value in spec.bias]
+        writes.put(self._bias[slot], values + [0.0] * (self._bias.shape[1] - len(values)))
+        self._banned.put(slot, spec.banned, writes)
+        self._stop_ids.put(slot, spec.stop_ids if spec.min_tokens else (), writes)
+        self._min_tokens[slot] = spec.min_tokens
+        writes.put(self._penalties[slot], spec.penalties)
+        if asks:
             self._specs[slot] = spec
+            self._written.add(slot)
+        else:
+            self._written.discard(slot)
 
     def remove(self, slot: int) -> None:
         """Forget the request in ``slot``."""
@@ -95,10 +107,9 @@ class _IdTable:
     def __init__(self, num_slots: int, device: torch.device) -> None:
         self.ids = torch.full((num_slots, 1), -1, dtype=torch.int32, device=device)
 
-    def set(self, slot: int, ids: Sequence[int]) -> None:
+    def put(self, slot: int, ids: Sequence[int], writes: Writes) -> None:
         self.ids = _widened(self.ids, len(ids), -1)
-        self.ids[slot] = -1
-        self.ids[slot, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+        writes.put(self.ids[slot], [*ids, *[-1] * (self.ids.shape[1] - len(ids))])
 
 
 def _widened(table: torch.Tensor, width: int, value: float) -> torch.Tensor:

@@ -20,7 +20,7 @@ from vllm_d2cache.decoders.schedule import least_commits
 from vllm_d2cache.decoders.scores import ranking_score
 from vllm_d2cache.mechanisms.base import Finding, Worker
 from vllm_d2cache.ops.density import certainty_density
-from vllm_d2cache.ops.host import upload
+from vllm_d2cache.ops.host import upload, upload_lists
 from vllm_d2cache.ops.row_sampling import sampling_of_nobody, sampling_of_rows
 from vllm_d2cache.ops.row_stats import RowParams, RowStats, row_stats, token_probability
 from vllm_d2cache.ops.step_rows import spread
@@ -110,7 +110,8 @@ class Decoding:
         mask = self.canvas.traits.mask_token_id
         readers = []
         for decoder, members, _, part in parts:
-            seen = PredictedRows(view, rows.predicted, who, slot, part, members, hidden, lm_head, params, mask)
+            own = [rows.slots[i] for i in members]
+            seen = PredictedRows(view, rows.predicted, who, slot, part, members, hidden, lm_head, params, mask, own)
             if (reader := decoder.tile_reader(seen)) is not None:
                 readers.append(reader)
         return row_stats(hidden, lm_head, params, mask, SCORES[1] in scores, entropy, readers)
@@ -192,8 +193,8 @@ class Decoding:
         if len(members) == 1:
             return [Part(decoder, mine, None, None) for decoder, mine in members.items()]
         found, (who, _) = [], rows.predicted_index
-        for decoder, mine in members.items():
-            chosen = upload(mine, torch.int64, self.canvas.device)
+        uploaded = upload_lists(list(members.values()), torch.int64, self.canvas.device)
+        for (decoder, mine), chosen in zip(members.items(), uploaded, strict=True):
             found.append(Part(decoder, mine, chosen, torch.isin(who, chosen)))
         return found
 

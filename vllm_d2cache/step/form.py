@@ -37,7 +37,7 @@ class StepForms:
     def can_pad(self, slots: Sequence[int]) -> bool:
         """Whether a step of these requests can be padded: no first step, and nothing whose shapes the device decides.
 
-        Most mechanisms need exact rows; so do logit edits and most decoders.
+        Most mechanisms need exact rows; so do logit edits, log-probabilities and some decoders.
         """
         requests = [self.canvas.requests[s] for s in slots]
         return (
@@ -45,11 +45,12 @@ class StepForms:
             and all(use.takes_padding for slot in slots for use in self.mechanisms.uses(slot))
             and self.decoding.takes_padding(slots)
             and not self.constraints.any_of(slots)
+            and not self.logprobs.any_of(slots)
         )
 
     def fitting_graph(self, slots: Sequence[int]) -> GraphSize | None:
         """The graph that does a step of these requests; None = eager, with exact rows."""
-        if self.graphs is None or not self.may_graph or self.logprobs.any_of(slots) or not self.can_pad(slots):
+        if self.graphs is None or not self.may_graph or not self.can_pad(slots):
             return None
         requests = [self.canvas.requests[s] for s in slots]
         uses = [self.mechanisms.uses(slot) for slot in slots]

@@ -7,6 +7,7 @@ only for running requests that ask, and only as wide as the widest of their canv
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ class LogprobRecorder:
     def __init__(self, canvas: CanvasStates) -> None:
         self.canvas = canvas
         self._lines: dict[int, int] = {}  # slot -> line
+        self._line_of = torch.full_like(canvas.prompt_len, -1)  # the same on the device; -1 = does not ask
         self._clear()
 
     def _clear(self) -> None:
@@ -57,6 +59,7 @@ class LogprobRecorder:
             return
         line = min(set(range(len(self._lines) + 1)) - set(self._lines.values()))
         self._lines[slot] = line
+        self._line_of[slot] = line
         self._grow(line + 1, request.canvas_len, count + 1)
         # A slot that is never committed was given by the request: certain, and without alternatives.
         given = self.canvas.tokens[slot, request.prompt_len : request.prompt_len + request.canvas_len]
@@ -70,7 +73,9 @@ class LogprobRecorder:
 
     def remove(self, slot: int) -> None:
         """Free the line of ``slot``, and the tables with the last one."""
-        self._lines.pop(slot, None)
+        if self._lines.pop(slot, None) is None:
+            return
+        self._line_of[slot] = -1
         if not self._lines:
             self._clear()
 
@@ -84,25 +89,30 @@ class LogprobRecorder:
             hidden: [n, d] final hidden states of the predicted slots, in the order of ``rows.logits_rows``.
             lm_head: maps [m, d] to [m, vocab] logits.
         """
-        lines_host = [self._lines.get(slot, -1) for slot in rows.slots]
-        if max(lines_host) < 0:
+        if not self.any_of(rows.slots):
             return None
-        lines = torch.tensor(lines_host, device=self.canvas.device)
-        self._take(rows, result, lines, hidden, lm_head)
-        return self._emit(rows, result, lines, lines_host)
+        lines = self._line_of[rows.view.slots]
+        who, slot = rows.predicted_index
+        # Padding lands in a column that no slot has.
+        committed = torch.nn.functional.pad(result.committed, (0, 1))
+        chosen = committed[who, slot] & (lines[who] >= 0)
+        counts = torch.where(lines >= 0, result.num_tokens, 0)
+        # One wait for both: how many log-probabilities are taken, and how many of them go out.
+        num_chosen, *counts_host = torch.cat([chosen.sum().view(1), counts]).tolist()
+        index = chosen.nonzero_static(size=num_chosen).flatten()
+        self._take(rows, lines, index, hidden, lm_head)
+        return self._emit(rows, result, lines, counts, counts_host)
 
     def _take(
         self,
         rows: StepRows,
-        result: StepResult,
         lines: torch.Tensor,
+        chosen: torch.Tensor,
         hidden: torch.Tensor,
         lm_head: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         """Run the head once more on the slots that were committed: few, where the predicted ones are many."""
-        who, slot = rows.predicted_index
-        chosen = (result.committed[who, slot] & (lines[who] >= 0)).nonzero().flatten()
-        who, slot = who[chosen], slot[chosen]
+        who, slot = (part[chosen] for part in rows.predicted_index)
         view = rows.view
         token = self.canvas.tokens[view.slots[who], view.prompt_len[who] + slot].long()
         width = self._ids.shape[2]
@@ -111,15 +121,13 @@ class LogprobRecorder:
         self._logprobs[lines[who], slot] = logprobs
         self._ranks[lines[who], slot] = ranks
 
-    def _emit(self, rows: StepRows, result: StepResult, lines: torch.Tensor, lines_host: list[int]) -> EmittedLogprobs:
-        emitted = result.num_tokens.tolist()
-        counts_host = [n if line >= 0 else 0 for n, line in zip(emitted, lines_host, strict=True)]
-        starts = [0]
-        for count in counts_host:
-            starts.append(starts[-1] + count)
-        counts = torch.tensor(counts_host, device=lines.device)
+    def _emit(
+        self, rows: StepRows, result: StepResult, lines: torch.Tensor, counts: torch.Tensor, counts_host: list[int]
+    ) -> EmittedLogprobs:
+        starts = list(accumulate(counts_host, initial=0))
         before = self.canvas.emitted[rows.view.slots] - result.num_tokens
-        row = torch.arange(len(counts_host), device=lines.device).repeat_interleave(counts)
+        index = torch.arange(len(counts_host), device=lines.device)
+        row = index.repeat_interleave(counts, output_size=starts[-1])
         within = torch.arange(starts[-1], device=lines.device) - (counts.cumsum(0) - counts)[row]
         line, slot = lines[row], before[row] + within
         return EmittedLogprobs(self._ids[line, slot], self._logprobs[line, slot], self._ranks[line, slot], starts)

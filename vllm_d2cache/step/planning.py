@@ -9,7 +9,7 @@ import torch
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.mechanisms.base import Mechanisms, Worker
-from vllm_d2cache.ops.host import upload
+from vllm_d2cache.ops.host import upload_lists
 from vllm_d2cache.ops.step_rows import store_plan
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 from vllm_d2cache.policies.registry import POLICY_CLASSES
@@ -40,7 +40,7 @@ class Planning:
         options = self.canvas.requests[slot].options
         policy = self.policy(options.policy)
         policy.start(slot, options)
-        view = self.canvas.view(torch.tensor([slot], device=self.canvas.device), [slot])
+        view = self.canvas.view(torch.arange(slot, slot + 1, device=self.canvas.device), [slot])
         self._store(policy.first_plan(view), view)
 
     def reads_entropy(self, slots: Sequence[int]) -> bool:
@@ -54,13 +54,17 @@ class Planning:
             view: after the step's commits.
             slots: of the requests, on the host.
         """
-        names = [self.canvas.requests[s].options.policy for s in slots]
-        for name in dict.fromkeys(names):
-            part, mine = view, outcome
-            if len(set(names)) > 1:
-                rows = upload([i for i, n in enumerate(names) if n == name], torch.int64, self.canvas.device)
-                part, mine = view.select(rows), outcome.select(rows)
-            self._store(self.policy(name).next_plan(part, mine), part)
+        members: dict[str, list[int]] = {}
+        for i, slot in enumerate(slots):
+            members.setdefault(self.canvas.requests[slot].options.policy, []).append(i)
+        if len(members) == 1:
+            (name,) = members
+            self._store(self.policy(name).next_plan(view, outcome), view)
+            return
+        lines = upload_lists(list(members.values()), torch.int64, self.canvas.device)
+        for name, rows in zip(members, lines, strict=True):
+            part = view.select(rows)
+            self._store(self.policy(name).next_plan(part, outcome.select(rows)), part)
 
     def _store(self, plan: StepPlan, view: CanvasView) -> None:
         tables = (self.canvas.refresh, self.canvas.observe, self.canvas.eligible)

@@ -21,6 +21,7 @@ from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.graphs.step_graphs import GraphSize, GraphStep
 from vllm_d2cache.mechanisms.base import Hook, Mechanisms, Worker
 from vllm_d2cache.observe.counters import StepCounters
+from vllm_d2cache.ops.host import Writes
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.row_stats import RowStats
 from vllm_d2cache.policies.base import StepOutcome
@@ -76,9 +77,11 @@ class StepRunner:
 
     def add(self, slot: int, request: Request, prompt: np.ndarray, emitted: int = 0) -> None:
         """Start a request in ``slot``, or start it over; see CanvasStates.add."""
-        self.canvas.add(slot, request, prompt, emitted)
+        writes = Writes(self.worker.device)
+        self.canvas.add(slot, request, prompt, emitted, writes)
+        self.constraints.add(slot, request, writes)
+        writes.send()
         self.mechanisms.enter(slot, uses_of(request.options))
-        self.constraints.add(slot, request)
         self.planning.start(slot)
         self.decoding.start(slot)
         self.logprobs.add(slot, request)
@@ -134,9 +137,10 @@ class StepRunner:
             hidden: [n + v, d] final hidden states of ``rows.logits_rows``.
         """
         rows = step.rows
-        for present in (p for hook in step.hooks if (p := hook.present()) is not None):
-            rows, stayed = rows.without(present)
-            hidden = hidden[stayed]
+        for hook in step.hooks:
+            if (present := hook.present()) is not None:
+                rows, stayed = rows.without(present, hook.most_predicted())
+                hidden = hidden[stayed]
         hidden, behind = hidden.tensor_split([len(rows.predicted_index[0])])
         for hook in step.hooks:
             if hook.extra is not None:

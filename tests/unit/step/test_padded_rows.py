@@ -44,7 +44,7 @@ def test_padded_steps_are_taken() -> None:
         FakeJob([1, 2], 6, {"policy": "sparse_dllm"}),
         FakeJob([1, 2], 6, {"policy": "dllm_cache"}),
         FakeJob([1, 2], 6, {"policy": "elastic"}),
-        FakeJob([1, 2], 6, {"decoder": "klass"}),
+        FakeJob([1, 2], 6, {"decoder": "credit"}),
         FakeJob([1, 2], 6, sampling=SamplingSpec(edits=EditSpec(banned=(3,)))),
     ],
 )
