@@ -79,22 +79,21 @@ def settings() -> dict[str, Setting]:
     found = {f"policy {name}": Setting(({"policy": name},)) for name in POLICY_CLASSES}
     for name in DECODER_CLASSES:
         found[f"decoder {name}"] = Setting(({"decoder": name, "policy": _policy_for(name)},))
-    found |= {
+    return found | {
         "log-probabilities": Setting(({},), (LOGPROBS,)),
         "logit edits": Setting(({},), (EDITS,)),
         "allowed tokens": Setting(({},), (ALLOWED,)),
         "sampled": Setting(({},), (SAMPLED,)),
         "grammar": Setting(({},), grammar=True),
         "given canvas": Setting(({},), given=True),
-        "all decoders": Setting(tuple({"decoder": name, "policy": "full"} for name in DECODER_CLASSES)),
     }
-    return found
 
 
 def mixed() -> dict[str, Setting]:
     """Batches in which everything happens at once: waits add up, and are bounded all the same."""
     policies = tuple({"policy": name} for name in POLICY_CLASSES)
     return {
+        "all decoders": Setting(tuple({"decoder": name, "policy": "full"} for name in DECODER_CLASSES)),
         "all policies": Setting(policies),
         "all of it": Setting(policies, (SamplingSpec(), LOGPROBS, EDITS, ALLOWED, SAMPLED)),
     }

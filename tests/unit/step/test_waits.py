@@ -26,7 +26,7 @@ MOST_WAITS = 2
 MOST_UPLOADS = 4
 
 
-@pytest.mark.parametrize("batch", [1, 8, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 64))])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_waits_and_copies_of_a_step(name: str, batch: int) -> None:
     for form, asked in measure(SETTINGS[name], batch).items():
