@@ -41,6 +41,7 @@ class CanvasStates:
         self.masked, self.terminal = table(torch.bool, max_len), table(torch.bool, max_len)
         self.observe, self.eligible = table(torch.bool, max_len), table(torch.bool, max_len)
         self.emitted, self.step, self.window_step = (table(torch.int64) for _ in range(3))
+        self.held, self.held_start = table(torch.bool), table(torch.int64)  # a window that is not over, though full
         self.prompt_len, self.canvas_len, self.seed = (table(torch.int64) for _ in range(3))
         self.sampling = table(torch.float32, 3)  # temperature, top_p, top_k
         self.numbers = table(torch.float32, len(OptionColumns._fields))
@@ -65,6 +66,7 @@ class CanvasStates:
             self._set_given(slot, request)
         self.emitted[slot] = emitted
         self.step[slot] = self.window_step[slot] = 0
+        self.held[slot] = False
         self.prompt_len[slot], self.canvas_len[slot] = p, g
         sampling, options = request.sampling, request.options
         self.seed[slot] = sampling.seed
@@ -98,15 +100,18 @@ class CanvasStates:
         """The texts of ``slots`` [R] as they are now, padded to the widest."""
         requests = [self.requests[s] for s in slots_host]
         width = max(r.canvas_len for r in requests)
-        masked, live = self.masked[slots, :width], live_slots(self.terminal[slots, :width])
+        masked, prompt_len = self.masked[slots, :width], self.prompt_len[slots]
         options = _columns(self.numbers[slots])
+        live, start = self._window(masked, self.terminal[slots, :width], prompt_len, options.window)
+        if any(r.revises for r in requests):
+            start = torch.where(self.held[slots], self.held_start[slots], start)
         return CanvasView(
             slots,
-            self.prompt_len[slots],
+            prompt_len,
             self.canvas_len[slots],
             masked,
             live,
-            first_window(masked, live, options.window),
+            start,
             self.step[slots],
             self.window_step[slots],
             max(r.length for r in requests),
@@ -114,27 +119,48 @@ class CanvasStates:
             frozenset().union(*(r.options.used for r in requests)),
         )
 
+    def _window(
+        self, masked: torch.Tensor, terminal: torch.Tensor, prompt_len: torch.Tensor, window: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Live slots [R, G] and the current window's start [R], by what is masked."""
+        block = self.traits.block_length
+        live = live_slots(terminal, prompt_len, block)
+        return live, first_window(masked, live, window, 0 if block is None else prompt_len)
+
     def commit(
-        self, view: CanvasView, committed: torch.Tensor, token: torch.Tensor, revoked: torch.Tensor | None
+        self,
+        view: CanvasView,
+        committed: torch.Tensor,
+        token: torch.Tensor,
+        revoked: torch.Tensor | None,
+        revised: torch.Tensor | None = None,
+        held: torch.Tensor | None = None,
     ) -> CanvasView:
         """Write the committed tokens, mask the revoked ones, and count the step; returns the texts after it.
 
         Args:
             committed, revoked: [R, G] bool.
-            token: [R, G] int32, what is written where ``committed``.
+            token: [R, G] int32, what is written where ``committed`` or ``revised``.
+            revised: [R, G] bool, slots without a mask that are written over; None = none.
+            held: [R] bool, whose window is not over even if it is full; None = nobody's.
         """
         slots, width = view.slots, committed.shape[1]
+        terminal = self.terminal[slots, :width]
+        if revised is not None:
+            committed, terminal = committed | revised, terminal & ~revised
         text = self.tokens[slots, : view.num_positions]
         text = torch.where(canvas_to_positions(committed, view), canvas_to_positions(token, view), text)
         stops = (token.unsqueeze(2) == self.stop_ids[slots].unsqueeze(1)).any(2)
         masked = view.masked & ~committed
-        terminal = self.terminal[slots, :width] | (stops & committed)
+        terminal = terminal | (stops & committed)
         if revoked is not None:
             text = torch.where(canvas_to_positions(revoked, view), self.traits.mask_token_id, text)
             masked |= revoked
             terminal &= ~revoked
-        live = live_slots(terminal)
-        start = first_window(masked, live, view.options.window)
+        live, start = self._window(masked, terminal, view.prompt_len, view.options.window)
+        if held is not None:
+            start = torch.where(held, view.window_start, start)
+            self.held[slots], self.held_start[slots] = held, start
         window_step = torch.where(start == view.window_start, view.window_step + 1, 0)
         self.tokens[slots, : view.num_positions] = text
         self.masked[slots, :width], self.terminal[slots, :width] = masked, terminal
@@ -142,24 +168,31 @@ class CanvasStates:
         return replace(view, masked=masked, live=live, window_start=start, step=view.step + 1, window_step=window_step)
 
     def emit(
-        self, view: CanvasView, committed: torch.Tensor, revoked: torch.Tensor | None, provisional: torch.Tensor | None
+        self,
+        view: CanvasView,
+        committed: torch.Tensor,
+        revoked: torch.Tensor | None,
+        provisional: torch.Tensor | None,
+        revised: torch.Tensor | None = None,
+        held: torch.Tensor | None = None,
     ) -> StepResult:
         """Hand out the newly contiguous tokens from the left.
 
         Args:
             view: after the commits.
             provisional: [R] bool, tokens of the current window may be taken back and are kept; None = nobody's.
+            revised, held: as in ``commit``.
         """
         done = (~view.masked & view.in_canvas).to(torch.int8).cumprod(1).sum(1)
         if provisional is not None:
-            open_window = view.open.any(1) & provisional
-            done = torch.where(open_window, torch.minimum(done, view.window_start), done)
+            unfinished = view.open.any(1) if held is None else view.open.any(1) | held
+            done = torch.where(unfinished & provisional, torch.minimum(done, view.window_start), done)
         emitted = self.emitted[view.slots]
         fresh = (done - emitted).clamp(min=0)
         index = view.prompt_len.unsqueeze(1) + emitted.unsqueeze(1) + view.slot_index
         tokens = self.tokens[view.slots, : view.num_positions].gather(1, index.clamp(max=view.num_positions - 1))
         self.emitted[view.slots] = emitted + fresh
-        return StepResult(tokens.long(), fresh.int(), committed, view.masked, revoked)
+        return StepResult(tokens.long(), fresh.int(), committed, view.masked, revoked, revised)
 
 
 def _option_numbers(options: RequestOptions, canvas_len: int) -> list[float]:

@@ -38,7 +38,8 @@ class CanvasView(Lines):
     canvas_len: torch.Tensor  # [R] int64
     masked: torch.Tensor  # [R, G] bool, canvas slots that still hold the mask
     live: torch.Tensor  # [R, G] bool, canvas slots before the first committed stop token
-    window_start: torch.Tensor  # [R] int64, first slot of the current window
+    # [R] int64, first slot of the current window; below 0 where the window begins in the prompt.
+    window_start: torch.Tensor
     step: torch.Tensor  # [R] int64, number of the step that is under way or, in a plan, of the next; from 0
     window_step: torch.Tensor  # [R] int64, the same within the current window
     num_positions: int  # T, the widest of the batch
@@ -90,20 +91,35 @@ class CanvasView(Lines):
         return self.open.to(torch.int8).argmax(1)
 
 
-def live_slots(terminal: torch.Tensor) -> torch.Tensor:
-    """[R, G] bool: slots before the first of ``terminal`` [R, G] bool, which hold committed stop tokens."""
-    return terminal.cumsum(1) == 0
+def live_slots(
+    terminal: torch.Tensor, prompt_len: torch.Tensor | None = None, block_length: int | None = None
+) -> torch.Tensor:
+    """[R, G] bool: slots before the first of ``terminal`` [R, G] bool, which hold committed stop tokens.
+
+    Where the text is cut into blocks behind a prompt of ``prompt_len`` [R], the rest of that one's block lives, too:
+    its rows see each other, and are all to be filled.
+    """
+    if block_length is None:
+        return terminal.cumsum(1) == 0
+    assert prompt_len is not None
+    width = terminal.shape[1]
+    first = torch.where(terminal.any(1), terminal.to(torch.int8).argmax(1), width)
+    behind = first + block_length - (prompt_len + first) % block_length
+    return torch.arange(width, device=terminal.device).unsqueeze(0) < behind.unsqueeze(1)
 
 
-def first_window(masked: torch.Tensor, live: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+def first_window(
+    masked: torch.Tensor, live: torch.Tensor, window: torch.Tensor, before: torch.Tensor | int = 0
+) -> torch.Tensor:
     """[R] int64: start of the window with the first masked live slot, as windows fill up from left to right.
 
     Args:
         masked, live: [R, G] bool.
         window: [R] int64, its length.
+        before: [R] int64, positions before the canvas from which windows are counted.
     """
     first = (masked & live).to(torch.int8).argmax(1)
-    return first - first % window
+    return first - (first + before) % window
 
 
 def canvas_to_positions(mask: torch.Tensor, view: CanvasView, shift: int = 0) -> torch.Tensor:

@@ -68,6 +68,7 @@ class Decoding:
     def start(self, slot: int) -> None:
         """The request in ``slot`` begins, or starts over."""
         request = self.canvas.requests[slot]
+        request.revises = decoder_class(request).revises
         self.decoder(decoder_class(request)).start(slot, request)
 
     def stop(self, slot: int) -> None:
@@ -84,7 +85,7 @@ class Decoding:
 
     def provisional(self, slots: Sequence[int]) -> torch.Tensor | None:
         """[R] bool: tokens of the current window may be taken back; None = nobody's."""
-        flags = [decoder_class(r).revokes for r in self._requests(slots)]
+        flags = [(cls := decoder_class(r)).revokes or cls.revises for r in self._requests(slots)]
         return upload(flags, torch.bool, self.canvas.device) if any(flags) else None
 
     def row_stats(
@@ -158,11 +159,20 @@ class Decoding:
             least_commits(view, self.canvas.traits.step_schedule),
             None if stats.entropy is None else rows.by_slot(stats.entropy),
             found,
+            *self._standing(rows, parts),
         )
         if len(parts) == 1:
             return score, token, parts[0].decoder.choose(step)
         chosen = [(part.chosen, part.decoder.choose(step.select(part.chosen))) for part in parts]  # type: ignore[arg-type]
         return score, token, _together(chosen, view.masked, token)
+
+    def _standing(self, rows: StepRows, parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor] | tuple[()]:
+        """What decoders that revise read besides."""
+        if not any(part.decoder.revises for part in parts):
+            return ()
+        view = rows.view
+        position = (view.prompt_len.unsqueeze(1) + view.slot_index).clamp(max=view.num_positions - 1)
+        return rows.predicted, self.canvas.tokens[view.slots].gather(1, position)
 
     def _with_prior(self, score: torch.Tensor, rows: StepRows) -> torch.Tensor:
         """Score times certainty density where a request asks for the prior.
@@ -196,11 +206,15 @@ def _together(parts: list[tuple[torch.Tensor | None, Commits]], none: torch.Tens
     """The commits of several decoders, each of its own rows, as those of the batch; ``none`` is [R, G] bool."""
     slots = torch.zeros_like(none)
     written = token.clone() if any(commits.token is not None for _, commits in parts) else None
-    revoked = torch.zeros_like(none) if any(commits.revoked is not None for _, commits in parts) else None
+    others: dict[str, torch.Tensor] = {}
+    for name, nothing in {"revoked": none, "revised": none, "held": none[:, 0]}.items():
+        given = [(index, value) for index, commits in parts if (value := getattr(commits, name)) is not None]
+        if given:
+            others[name] = torch.zeros_like(nothing)
+        for index, value in given:
+            others[name][index] = value
     for index, commits in parts:
         slots[index] = commits.slots
         if written is not None and commits.token is not None:
             written[index] = commits.token
-        if revoked is not None and commits.revoked is not None:
-            revoked[index] = commits.revoked
-    return Commits(slots, written, revoked)
+    return Commits(slots, written, **others)

@@ -101,7 +101,7 @@ class LogprobRecorder:
     ) -> None:
         """Run the head once more on the slots that were committed: few, where the predicted ones are many."""
         who, slot = rows.predicted_index
-        chosen = (result.committed[who, slot] & (lines[who] >= 0)).nonzero().flatten()
+        chosen = (result.written[who, slot] & (lines[who] >= 0)).nonzero().flatten()
         who, slot = who[chosen], slot[chosen]
         view = rows.view
         token = self.canvas.tokens[view.slots[who], view.prompt_len[who] + slot].long()

@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import torch
 
+from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions, positions_to_canvas
@@ -35,8 +36,9 @@ def select_rows(
     observe = canvas.observe[slots, :width]
     if any(observes_all):
         observe = observe | upload(observes_all, torch.bool, canvas.device).unsqueeze(1)
-    predictable = positions_to_canvas(refresh, view, shift) & view.open
-    predicted = predictable & (eligible | observe)
+    computed = positions_to_canvas(refresh, view, shift)
+    predictable = computed & view.open
+    predicted = _with_revisable(view, requests, computed, predictable & (eligible | observe))
     refreshed = refresh.sum(1)
 
     if padded:
@@ -85,6 +87,16 @@ def _with_lead(
     at_lead = (view.slot_index == lead) & (run > 0)
     eligible = (eligible & ((view.slot_index < lead + run) | (run == 0))) | at_lead
     return refresh | canvas_to_positions(at_lead, view, shift), eligible
+
+
+def _with_revisable(
+    view: CanvasView, requests: Sequence[Request], computed: torch.Tensor, predicted: torch.Tensor
+) -> torch.Tensor:
+    """``predicted`` [R, G], and of requests that revise their window all of it that is ``computed`` [R, G]."""
+    revises = [request.revises for request in requests]
+    if not any(revises):
+        return predicted
+    return predicted | (computed & view.in_window & upload(revises, torch.bool, predicted.device).unsqueeze(1))
 
 
 def _starts(counts: list[int]) -> list[int]:

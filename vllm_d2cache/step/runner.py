@@ -29,7 +29,7 @@ from vllm_d2cache.step.constraints import Constraints
 from vllm_d2cache.step.decoding import Decoding, LMHead
 from vllm_d2cache.step.form import StepForms
 from vllm_d2cache.step.logprobs import EmittedLogprobs, LogprobRecorder
-from vllm_d2cache.step.pages import Pages
+from vllm_d2cache.step.pages import Pages, spans
 from vllm_d2cache.step.planning import Planning
 from vllm_d2cache.step.rows import select_rows
 
@@ -117,7 +117,8 @@ class StepRunner:
         """Where K and V of the rows go, and what the layers are to leave behind."""
         rows = step.rows
         first_blocks = pages.first_blocks(rows.lengths)
-        layout = PagedLayout(rows.counts, rows.lengths, pages.table, first_blocks, pages.slots(rows))
+        limits = spans(rows, self.worker.traits.block_length)
+        layout = PagedLayout(rows.counts, rows.lengths, pages.table, first_blocks, pages.slots(rows), limits=limits)
         step.layout = layout
         if step.size is not None:
             assert self.forms.graphs is not None
@@ -149,9 +150,9 @@ class StepRunner:
 
         score, token, commits = self.decoding.choose(rows, parts, stats, found)
         token = token if commits.token is None else commits.token
-        view = self.canvas.commit(rows.view, commits.slots, token, commits.revoked)
+        view = self.canvas.commit(rows.view, commits.slots, token, commits.revoked, commits.revised, commits.held)
         outcome = StepOutcome(
-            commits.slots,
+            commits.slots if commits.revised is None else commits.slots | commits.revised,
             rows.predicted,
             score,
             rows.view.window_start,
@@ -161,6 +162,6 @@ class StepRunner:
         )
         self.planning.next(view, outcome, rows.slots)
         provisional = self.decoding.provisional(rows.slots)
-        result = self.canvas.emit(view, commits.slots, commits.revoked, provisional)
+        result = self.canvas.emit(view, commits.slots, commits.revoked, provisional, commits.revised, commits.held)
         self.counters.add(rows, step.hooks, commits.slots)
         return Closed(rows, stats, result, self.logprobs.record(rows, result, hidden, lm_head))

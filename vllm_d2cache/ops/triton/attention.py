@@ -210,21 +210,20 @@ def attend(
         tile: (row, head) pairs and keys at a time; None = ``tile_shape``.
     """
     num_rows, heads, head_size = query.shape
-    kv_heads, block_size = kv_cache.shape[1:3]
-    group = heads // kv_heads
     if num_rows == 0:
         return
+    kv_heads, block_size = kv_cache.shape[1:3]
+    group = heads // kv_heads
     assert query.stride(2) == kv_cache.stride(3) == 1
+    assert output is None or output.stride(2) == 1
     assert lse.is_contiguous()
     assert layout.slots.is_contiguous()
     pairs, keys = tile or tile_shape(query.dtype)
     pairs = max(pairs, triton.next_power_of_2(group))
     out = query if output is None else output
-    assert out.stride(2) == 1
-    grid = (num_tiles(num_rows, len(layout.counts), pairs // group), kv_heads)
-    visible = layout.visible_keys
-    assert visible is None or layout.limits is None
-    _attention_kernel[grid](
+    visible, limits = layout.visible_keys, layout.limits
+    assert visible is None or limits is None
+    _attention_kernel[num_tiles(num_rows, len(layout.counts), pairs // group), kv_heads](
         query,
         out,
         lse,
@@ -235,13 +234,10 @@ def attend(
         layout.slots,
         layout.text_lengths if visible is None else visible.positions,
         layout.text_lengths if visible is None else visible.starts,
-        layout.text_lengths if layout.limits is None else layout.limits,
+        layout.text_lengths if limits is None else limits,
         len(layout.counts),
         scale * _LOG2_E,
-        *query.stride()[:2],
-        *out.stride()[:2],
-        *kv_cache.stride()[:3],
-        layout.block_table.stride(0),
+        *(*query.stride()[:2], *out.stride()[:2], *kv_cache.stride()[:3], layout.block_table.stride(0)),
         HEADS=heads,
         GROUP=group,
         HEAD=head_size,
@@ -252,7 +248,7 @@ def attend(
         DOT=dot_type(query.dtype),
         WRITE_OUTPUT=output is not None,
         HAS_KEYS=visible is not None,
-        HAS_LIMITS=layout.limits is not None,
+        HAS_LIMITS=limits is not None,
         # Tiles of K and V in flight; in fp32 three of them exceed the shared memory of many cards.
         num_stages=2 if query.dtype == torch.float32 else 3,
     )
