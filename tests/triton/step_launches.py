@@ -24,19 +24,21 @@ def step_kernels(rows: int = 3, prompt: int = 700, canvas: int = 256, target: GP
     flags, ones = torch.zeros(rows, canvas, dtype=torch.bool), torch.ones(rows)
     tokens = torch.zeros(SLOTS, MAX_LENGTH, dtype=torch.int32)
     plans = [torch.zeros(SLOTS, MAX_LENGTH, dtype=torch.bool) for _ in range(3)]
-    counts, numbers = torch.zeros(5, SLOTS, dtype=torch.int64), torch.ones(SLOTS, 8)
+    counts, numbers = torch.zeros(7, SLOTS, dtype=torch.int64), torch.ones(SLOTS, 8)
     stop_ids, score = torch.zeros(SLOTS, 2, dtype=torch.int32), torch.zeros(rows, canvas)
     whole, whole_option = torch.zeros(rows, dtype=torch.int64), torch.zeros(SLOTS, dtype=torch.int64)
     with launches(target) as found:
-        now = texts.read_texts(slots, *plans[:2], counts, numbers, canvas)
+        now = texts.read_texts(slots, *plans[:2], counts, numbers, canvas, None)
+        texts.read_texts(slots, *plans[:2], counts, numbers, canvas, 32)
         text = (slots, now.integers, now.masked)
         for some, ordered in ((None, False), (flags[:, 0], True)):
-            step_rows.choose_rows(slots, *plans, now.integers, flags, flags, some, ordered, 1, total)
+            step_rows.choose_rows(slots, *plans, now.integers, flags, flags, some, some, ordered, 1, total)
             step_rows.store_plan(slots, plans[0][:rows, :total], flags, None if some is None else flags, tuple(plans))
-            revoked = None if some is None else flags
+            every = None if some is None else flags
+            edits = texts.Edits(flags, score.int(), every, every, some)
             tables = (tokens, *plans[:2], counts, stop_ids, 7, total)
-            texts.commit_texts(*text, flags, score.int(), revoked, *tables)
-            texts.emit_texts(slots, now.integers, whole, flags, flags, some, tokens, counts)
+            texts.commit_texts(*text, edits, *tables, None if some is None else 32)
+            texts.emit_texts(slots, now.integers, whole, flags, flags, (some, some), tokens, counts)
         packed = step_rows.pack_rows(
             slots, plans[0][:rows, :total], flags, torch.zeros(4, rows, dtype=torch.int64), tokens, first, 40, 20
         )

@@ -54,19 +54,19 @@ class Batch(NamedTuple):
         """[S] of these values in turn, of their own type."""
         return torch.tensor([values[i % len(values)] for i in range(NUM_SLOTS)], device=self.slots.device)
 
-    def read(self) -> texts.Texts:
+    def read(self, block: int | None = None) -> texts.Texts:
         """The texts of the batch, by the twin."""
         tables = (self.masked, self.terminal, self.counts, self.numbers)
-        return texts.read_texts.__wrapped__(self.slots, *tables, self.width)
+        return texts.read_texts.__wrapped__(self.slots, *tables, self.width, block)
 
 
 def batch(places: list[tuple[int, int, int]], device: torch.device, seed: int, longest_run: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    counts = torch.zeros(5, NUM_SLOTS, dtype=torch.int64)
+    counts = torch.zeros(7, NUM_SLOTS, dtype=torch.int64)
     masked, terminal = (torch.zeros(NUM_SLOTS, LONGEST, dtype=torch.bool) for _ in range(2))
     numbers = torch.ones(NUM_SLOTS, 8)
     for slot, prompt, canvas in places:
-        counts[:, slot] = torch.tensor([prompt, canvas, 3, 2, 1])
+        counts[:, slot] = torch.tensor([prompt, canvas, 3, 2, 1, slot == 4, 2])
         masked[slot, :canvas] = torch.rand(canvas, generator=generator) < 0.6
         terminal[slot, :canvas] = ~masked[slot, :canvas] & (torch.rand(canvas, generator=generator) < 0.5 / canvas)
         numbers[slot] = torch.tensor([min(8, canvas), 2, 0.7, 1.5, slot % 3, 10.0, 0, longest_run * (slot % 2)])
@@ -93,28 +93,37 @@ cases = pytest.mark.parametrize("places", BATCHES, ids=["short", "long"])
 seeds = pytest.mark.parametrize("seed", [0, 1])
 
 
+blocks = pytest.mark.parametrize("block", [None, 8], ids=["whole", "in-blocks"])
+
+
 @cases
 @seeds
-def test_texts_are_read(places: list[tuple[int, int, int]], seed: int, device: torch.device) -> None:
+@blocks
+def test_texts_are_read(places: list[tuple[int, int, int]], seed: int, block: int | None, device: torch.device) -> None:
     b = batch(places, device, seed)
-    assert_same(text_kernels.read_texts(b.slots, b.masked, b.terminal, b.counts, b.numbers, b.width), b.read())
+    tables = (b.masked, b.terminal, b.counts, b.numbers)
+    assert_same(text_kernels.read_texts(b.slots, *tables, b.width, block), b.read(block))
 
 
 @cases
 @seeds
-@pytest.mark.parametrize("revokes", [False, True])
+@pytest.mark.parametrize("edits", ["commits", "revokes", "revises"])
+@blocks
 def test_commits_are_written(
-    places: list[tuple[int, int, int]], seed: int, revokes: bool, device: torch.device
+    places: list[tuple[int, int, int]], seed: int, edits: str, block: int | None, device: torch.device
 ) -> None:
     results = []
     for commit in (texts.commit_texts.__wrapped__, text_kernels.commit_texts):
         b = batch(places, device, seed)
-        now = b.read()
+        now = b.read(block)
         committed = b.flags(b.width, 0.4) & now.masked
-        revoked = b.flags(b.width, 0.2) & ~now.masked if revokes else None
+        again = b.flags(b.width, 0.2) & ~now.masked
+        held = torch.arange(len(b.slots), device=device) % 2 == 0
         token = torch.randint(0, 12, committed.shape, generator=b.generator, dtype=torch.int32).to(device)
         tables = (b.tokens, b.masked, b.terminal, b.counts, b.stop_ids)
-        found = commit(b.slots, now.integers, now.masked, committed, token, revoked, *tables, 99, b.total)
+        more = {"commits": (None, None, None), "revokes": (again, None, None), "revises": (None, again, held)}[edits]
+        made = texts.Edits(committed, token, *more)
+        found = commit(b.slots, now.integers, now.masked, made, *tables, 99, b.total, block)
         results.append((found, *tables))
     want, got = results
     # Behind a canvas there is nothing to be masked, and nothing is.
@@ -123,16 +132,15 @@ def test_commits_are_written(
 
 @cases
 @seeds
-@pytest.mark.parametrize("keeps", [False, True])
-def test_tokens_are_handed_out(
-    places: list[tuple[int, int, int]], seed: int, keeps: bool, device: torch.device
-) -> None:
+@pytest.mark.parametrize("keeps", ["all", "open", "held"])
+def test_tokens_are_handed_out(places: list[tuple[int, int, int]], seed: int, keeps: str, device: torch.device) -> None:
     results = []
     for emit in (texts.emit_texts.__wrapped__, text_kernels.emit_texts):
         b = batch(places, device, seed)
         now = b.read()
         masked = now.masked & (torch.arange(b.width, device=device) > 5)  # so that there is something to hand out
-        kept = torch.arange(len(b.slots), device=device) % 2 == 0 if keeps else None
+        some = torch.arange(len(b.slots), device=device) % 2 == 0
+        kept = {"all": (None, None), "open": (some, None), "held": (some, ~some)}[keeps]
         found = emit(b.slots, now.integers, now.integers[2], masked, now.live, kept, b.tokens, b.counts)
         results.append((*found, b.counts))
     assert results[0][1].sum() > 0
@@ -150,8 +158,8 @@ def test_rows_are_chosen_and_packed(
     now = b.read()
     plans = [(torch.rand(NUM_SLOTS, LONGEST, generator=b.generator) < share).to(device) for share in (0.4, 0.3, 0.6)]
     everything = torch.arange(len(b.slots), device=device) % 2 == 1
-    for observes in (None, everything):
-        arguments = (b.slots, *plans, *now[::2][:1], now.masked, now.live, observes, ordered, shift, b.total)
+    for some in ((None, None), (everything, None), (None, everything)):
+        arguments = (b.slots, *plans, now.integers, now.masked, now.live, *some, ordered, shift, b.total)
         want = step_rows.choose_rows.__wrapped__(*arguments)
         assert_same(rows_kernels.choose_rows(*arguments), want)
     counts, predictions = want.sums.tolist()

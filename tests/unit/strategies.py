@@ -58,6 +58,7 @@ POLICIES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "confidence_memory": st.sampled_from(["first", "latest"]),
     },
     "full": {},
+    "block": {"block_cache": st.sampled_from(["off", "on"])},
     "prefix": {},
     "dual": {},
     "dkv": {

@@ -1,18 +1,21 @@
-"""Block-diffusion checkpoints at start-up: read without remote code, refused with a reason until they can be served."""
+"""Block-diffusion checkpoints at start-up: read without remote code, with their families' defaults."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
 
 from tests.reference.blocks import BLOCK_ORACLE
 from vllm_d2cache.models.families import FAMILIES
 from vllm_d2cache.registration import register_all
+from vllm_d2cache.requests.resolve import parse_server_options, resolve
 
 pytestmark = pytest.mark.vllm
 
@@ -38,11 +41,55 @@ def read(directory: Path, **options: Any) -> ModelConfig:
     return ModelConfig(str(directory), skip_tokenizer_init=True, **options)
 
 
+def test_start_up_says_why_a_family_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    families = {**FAMILIES, "SDARForCausalLM": replace(FAMILIES["SDARForCausalLM"], unserved="a reason")}
+    monkeypatch.setattr("vllm_d2cache.models.configs.FAMILIES", families)
+    with pytest.raises(ValueError, match="vllm-d2cache cannot serve SDARForCausalLM yet: a reason"):
+        read(BLOCK_ORACLE / "sdar")
+
+
+DEFAULTS = {
+    "SDARForCausalLM": {"policy": "block", "threshold": 0.85, "block_length": 4},
+    "SDARMoeForCausalLM": {"policy": "block", "threshold": 0.85, "block_length": 4},
+    "LLaDA2MoeModelLM": {"policy": "block", "threshold": 0.95, "block_length": 32},
+    "Fast_dLLM_QwenForCausalLM": {"policy": "block", "threshold": 0.9, "window": 8, "block_length": 8},
+}
+
+
+def configured(architecture: str, **settings: Any) -> VllmConfig:
+    register_all()
+    args = EngineArgs(str(BLOCK_ORACLE / DIRECTORIES[architecture]), skip_tokenizer_init=True, **settings)
+    return args.create_engine_config()
+
+
 @pytest.mark.parametrize("architecture", DIRECTORIES)
-def test_start_up_says_why_it_is_not_served(architecture: str) -> None:
-    sentence = rf"vllm-d2cache cannot serve {architecture} yet: block-causal attention \(.*\) is not built yet"
-    with pytest.raises(ValueError, match=sentence):
-        read(BLOCK_ORACLE / DIRECTORIES[architecture])
+def test_a_family_brings_its_own_defaults_and_the_operator_wins(architecture: str) -> None:
+    block = json.loads((BLOCK_ORACLE / DIRECTORIES[architecture] / "config.json").read_text())
+    said = next(block[key] for key in ("block_size", "bd_size", "block_length") if key in block)
+    assert configured(architecture).additional_config["d2cache"] == {**DEFAULTS[architecture], "block_length": said}
+    own = configured(architecture, additional_config={"d2cache": {"threshold": 0.5}}).additional_config["d2cache"]
+    assert own == {**DEFAULTS[architecture], "block_length": said, "threshold": 0.5}
+    options = resolve(parse_server_options(own), {})
+    assert (options.policy, options.threshold, options.sigma, options.block) == ("block", 0.5, 0.0, said)
+
+
+def test_the_longest_request_has_whole_blocks() -> None:
+    assert configured("SDARForCausalLM", max_model_len=203).model_config.max_model_len == 200
+    with pytest.raises(ValueError, match="--max-model-len 3: must be at least 4, one block"):
+        configured("SDARForCausalLM", max_model_len=3)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"block_length": 8}, r"\[\"block_length\"\]: is set by the plugin \(4 with this model\)"),
+        ({"policy": "d2cache"}, "d2cache_policy: must be 'block' with this model"),
+        ({"window": 3}, "d2cache_window: must be 0 or divide 4, the block length of this model"),
+    ],
+)
+def test_what_has_no_meaning_with_blocks_is_refused_at_start_up(section: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        configured("SDARForCausalLM", additional_config={"d2cache": section})
 
 
 @pytest.mark.parametrize("architecture", DIRECTORIES)

@@ -23,6 +23,7 @@ class Request:
     reserved_len: int = 0  # positions it takes the request for: the text, and room for rows behind it
     grammar: GrammarState | None = None  # what its text must follow; given where options.ordered
     computed: int = 0  # positions whose K and V some step has written, from the left
+    revises: bool = False  # its decoder may write over tokens of the current window, and says when that is over
 
     @property
     def length(self) -> int:

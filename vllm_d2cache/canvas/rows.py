@@ -114,4 +114,10 @@ class StepResult:
     committed: torch.Tensor  # [R, G] bool
     masked: torch.Tensor  # [R, G] bool, after the commits
     revoked: torch.Tensor | None  # [R, G] bool, committed earlier and masked again; None where nothing can be
+    revised: torch.Tensor | None  # [R, G] bool, committed earlier and another token now; likewise
     changes: torch.Tensor  # [2, R] int64, how many committed and how many revoked
+
+    @property
+    def written(self) -> torch.Tensor:
+        """[R, G] bool: slots with a new token."""
+        return self.committed if self.revised is None else self.committed | self.revised

@@ -12,7 +12,7 @@ from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.canvas.view import CanvasView, OptionColumns
 from vllm_d2cache.ops.host import Writes
-from vllm_d2cache.ops.texts import Texts, commit_texts, emit_texts, read_texts
+from vllm_d2cache.ops.texts import COUNTS, Edits, Texts, commit_texts, emit_texts, read_texts
 from vllm_d2cache.options.request import SCORES, RequestOptions
 
 # Exact in float32, and more than any text has slots.
@@ -40,8 +40,8 @@ class CanvasStates:
         # By canvas slot.
         self.masked, self.terminal = table(torch.bool, max_len), table(torch.bool, max_len)
         self.observe, self.eligible = table(torch.bool, max_len), table(torch.bool, max_len)
-        self.counts = torch.zeros(5, num_slots, dtype=torch.int64, device=device)
-        self.prompt_len, self.canvas_len, self.step, self.window_step, self.emitted = self.counts
+        self.counts = torch.zeros(len(COUNTS), num_slots, dtype=torch.int64, device=device)
+        self.prompt_len, self.canvas_len, self.step, self.window_step, self.emitted, self.held, _ = self.counts
         self.seed = table(torch.int64)
         self.sampling = table(torch.float32, 3)  # temperature, top_p, top_k
         self.row_budget = table(torch.int32)
@@ -73,6 +73,7 @@ class CanvasStates:
         writes.put(self.tokens[slot, :t], np.concatenate([prompt, canvas]))
         self.emitted[slot] = emitted
         self.step[slot] = self.window_step[slot] = 0
+        self.held[slot] = False
         self.prompt_len[slot], self.canvas_len[slot] = p, g
         sampling, options = request.sampling, request.options
         self.seed[slot], self.row_budget[slot] = sampling.seed, request.row_budget
@@ -106,39 +107,53 @@ class CanvasStates:
         """The texts of ``slots`` [R] as they are now, padded to the widest."""
         requests = [self.requests[s] for s in slots_host]
         width = max(r.canvas_len for r in requests)
-        texts = read_texts(slots, self.masked, self.terminal, self.counts, self.numbers, width)
+        texts = read_texts(
+            slots, self.masked, self.terminal, self.counts, self.numbers, width, self.traits.block_length
+        )
         used = frozenset().union(*(r.options.used for r in requests))
         return CanvasView(slots, texts, max(r.length for r in requests), used)
 
     def commit(
-        self, view: CanvasView, committed: torch.Tensor, token: torch.Tensor, revoked: torch.Tensor | None
+        self,
+        view: CanvasView,
+        committed: torch.Tensor,
+        token: torch.Tensor,
+        revoked: torch.Tensor | None,
+        revised: torch.Tensor | None = None,
+        held: torch.Tensor | None = None,
     ) -> tuple[CanvasView, torch.Tensor]:
         """Write the committed tokens, mask the revoked ones, and count the step.
 
         Args:
             committed, revoked: [R, G] bool.
-            token: [R, G] int32, what is written where ``committed``.
+            token: [R, G] int32, what is written where ``committed`` or ``revised``.
+            revised: [R, G] bool, slots without a mask that are written over; None = none.
+            held: [R] bool, whose window is not over even if it is full; None = nobody's.
 
         Returns:
             The texts after it, and [2, R] int64: how many were committed and revoked.
         """
         integers, floats, masked, _ = view.texts
+        edits = Edits(committed, token, revoked, revised, held)
         tables = (self.tokens, self.masked, self.terminal, self.counts, self.stop_ids)
-        mask, width = self.traits.mask_token_id, view.num_positions
-        found = commit_texts(view.slots, integers, masked, committed, token, revoked, *tables, mask, width)
+        mask, block = self.traits.mask_token_id, self.traits.block_length
+        found = commit_texts(view.slots, integers, masked, edits, *tables, mask, view.num_positions, block)
         after = replace(view, texts=Texts(found.integers, floats, found.masked, found.live))
         return after, found.changes
 
-    def emit(self, view: CanvasView, provisional: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def emit(
+        self, view: CanvasView, provisional: torch.Tensor | None, held: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hand out the newly contiguous tokens from the left: [R, G] int64 left-aligned, and [R] int32 how many.
 
         Args:
             view: after the commits.
             provisional: [R] bool, tokens of the current window may be taken back and are kept; None = nobody's.
+            held: as in ``commit``.
         """
         integers, _, masked, live = view.texts
-        start = view.window_start
-        return emit_texts(view.slots, integers, start, masked, live, provisional, self.tokens, self.counts)
+        keeps = (provisional, held)
+        return emit_texts(view.slots, integers, view.window_start, masked, live, keeps, self.tokens, self.counts)
 
 
 def _option_numbers(options: RequestOptions, canvas_len: int) -> list[float]:

@@ -13,10 +13,11 @@ class FamilyTraits:
         mask_token_id: the token a canvas starts from.
         logit_shift: canvas slot g reads the logits of position P + g - logit_shift.
         step_schedule: what the option ``steps`` means (decoders/schedule.py): ``even`` as LLaDA's code has it,
-            ``timestep`` as Dream's.
+            ``timestep`` as Dream's, ``window`` as the steps of each window.
         num_layers: of the network, for policies that treat its layers differently.
         family: its name, for policies with published settings for each.
-        block_length: a row sees its own block of so many positions and all earlier ones; None = it sees all positions.
+        block_length: a row sees its own block of so many positions and all earlier ones; blocks are counted from the
+            first position of the prompt. None = it sees all positions.
     """
 
     mask_token_id: int

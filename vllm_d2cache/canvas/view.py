@@ -66,7 +66,7 @@ class CanvasView(Lines):
 
     @cached_property
     def window_start(self) -> torch.Tensor:
-        """[R] int64: first slot of the current window."""
+        """[R] int64: first slot of the current window; below 0 where the window begins in the prompt."""
         return self.texts.integers[2]
 
     @cached_property

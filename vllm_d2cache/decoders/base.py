@@ -74,6 +74,10 @@ class DecoderStep(Lines):
     least: torch.Tensor  # [R] int64, commit at least this many, if there are as many candidates
     entropy: torch.Tensor | None  # [R, G] float32, nats; None where no decoder of the step reads it
     found: tuple[Finding, ...] = ()  # by the mechanisms of the step
+    # For decoders that revise, None where no decoder of the step does: [R, G] bool, slots with a prediction, whether
+    # masked or not; and [R, G] int32, the token that stands there.
+    predicted: torch.Tensor | None = None
+    standing: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ class Commits:
     slots: torch.Tensor  # [R, G] bool, become tokens: a subset of the candidates, not empty where there are any
     token: torch.Tensor | None = None  # [R, G] int32, where another token than the predicted one is written
     revoked: torch.Tensor | None = None  # [R, G] bool, committed earlier and masked again, fewer than ``slots``
+    # Of a decoder that revises: [R, G] bool, committed earlier and now another token, that of ``token`` or else the
+    # predicted one; and [R] bool, whose window is not over.
+    revised: torch.Tensor | None = None
+    held: torch.Tensor | None = None
 
 
 class Decoder(ABC):
@@ -113,6 +121,9 @@ class Decoder(ABC):
     """Whether its part of a step waits for nothing and minds no padding among the predicted rows (slot G)."""
     revokes: ClassVar[bool] = False
     """Whether it may take back what it committed in the current window: nothing of that window is emitted before."""
+    revises: ClassVar[bool] = False
+    """Whether it may write other tokens over those of the current window, all of which are then predicted, and says
+    when the window is over (``Commits.held``): nothing of it is emitted before."""
     uses: ClassVar[tuple[Use, ...]] = ()
     """What it needs of the layers (mechanisms/)."""
 

@@ -19,6 +19,8 @@ BUILT_IN = {
     "credit": "vllm_d2cache.decoders.credit:CreditDecoder",
     "hierarchical": "vllm_d2cache.decoders.spread:HierarchicalDecoder",
     "localleap": "vllm_d2cache.decoders.spread:LocalLeapDecoder",
+    "sequential": "vllm_d2cache.decoders.sequential:SequentialDecoder",
+    "edit": "vllm_d2cache.decoders.edit:EditDecoder",
     "wino": "vllm_d2cache.decoders.wino:WinoDecoder",
 }
 

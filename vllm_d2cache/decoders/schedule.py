@@ -23,6 +23,10 @@ def least_commits(view: CanvasView, schedule: str) -> torch.Tensor:
     steps, fixed = view.options.steps, view.options.tokens_per_step
     if "steps" not in view.used:
         return fixed
+    if schedule == "window":
+        window, divisor = view.options.window, steps.clamp(min=1)
+        share = window // divisor + (view.window_step < window % divisor)
+        return torch.where(steps > 0, share.clamp(min=1), fixed)
     num_windows = -(-view.canvas_len // view.options.window)
     per_window = steps // num_windows
     left = (per_window - view.window_step).clamp(min=1)

@@ -66,6 +66,7 @@ class DiffusionConfigHook:
             )
             model_config.max_model_len = DEFAULT_MAX_MODEL_LEN
         ours = frozenset(model_config.architectures)
+        _whole_blocks(model_config)
         front_end.install_request_check(ours, check_request)
         front_end.install_beam_search_check(ours, front_end.FieldChecks(check_fields, check_room))
         processors = list(model_config.logits_processors or [])
@@ -83,13 +84,38 @@ class DiffusionConfigHook:
         options = parse_server_options(section)
         if isinstance(additional, dict):
             # Where the scheduler and the workers read the options, too; what the operator set wins.
-            defaults = _generation_defaults(vllm_config.model_config)
+            hf_config = vllm_config.model_config.hf_config
+            family = {**hf_config.decoding_defaults(), "block_length": hf_config.traits().block_length or 0}
+            defaults = {**family, **_generation_defaults(vllm_config.model_config)}
+            _check_block_length(section, family["block_length"])
             graphs = _without_graphs(vllm_config, options)
             vllm_config.additional_config = {**additional, SECTION: {**defaults, **(section or {}), **graphs}}
             options = parse_server_options(vllm_config.additional_config[SECTION])
         if options.token_frequencies is not None:
             load_frequencies(options.token_frequencies, vllm_config.model_config.hf_config.vocab_size)
         _configure(vllm_config)
+
+
+def _whole_blocks(model_config: ModelConfig) -> None:
+    """The block in which a text ends is computed whole, and must have its place."""
+    block = model_config.hf_config.traits().block_length
+    if block is None or model_config.max_model_len % block == 0:
+        return
+    whole = model_config.max_model_len // block * block
+    if not whole:
+        raise ValueError(f"--max-model-len {model_config.max_model_len}: must be at least {block}, one block")
+    _log_change(f"max_model_len is {whole}, not {model_config.max_model_len}", f"whole blocks of {block} positions")
+    model_config.max_model_len = whole
+
+
+def _check_block_length(section: Any, block_length: int) -> None:
+    """It is the model's; it comes back where vLLM builds a configuration again."""
+    said = (section or {}).get("block_length", block_length)
+    if said != block_length:
+        raise ValueError(
+            f'additional_config["{SECTION}"]["block_length"]: is set by the plugin ({block_length} with this model); '
+            f"leave it out, got {said!r}"
+        )
 
 
 def _mask_problems(model_config: ModelConfig) -> list[str]:
@@ -171,6 +197,9 @@ def _generation_defaults(model_config: ModelConfig) -> dict[str, Any]:
         directory = (model_config.hf_config_path or model_config.model) if source == "auto" else source
         raw = model_file(directory, "generation_config.json", model_config.revision)
     found = read_generation_defaults({**raw, **model_config.override_generation_config})
+    if model_config.hf_config.traits().block_length:
+        # These take confidences from all of the distribution; vLLM gives every request the file's top_p.
+        found.options.pop("confidence_top_p", None)
     if found.options:
         logger.info("Defaults from generation_config.json: %s", found.options)
     if found.ignored:
@@ -244,6 +273,7 @@ def _without_graphs(config: VllmConfig, options: ServerOptions) -> dict[str, int
     # vLLM builds a configuration again from one that has been here: then it is our own word.
     ours = config.scheduler_config.scheduler_cls == SCHEDULER
     reasons = {
+        "graphs of block-causal steps are not built yet": bool(config.model_config.hf_config.traits().block_length),
         "-cc.cudagraph_mode=none": config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE and not ours,
         "-O0: nothing is made faster at the cost of the start": config.optimization_level == OptimizationLevel.O0,
         f"attention_backend {backend} reads the batch on the host": backend != "triton",

@@ -93,8 +93,9 @@ class D2CacheModelState(ModelState):
             return
         prompt, text = new_req_data.prompt_token_ids, new_req_data.prefill_token_ids
         assert prompt is not None and text is not None and params.max_tokens is not None
-        asked, canvas_len = Asked.of(params), params.max_tokens
+        asked = Asked.of(params)
         options = asked.options(self.options)
+        canvas_len = options.canvas_length(len(prompt), params.max_tokens)
         request = Request(
             req_id,
             len(prompt),

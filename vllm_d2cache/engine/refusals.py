@@ -39,9 +39,10 @@ def check_request(request: Any, config: Any) -> None:
     check_room("max_tokens", params.max_tokens, room)
     server.check_canvas_length(params.max_tokens)
     options = asked.options(server)
-    check_options_fit(options, params.max_tokens, room, bool(asked.canvas))
+    canvas_len = options.canvas_length(len(request.prompt_token_ids), params.max_tokens)
+    check_options_fit(options, canvas_len, room, bool(asked.canvas))
     check_fit(params, asked.canvas, model.get_vocab_size(), model.hf_config.mask_token_id)
-    check_memory(options, server, config, len(request.prompt_token_ids), params.max_tokens)
+    check_memory(options, server, config, len(request.prompt_token_ids), canvas_len)
 
 
 def _check_vllm_fields(request: Any, config: Any) -> None:

@@ -68,16 +68,14 @@ class D2CacheScheduler(AsyncScheduler):
         assert params is not None
         asked = Asked.of(params)
         options = asked.options(self.options)
+        prompt_len = request.num_prompt_tokens
+        canvas_len = options.canvas_length(prompt_len, request.max_tokens)
         # Rows without a place in the text are reserved behind it.
-        append_canvas(request, self.mask_token_id, request.max_tokens + extra_rows(options, request.max_tokens))
-        self._budgets[request.request_id] = row_budget(
-            options, request.num_prompt_tokens, request.max_tokens, self.options.refresh_budget
-        )
-        self._held[request.request_id] = self._network.request_bytes(
-            options, request.num_prompt_tokens, request.max_tokens, self.options.refresh_budget
-        )
-        length = request.num_prompt_tokens + request.max_tokens
-        self._figures[request.request_id] = RequestFigures(options.policy, length, request.max_tokens)
+        append_canvas(request, self.mask_token_id, canvas_len + extra_rows(options, canvas_len))
+        budget = self.options.refresh_budget
+        self._budgets[request.request_id] = row_budget(options, prompt_len, canvas_len, budget)
+        self._held[request.request_id] = self._network.request_bytes(options, prompt_len, canvas_len, budget)
+        self._figures[request.request_id] = RequestFigures(options.policy, prompt_len + canvas_len, canvas_len)
         if asked.snapshots:
             self._intervals[request.request_id] = asked.snapshots
         if asked.report:

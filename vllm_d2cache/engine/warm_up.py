@@ -196,11 +196,13 @@ class _Batch:
         integers, _, masked, live = view.texts
         nothing = torch.zeros_like(masked)
         plans, shift = (canvas.refresh, canvas.observe, canvas.eligible), canvas.traits.logit_shift
-        for watched, ordered in product((None, nothing.any(1)), (False, True)):
-            choose_rows(self.slots, *plans, integers, masked, live, watched, ordered, shift, view.num_positions)
+        some = (None, nothing.any(1))
+        for watched, again, ordered in product(some, some, (False, True)):
+            choose_rows(self.slots, *plans, integers, masked, live, watched, again, ordered, shift, view.num_positions)
         tokens = torch.zeros(masked.shape, dtype=torch.int32, device=masked.device)
-        after, _ = canvas.commit(view, nothing, tokens, nothing)
-        canvas.emit(after, nothing.any(1))
+        for revoked, revised, held in ((nothing, None, None), (None, nothing, nothing.any(1))):
+            after, _ = canvas.commit(view, nothing, tokens, revoked, revised, held)
+            canvas.emit(after, nothing.any(1), held)
 
     def _through_layers(self, step: Step) -> torch.Tensor:
         """[N, d] hidden states; before them those of rows that attend to a part of the keys."""

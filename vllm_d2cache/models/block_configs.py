@@ -35,6 +35,7 @@ class BlockDiffusionConfig(HubConfig):
 
     default_block_length: ClassVar[int]
     logit_shift: ClassVar[int] = 0
+    default_threshold: ClassVar[float]
     required: ClassVar[tuple[str, ...]] = (
         "vocab_size",
         "hidden_size",
@@ -108,12 +109,18 @@ class BlockDiffusionConfig(HubConfig):
         given = {key: getattr(self, key, None) for key in _BLOCK_KEYS}
         return {key: value for key, value in given.items() if value is not None}
 
+    def decoding_defaults(self) -> dict[str, Any]:
+        """Those of the published ``generate`` or, where it has none, of the authors' evaluation (docs/models.md)."""
+        return {"policy": "block", "threshold": self.default_threshold}
+
     def traits(self) -> FamilyTraits:
         """The block length is config.json's, else the family's."""
         return FamilyTraits(
             self.mask_token_id,
             logit_shift=self.logit_shift,
+            step_schedule="window",
             num_layers=self.num_hidden_layers,
+            family=self.model_type,
             block_length=next(iter(self._given_block_lengths().values()), self.default_block_length),
         )
 
@@ -123,6 +130,7 @@ class SDARConfig(BlockDiffusionConfig):
 
     model_type = "sdar"
     default_block_length: ClassVar[int] = 4
+    default_threshold: ClassVar[float] = 0.85
     defaults: ClassVar[dict[str, Any]] = {
         "vocab_size": 151936,
         "hidden_size": 4096,
@@ -220,6 +228,7 @@ class LLaDA2Config(BlockDiffusionConfig):
 
     model_type = "llada2_moe"
     default_block_length: ClassVar[int] = 32
+    default_threshold: ClassVar[float] = 0.95
     defaults: ClassVar[dict[str, Any]] = {
         "vocab_size": 157184,
         "hidden_size": 2048,
@@ -333,6 +342,8 @@ class FastDLLMv2Config(BlockDiffusionConfig):
 
     model_type = "Fast_dLLM_Qwen"
     default_block_length: ClassVar[int] = 32
+    default_threshold: ClassVar[float] = 0.9
+    sub_block_length: ClassVar[int] = 8
     logit_shift: ClassVar[int] = 1
     defaults: ClassVar[dict[str, Any]] = {
         "vocab_size": 152064,
@@ -358,6 +369,13 @@ class FastDLLMv2Config(BlockDiffusionConfig):
     # transformers gives a subclass without an __init__ of its own a generated one.
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+
+    def decoding_defaults(self) -> dict[str, Any]:
+        """Tokens are committed in parts of a block."""
+        block = self.traits().block_length
+        assert block is not None
+        window = self.sub_block_length if block % self.sub_block_length == 0 else 0
+        return {**super().decoding_defaults(), "window": window}
 
     @property
     def other_layer_types(self) -> list[str]:

@@ -69,6 +69,10 @@ class DiffusionLMConfig(PretrainedConfig):
         """What tokenizer_config.json says otherwise of the mask token, or None."""
         return mask_contradiction(tokenizer_config, self.mask_token_id)
 
+    def decoding_defaults(self) -> dict[str, Any]:
+        """Options of decoding, by plain name, that the family's published code has and this package has otherwise."""
+        return {}
+
     def traits(self) -> FamilyTraits:
         """What the decoding loop must know of the family."""
         raise NotImplementedError

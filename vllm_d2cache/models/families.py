@@ -9,7 +9,6 @@ from typing import Any
 
 _CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
 _CHATML = _CHAT_TEMPLATES / "chatml.jinja"
-_NO_BLOCKS = "block-causal attention (a row sees its own block of positions and all earlier ones) is not built yet"
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,12 @@ FAMILIES = {
         config="vllm_d2cache.models.block_configs:SDARConfig",
         model_type="sdar",
         chat_template=_CHATML,
-        unserved=_NO_BLOCKS,
     ),
     "SDARMoeForCausalLM": Family(
         model="vllm_d2cache.models.sdar:SDARMoeForCausalLM",
         config="vllm_d2cache.models.block_configs:SDARMoeConfig",
         model_type="sdar_moe",
         chat_template=_CHATML,
-        unserved=_NO_BLOCKS,
     ),
     "LLaDA2MoeModelLM": Family(
         model="vllm_d2cache.models.llada2:LLaDA2MoeModelLM",
@@ -89,14 +86,12 @@ FAMILIES = {
         model_type="llada2_moe",
         other_types=("llada21_moe", "llada2_moe_veomni"),
         chat_template=_CHAT_TEMPLATES / "llada2.jinja",
-        unserved=_NO_BLOCKS,
     ),
     "Fast_dLLM_QwenForCausalLM": Family(
         model="vllm_d2cache.models.fast_dllm_v2:Fast_dLLM_QwenForCausalLM",
         config="vllm_d2cache.models.block_configs:FastDLLMv2Config",
         model_type="Fast_dLLM_Qwen",
         chat_template=_CHATML,
-        unserved=_NO_BLOCKS,
     ),
 }
 """By the name that config.json has under ``architectures``."""

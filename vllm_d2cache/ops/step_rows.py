@@ -49,6 +49,7 @@ def choose_rows(
     masked: torch.Tensor,
     live: torch.Tensor,
     observes_all: torch.Tensor | None,
+    revises: torch.Tensor | None,
     ordered: bool,
     shift: int,
     num_positions: int,
@@ -61,6 +62,8 @@ def choose_rows(
         integers: [10, R] int64 (ops.texts.Texts).
         masked, live: [R, G] bool.
         observes_all: [R] bool, whether statistics of all masked slots that are computed are wanted; None = nobody's.
+        revises: [R] bool, whether tokens of the window may be written over: statistics of all of it that is computed
+            are wanted; None = nobody's.
         ordered: whether some request commits from left to right, as its ``longest_run`` > 0 says. The leftmost mask
             of such a text can always be committed, whatever the policy would recompute; slots that are further away
             than a step goes cannot.
@@ -83,8 +86,11 @@ def choose_rows(
     wanted = observe[slots, :width]
     if observes_all is not None:
         wanted = wanted | observes_all.unsqueeze(1)
-    predictable = to_slots(chosen, first, integers[1], width) & open_slots
+    computed = to_slots(chosen, first, integers[1], width)
+    predictable = computed & open_slots
     predicted = predictable & (may_go | wanted)
+    if revises is not None:
+        predicted = predicted | (computed & inside & revises.unsqueeze(1))
     return Choice(chosen, predictable & may_go, predicted, torch.stack([chosen.sum(1), predicted.sum(1)]))
 
 

@@ -14,7 +14,8 @@ from vllm_d2cache.ops.dispatch import dispatched
 
 _TRITON = "vllm_d2cache.ops.triton.texts"
 # Columns of the tables, in order. Kernels know them by number.
-COUNTS = ("prompt_len", "canvas_len", "step", "window_step", "emitted")
+# Held is 1 where a window is not over though it is full; held_start is where that begins.
+COUNTS = ("prompt_len", "canvas_len", "step", "window_step", "emitted", "held", "held_start")
 OPTIONS = ("window", "tokens_per_step", "threshold", "factor", "score", "sigma", "steps", "longest_run")
 FLOATS = ("threshold", "factor", "sigma")
 _STATE = ("prompt_len", "canvas_len", "window_start", "step", "window_step")
@@ -40,20 +41,53 @@ class Committed(NamedTuple):
     live: torch.Tensor  # [R, G] bool
 
 
-def live_slots(terminal: torch.Tensor) -> torch.Tensor:
-    """[R, G] bool: slots before the first of ``terminal`` [R, G] bool, which hold committed stop tokens."""
-    return terminal.cumsum(1) == 0
+class Edits(NamedTuple):
+    """What a step does to texts."""
+
+    committed: torch.Tensor  # [R, G] bool, masks that become tokens
+    token: torch.Tensor  # [R, G] int32, what is written where ``committed`` or ``revised``
+    revoked: torch.Tensor | None  # [R, G] bool, tokens that are masked again; None = none
+    revised: torch.Tensor | None  # [R, G] bool, slots without a mask that are written over; None = none
+    held: torch.Tensor | None  # [R] bool, whose window is not over even if it is full; None = nobody's
 
 
-def first_window(masked: torch.Tensor, live: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+def live_slots(
+    terminal: torch.Tensor, prompt_len: torch.Tensor | None = None, block_length: int | None = None
+) -> torch.Tensor:
+    """[R, G] bool: slots before the first of ``terminal`` [R, G] bool, which hold committed stop tokens.
+
+    Where the text is cut into blocks behind a prompt of ``prompt_len`` [R], the rest of that one's block lives, too:
+    its rows see each other, and are all to be filled.
+    """
+    if block_length is None:
+        return terminal.cumsum(1) == 0
+    assert prompt_len is not None
+    width = terminal.shape[1]
+    first = torch.where(terminal.any(1), terminal.to(torch.int8).argmax(1), width)
+    behind = first + block_length - (prompt_len + first) % block_length
+    return torch.arange(width, device=terminal.device).unsqueeze(0) < behind.unsqueeze(1)
+
+
+def first_window(
+    masked: torch.Tensor, live: torch.Tensor, window: torch.Tensor, before: torch.Tensor | int = 0
+) -> torch.Tensor:
     """[R] int64: start of the window with the first masked live slot, as windows fill up from left to right.
 
     Args:
         masked, live: [R, G] bool.
         window: [R] int64, its length.
+        before: [R] int64, positions before the canvas from which windows are counted.
     """
     first = (masked & live).to(torch.int8).argmax(1)
-    return first - first % window
+    return first - (first + before) % window
+
+
+def _windows(
+    masked: torch.Tensor, terminal: torch.Tensor, prompt_len: torch.Tensor, window: torch.Tensor, block: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Live slots [R, G], and the start of the current window [R]."""
+    live = live_slots(terminal, prompt_len, block)
+    return live, first_window(masked, live, window, 0 if block is None else prompt_len)
 
 
 @dispatched(_TRITON)
@@ -64,20 +98,24 @@ def read_texts(
     counts: torch.Tensor,
     numbers: torch.Tensor,
     width: int,
+    block_length: int | None,
 ) -> Texts:
     """The texts of ``slots`` as they are now, padded to ``width`` canvas slots.
 
     Args:
         slots: [R] int64.
         masked, terminal: [S, L] bool, by canvas slot.
-        counts: [5, S] int64, COUNTS.
+        counts: [7, S] int64, COUNTS.
         numbers: [S, 8] float32, OPTIONS.
+        block_length: positions of a block where texts are cut into blocks, and windows with them; None = they are not.
     """
-    masked, live = masked[slots, :width], live_slots(terminal[slots, :width])
+    masked, terminal = masked[slots, :width], terminal[slots, :width]
     options = numbers[slots].t()
     integers = options[_WHOLE].long()
     lengths = counts[:4, slots]
-    start = first_window(masked, live, integers[0]).unsqueeze(0)
+    held, held_start = counts[5:, slots]
+    live, start = _windows(masked, terminal, lengths[0], integers[0], block_length)
+    start = torch.where(held > 0, held_start, start).unsqueeze(0)
     return Texts(torch.cat([lengths[:2], start, lengths[2:], integers]), options[_BROKEN], masked, live)
 
 
@@ -86,9 +124,7 @@ def commit_texts(
     slots: torch.Tensor,
     integers: torch.Tensor,
     before: torch.Tensor,
-    committed: torch.Tensor,
-    token: torch.Tensor,
-    revoked: torch.Tensor | None,
+    edits: Edits,
     tokens: torch.Tensor,
     masked: torch.Tensor,
     terminal: torch.Tensor,
@@ -96,6 +132,7 @@ def commit_texts(
     stop_ids: torch.Tensor,
     mask_token_id: int,
     num_positions: int,
+    block_length: int | None,
 ) -> Committed:
     """Write the committed tokens, mask the revoked ones, and count the step, in the tables of all slots.
 
@@ -103,30 +140,35 @@ def commit_texts(
         slots: [R] int64.
         integers: [10, R] int64, of the texts before (Texts).
         before: [R, G] bool, masks before.
-        committed, revoked: [R, G] bool.
-        token: [R, G] int32, what is written where ``committed``.
         tokens: [S, L] int32 by position; written.
         masked, terminal: [S, L] bool by canvas slot; written.
-        counts: [5, S] int64, COUNTS; steps are written.
+        counts: [7, S] int64, COUNTS; steps are written.
         stop_ids: [S, n] int32, -1 where there is none.
         num_positions: T.
+        block_length: as for :func:`read_texts`.
     """
     prompt_len, canvas_len, window_start, step, window_step, window = integers[:6]
+    committed, token, revoked, revised, held = edits
     width = committed.shape[1]
+    changes = [committed.sum(1), torch.zeros_like(step)]
+    terminal_before = terminal[slots, :width]
+    if revised is not None:
+        committed, terminal_before = committed | revised, terminal_before & ~revised
     text = tokens[slots, :num_positions]
     where = to_positions(committed, prompt_len, canvas_len, num_positions)
     text = torch.where(where, to_positions(token, prompt_len, canvas_len, num_positions), text)
     stops = (token.unsqueeze(2) == stop_ids[slots].unsqueeze(1)).any(2)
     left = before & ~committed
-    ends = terminal[slots, :width] | (stops & committed)
-    changes = [committed.sum(1), torch.zeros_like(step)]
+    ends = terminal_before | (stops & committed)
     if revoked is not None:
         text = torch.where(to_positions(revoked, prompt_len, canvas_len, num_positions), mask_token_id, text)
         left |= revoked
         ends &= ~revoked
         changes[1] = revoked.sum(1)
-    live = live_slots(ends)
-    start = first_window(left, live, window)
+    live, start = _windows(left, ends, prompt_len, window, block_length)
+    if held is not None:
+        start = torch.where(held, window_start, start)
+        counts[5, slots], counts[6, slots] = held.long(), start
     after = integers.clone()
     after[2], after[3], after[4] = start, step + 1, torch.where(start == window_start, window_step + 1, 0)
     tokens[slots, :num_positions] = text
@@ -142,7 +184,7 @@ def emit_texts(
     window_start: torch.Tensor,
     masked: torch.Tensor,
     live: torch.Tensor,
-    provisional: torch.Tensor | None,
+    keeps: tuple[torch.Tensor | None, torch.Tensor | None],
     tokens: torch.Tensor,
     counts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,16 +195,19 @@ def emit_texts(
         integers: [10, R] int64 (Texts).
         window_start: [R] int64, of the window after the commits.
         masked, live: [R, G] bool, after the commits.
-        provisional: [R] bool, tokens of the current window may be taken back and are kept; None = nobody's.
+        keeps: [R] bool each: tokens of the current window may be taken back and are kept until it is over; it is not
+            over even if it is full. None = nobody's.
         tokens: [S, L] int32 by position.
-        counts: [5, S] int64, COUNTS; what is emitted is written.
+        counts: [7, S] int64, COUNTS; what is emitted is written.
     """
     prompt_len, canvas_len = integers[:2]
     slot = torch.arange(masked.shape[1], device=masked.device).unsqueeze(0)
     done = (~masked & (slot < canvas_len.unsqueeze(1))).to(torch.int8).cumprod(1).sum(1)
+    provisional, held = keeps
     if provisional is not None:
-        open_window = (masked & live).any(1) & provisional
-        done = torch.where(open_window, torch.minimum(done, window_start), done)
+        unfinished = (masked & live).any(1)
+        unfinished = unfinished if held is None else unfinished | held
+        done = torch.where(unfinished & provisional, torch.minimum(done, window_start), done)
     emitted = counts[4, slots]
     fresh = (done - emitted).clamp(min=0)
     # Whatever stands behind the fresh ones: nobody reads it.

@@ -42,6 +42,9 @@ class RequestOptions:
         decoder_options: what the decoder has.
         rule_counts: the decoder's rule says how many tokens a step commits; follows from the decoder.
         ordered: tokens are committed from left to right, as a grammar needs it; follows from the request.
+        block: positions of a block of the model family, whose rows see their own block and those before it, counted
+            from the first position of the prompt; windows lie within blocks. 0 = rows see the whole text. Follows from
+            the server.
     """
 
     policy: str = "d2cache"
@@ -58,6 +61,7 @@ class RequestOptions:
     decoder_options: Mapping[str, Any] = field(default_factory=dict)
     rule_counts: bool = False
     ordered: bool = False
+    block: int = 0
 
     @property
     def used(self) -> frozenset[str]:
@@ -85,8 +89,15 @@ class RequestOptions:
                 return own[name]
         return getattr(self, name)
 
+    def canvas_length(self, prompt_length: int, max_tokens: int) -> int:
+        """Positions of the canvas of a request for ``max_tokens``: these, or to the end of the block of the last."""
+        behind = -(prompt_length + max_tokens) % self.block if self.block else 0
+        return max_tokens + behind
+
     def window_length(self, canvas_length: int) -> int:
         """Window length in positions for a canvas of ``canvas_length``."""
+        if self.block:
+            return self.window or self.block
         return min(self.window, canvas_length) if self.window else canvas_length
 
     def longest_run(self, canvas_length: int) -> int:

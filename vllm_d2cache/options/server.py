@@ -24,6 +24,7 @@ SERVER_FIELDS: dict[str, Number | Choice | Text] = {
     "attention_backend": Choice(ATTENTION_BACKENDS),
     "graph_rows": Number(int, 0, note="rows; 0 = no CUDA graphs"),
     "request_memory": Number(float, 0, open_low=True, note="GiB"),
+    "block_length": Number(int, 0, note="positions; set by the plugin itself"),
 }
 
 
@@ -41,6 +42,7 @@ class ServerOptions:
         graph_rows: on a GPU, refresh steps of up to this many rows are CUDA graphs; 0 = none are.
         request_memory: GiB that running requests may take beside K and V (engine/memory_plan.py); None = 2, or more
             where the longest request needs more.
+        block_length: of the model family (canvas/traits.py), which the config hook puts here; 0 = it has none.
     """
 
     request_defaults: Mapping[str, Any]
@@ -51,6 +53,7 @@ class ServerOptions:
     attention_backend: str | None = None
     graph_rows: int = DEFAULT_GRAPH_ROWS
     request_memory: float | None = None
+    block_length: int = 0
 
     def check_canvas_length(self, length: int) -> None:
         """Refuse a canvas that is longer than the operator allows.

@@ -63,6 +63,8 @@ class CachePolicy(ABC):
     """Whether a request may name other policies' options too; for the one that others are compared with."""
     reads_entropy: ClassVar[bool] = False
     """Whether the engine must compute the entropy of the predicted slots' distributions."""
+    keeps_blocks: ClassVar[bool] = False
+    """Whether it goes with families whose text is cut into blocks (FamilyTraits.block_length)."""
     refreshes_all: ClassVar[bool] = False
     """Whether every step recomputes the whole text."""
     uses: ClassVar[tuple[Use, ...]] = ()

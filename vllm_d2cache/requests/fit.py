@@ -41,12 +41,16 @@ def check_options_fit(options: RequestOptions, canvas_length: int, room: int, gi
             f"{PREFIX}decoder: {options.decoder!r} may take back any token of its window and does not go with "
             f"{CANVAS}, whose tokens must stay; choose another decoder"
         )
+    if given and options.block:
+        raise OptionError(f"{CANVAS}: not with this model, whose text is written block by block; leave it out")
     behind = extra_rows(options, canvas_length)
     if canvas_length + behind > room:
         raise OptionError(
             f"{PREFIX}decoder: {options.decoder!r} needs {behind} positions, its window, besides the canvas of "
             f"{canvas_length}; behind this prompt there is room for {room}"
         )
+    if options.block:
+        return  # steps are those of a window
     window = options.window_length(canvas_length)
     windows = -(-canvas_length // window)
     if options.steps % windows:

@@ -151,9 +151,27 @@ def resolve(server: ServerOptions, request: Mapping[str, Any], ordered: bool = F
         policy_options=_own(policy.options, chosen, policy.parallel_defaults if parallel else {}),
         decoder_options=_own(decoder.options, chosen, {}),
         ordered=ordered,
+        block=server.block_length,
     )
     _check_decoder(options, server)
+    _check_blocks(options)
     return options
+
+
+def _check_blocks(options: RequestOptions) -> None:
+    """Refuse what has no meaning where a row sees its own block of the text and those before it."""
+    if not options.block:
+        return
+    if not POLICY_CLASSES[options.policy].keeps_blocks:
+        fitting = [name for name, cls in POLICY_CLASSES.items() if cls.keeps_blocks]
+        raise OptionError(
+            f"{PREFIX}policy: must be {' or '.join(map(repr, fitting))} with this model, whose rows see their own "
+            f"block of positions and those before it, got {options.policy!r}"
+        )
+    if options.window and options.block % options.window:
+        raise OptionError(
+            f"{PREFIX}window: must be 0 or divide {options.block}, the block length of this model, got {options.window}"
+        )
 
 
 def _own(

@@ -74,6 +74,7 @@ class Decoding:
         request = self.canvas.requests[slot]
         cls = DECODER_CLASSES[request.options.decoder]
         decoder = self._of_slot[slot] = self.decoder(cls.ordered or cls if request.options.ordered else cls)
+        request.revises = decoder.revises
         decoder.start(slot, request)
 
     def stop(self, slot: int) -> None:
@@ -90,7 +91,7 @@ class Decoding:
 
     def provisional(self, slots: Sequence[int]) -> torch.Tensor | None:
         """[R] bool: tokens of the current window may be taken back; None = nobody's."""
-        flags = [self._of_slot[s].revokes for s in slots]
+        flags = [(decoder := self._of_slot[s]).revokes or decoder.revises for s in slots]
         return upload(flags, torch.bool, self.canvas.device) if any(flags) else None
 
     def row_stats(
@@ -165,12 +166,21 @@ class Decoding:
             least_commits(view, self.canvas.traits.step_schedule),
             entropy,
             found,
+            *self._standing(rows, parts),
         )
         seen = Choice(score, token, entropy)
         if len(parts) == 1:
             return seen, parts[0].decoder.choose(step)
         chosen = [(part.chosen, part.decoder.choose(step.select(part.chosen))) for part in parts]  # type: ignore[arg-type]
         return seen, _together(chosen, view.masked, token)
+
+    def _standing(self, rows: StepRows, parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor] | tuple[()]:
+        """What decoders that revise read besides."""
+        if not any(part.decoder.revises for part in parts):
+            return ()
+        view = rows.view
+        position = (view.prompt_len.unsqueeze(1) + view.slot_index).clamp(max=view.num_positions - 1)
+        return rows.predicted, self.canvas.tokens[view.slots].gather(1, position)
 
     def _with_prior(self, score: torch.Tensor, rows: StepRows) -> torch.Tensor:
         """Score times certainty density where a request asks for the prior.
@@ -203,11 +213,15 @@ def _together(parts: list[tuple[torch.Tensor | None, Commits]], none: torch.Tens
     """The commits of several decoders, each of its own rows, as those of the batch; ``none`` is [R, G] bool."""
     slots = torch.zeros_like(none)
     written = token.clone() if any(commits.token is not None for _, commits in parts) else None
-    revoked = torch.zeros_like(none) if any(commits.revoked is not None for _, commits in parts) else None
+    others: dict[str, torch.Tensor] = {}
+    for name, nothing in {"revoked": none, "revised": none, "held": none[:, 0]}.items():
+        given = [(index, value) for index, commits in parts if (value := getattr(commits, name)) is not None]
+        if given:
+            others[name] = torch.zeros_like(nothing)
+        for index, value in given:
+            others[name][index] = value
     for index, commits in parts:
         slots[index] = commits.slots
         if written is not None and commits.token is not None:
             written[index] = commits.token
-        if revoked is not None and commits.revoked is not None:
-            revoked[index] = commits.revoked
-    return Commits(slots, written, revoked)
+    return Commits(slots, written, **others)

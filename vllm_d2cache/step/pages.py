@@ -11,6 +11,14 @@ from vllm_d2cache.ops.dispatch import chosen
 from vllm_d2cache.ops.step_rows import page_slots
 
 
+def spans(rows: StepRows, block_length: int | None) -> torch.Tensor | None:
+    """[N - S] int32: before which position the keys of each row of the text end; None = behind the whole text."""
+    if block_length is None:
+        return None
+    positions = rows.text_positions
+    return (positions + block_length - positions % block_length).int()
+
+
 @dataclass(frozen=True)
 class Pages:
     """The block tables of a step."""

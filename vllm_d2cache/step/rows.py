@@ -28,8 +28,11 @@ def select_rows(
     view, shift = canvas.view(slots, slots_host), canvas.traits.logit_shift
     integers, _, masked, live = view.texts
     observes = upload(observes_all, torch.bool, canvas.device) if any(observes_all) else None
+    revises = [r.revises for r in requests]
+    revising = upload(revises, torch.bool, canvas.device) if any(revises) else None
     plans, ordered = (canvas.refresh, canvas.observe, canvas.eligible), any(r.options.ordered for r in requests)
-    chosen = choose_rows(slots, *plans, integers, masked, live, observes, ordered, shift, view.num_positions)
+    texts = (integers, masked, live)
+    chosen = choose_rows(slots, *plans, *texts, observes, revising, ordered, shift, view.num_positions)
     if padded:
         counts = [r.most_rows for r in requests]
         # A predicted slot has a row of its own.

@@ -30,7 +30,7 @@ from vllm_d2cache.step.constraints import Constraints
 from vllm_d2cache.step.decoding import Decoding, LMHead
 from vllm_d2cache.step.form import StepForms
 from vllm_d2cache.step.logprobs import EmittedLogprobs, LogprobRecorder
-from vllm_d2cache.step.pages import Pages
+from vllm_d2cache.step.pages import Pages, spans
 from vllm_d2cache.step.planning import Planning
 from vllm_d2cache.step.rows import select_rows
 
@@ -119,7 +119,8 @@ class StepRunner:
         """Where K and V of the rows go, and what the layers are to leave behind."""
         rows = step.rows
         first_blocks = pages.first_blocks(rows.lengths)
-        layout = PagedLayout(rows.counts, rows.lengths, pages.table, first_blocks, pages.slots(rows))
+        limits = spans(rows, self.worker.traits.block_length)
+        layout = PagedLayout(rows.counts, rows.lengths, pages.table, first_blocks, pages.slots(rows), limits=limits)
         step.layout = layout
         if step.size is not None:
             assert self.forms.graphs is not None
@@ -153,9 +154,10 @@ class StepRunner:
 
         predicted, commits = self.decoding.choose(rows, parts, stats, found)
         token = predicted.token if commits.token is None else commits.token
-        view, changes = self.canvas.commit(rows.view, commits.slots, token, commits.revoked)
+        changed = (commits.slots, token, commits.revoked, commits.revised, commits.held)
+        view, changes = self.canvas.commit(rows.view, *changed)
         outcome = StepOutcome(
-            commits.slots,
+            commits.slots if commits.revised is None else commits.slots | commits.revised,
             rows.predicted,
             predicted.score,
             rows.view.window_start,
@@ -164,7 +166,7 @@ class StepRunner:
             found,
         )
         self.planning.next(view, outcome, rows.slots)
-        tokens, num_tokens = self.canvas.emit(view, self.decoding.provisional(rows.slots))
-        result = StepResult(tokens, num_tokens, commits.slots, view.masked, commits.revoked, changes)
+        tokens, num_tokens = self.canvas.emit(view, self.decoding.provisional(rows.slots), commits.held)
+        result = StepResult(tokens, num_tokens, commits.slots, view.masked, commits.revoked, commits.revised, changes)
         self.counters.add(rows, step.hooks, changes)
         return Closed(rows, stats, result, self.logprobs.record(rows, result, hidden, lm_head))

@@ -39,7 +39,7 @@ def test_sdar_is_built_as_published() -> None:
     shape = config.shape()
     assert (shape.q_size, shape.kv_size, shape.head_size) == (4096, 1024, 128)
     assert (shape.qk_norm, shape.qkv_bias, shape.rotary_dim, shape.mixture) == (True, False, None, None)
-    assert config.traits() == FamilyTraits(151669, num_layers=4, block_length=4)
+    assert config.traits() == FamilyTraits(151669, 0, "window", 4, "sdar", block_length=4)
     assert config.unsupported() == []
 
 
@@ -47,7 +47,7 @@ def test_sdar_moe_is_built_as_published() -> None:
     config = read("sdar_moe")
     assert config.shape().mixture == Mixture(8, 3, 24, renormalised=True)
     assert config.shape().qk_norm
-    assert config.traits() == FamilyTraits(370, num_layers=3, block_length=4)
+    assert config.traits() == FamilyTraits(370, 0, "window", 3, "sdar_moe", block_length=4)
 
 
 def test_llada2_is_built_as_published() -> None:
@@ -61,7 +61,7 @@ def test_llada2_is_built_as_published() -> None:
         shared_width=512, router_in_fp32=True,
     )  # fmt: skip
     assert shape.mlp_width == 5120
-    assert config.traits() == FamilyTraits(156895, num_layers=20, block_length=32)
+    assert config.traits() == FamilyTraits(156895, 0, "window", 20, "llada2_moe", block_length=32)
     assert config.unsupported() == []
     assert read("llada2", "partial_rotary_factor").shape().rotary_dim == 8
     assert read("llada2", "rotary_dim").shape().rotary_dim == 8
@@ -70,8 +70,8 @@ def test_llada2_is_built_as_published() -> None:
 def test_fast_dllm_v2_is_built_as_published() -> None:
     config = FastDLLMv2Config()
     assert (config.shape().qkv_bias, config.shape().qk_norm, config.shape().head_size) == (True, False, 128)
-    assert config.traits() == FamilyTraits(151665, logit_shift=1, num_layers=28, block_length=32)
-    assert read("fast_dllm_v2").traits() == FamilyTraits(370, logit_shift=1, num_layers=4, block_length=8)
+    assert config.traits() == FamilyTraits(151665, 1, "window", 28, "Fast_dLLM_Qwen", block_length=32)
+    assert read("fast_dllm_v2").traits() == FamilyTraits(370, 1, "window", 4, "Fast_dLLM_Qwen", block_length=8)
     assert read("fast_dllm_v2", tie_word_embeddings=True).shape().tied_head
 
 

@@ -22,6 +22,7 @@ from vllm_d2cache.requests.resolve import parse_request_options, resolve
 EVERYTHING: dict[str, dict[str, Any]] = {
     "d2cache": {"current_k": 100, "rollout_p": 1.0},
     "full": {},
+    "block": {},
     "prefix": {"window": 1},
     "dual": {"window": 1},
     "dkv": {"dkv_variant": "decode", "cache_steps": 1},

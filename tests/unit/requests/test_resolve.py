@@ -88,7 +88,10 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("narrow_out_thres", 1.1),
 ]
 CHOICES = ("policy", "score", "confidence_memory", "decoder")
-INTEGERS = ("window", "tokens_per_step", "current_k", "inflate_w", "kl_history_length", "leap_radius", "steps")
+INTEGERS = (
+    *("window", "tokens_per_step", "current_k", "inflate_w", "kl_history_length", "leap_radius", "steps"),
+    "max_post_steps",
+)
 
 
 def refused() -> list[tuple[str, Any]]:

@@ -305,45 +305,36 @@ def attend(
     group = query.shape[1] // kv_heads
     if num_rows == 0:
         return
-    assert query.stride(2) == kv_cache.stride(3) == 1
-    assert lse.is_contiguous() and layout.slots.is_contiguous()
+    assert query.stride(2) == kv_cache.stride(3) == 1 and lse.is_contiguous() and layout.slots.is_contiguous()
     pairs, keys = tile or tile_shape(query.dtype)
-    pairs = max(pairs, triton.next_power_of_2(group))
-    out = query if output is None else output
+    pairs, out = max(pairs, triton.next_power_of_2(group)), query if output is None else output
     assert out.stride(2) == 1
     rows, stretches = pairs // group, most_stretches(max(layout.lengths))
-    if split is None:
-        split = is_cut(triton.cdiv(num_rows, rows) * kv_heads, stretches)
+    split = is_cut(triton.cdiv(num_rows, rows) * kv_heads, stretches) if split is None else split
     parts = _parts(query, stretches if split else 0, output is not None)
-    visible = layout.visible_keys
-    assert visible is None or layout.limits is None
+    visible, limits = layout.visible_keys, layout.limits
+    assert visible is None or limits is None
     num_keys = layout.text_lengths if visible is None else visible.counts
     work = pieces(layout, rows, -1 if split else 0)
+    where = (layout.block_table, layout.row_starts, num_keys, work.starts, layout.slots)
     _attention_kernel[(work.programs(kv_heads),)](
         query,
         out,
         lse,
         *parts,
         kv_cache,
-        layout.block_table,
-        layout.row_starts,
-        num_keys,
-        work.starts,
-        layout.slots,
+        *where,
         layout.text_lengths if visible is None else visible.positions,
         layout.text_lengths if visible is None else visible.starts,
-        layout.text_lengths if layout.limits is None else layout.limits,
+        layout.text_lengths if limits is None else limits,
         len(layout.counts),
         num_rows,
         scale * _LOG2_E,
-        *query.stride()[:2],
-        *out.stride()[:2],
-        *kv_cache.stride()[:3],
-        layout.block_table.stride(0),
+        *(*query.stride()[:2], *out.stride()[:2], *kv_cache.stride()[:3], layout.block_table.stride(0)),
         BLOCK_M=pairs,
         BLOCK_N=keys,
         HAS_KEYS=visible is not None,
-        HAS_LIMITS=layout.limits is not None,
+        HAS_LIMITS=limits is not None,
         SPLIT=split,
         WRITE_OUTPUT=output is not None,
         # Tiles of K and V in flight; in fp32 three of them exceed the shared memory of many cards.

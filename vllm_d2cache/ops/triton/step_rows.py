@@ -27,12 +27,14 @@ def _choose_kernel(
     masked,  # [R, G] bool
     live,  # [R, G] bool
     observes_all,  # [R] bool
+    revises,  # [R] bool
     rows,
     table_width,
     num_positions,
     width,
     shift,
     ALL: tl.constexpr,
+    REVISES: tl.constexpr,
     ORDERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -63,6 +65,7 @@ def _choose_kernel(
         count += tl.sum((now & (at < num_positions)).to(tl.int64), 0)
     tl.store(sums + row, count)
     everything = tl.load(observes_all + row) != 0 if ALL else False
+    again = tl.load(revises + row) != 0 if REVISES else False
     count = tl.zeros((), tl.int64)
     for start in range(0, width, BLOCK):
         g = start + tl.arange(0, BLOCK)
@@ -72,7 +75,8 @@ def _choose_kernel(
         computed = (tl.load(refresh + line + at, mask=read, other=0) != 0) & (at < length)
         left = tl.load(masked + row * width + g, mask=there, other=0) != 0
         alive = tl.load(live + row * width + g, mask=there, other=0) != 0
-        may_go = (g >= begin) & (g < end) & (tl.load(eligible + line + g, mask=there, other=0) != 0)
+        inside = (g >= begin) & (g < end)
+        may_go = inside & (tl.load(eligible + line + g, mask=there, other=0) != 0)
         if ORDERED:
             at_lead = g == lead
             computed = computed | (at_lead & read)
@@ -83,6 +87,8 @@ def _choose_kernel(
         predictable = computed & left & alive & there
         tl.store(candidates + row * width + g, (predictable & may_go).to(tl.int8), mask=g < width)
         taken = predictable & (may_go | wanted)
+        if REVISES:
+            taken = taken | (computed & inside & there & again)
         tl.store(predicted + row * width + g, taken.to(tl.int8), mask=g < width)
         count += tl.sum(taken.to(tl.int64), 0)
     tl.store(sums + rows + row, count)
@@ -97,6 +103,7 @@ def choose_rows(
     masked: torch.Tensor,
     live: torch.Tensor,
     observes_all: torch.Tensor | None,
+    revises: torch.Tensor | None,
     ordered: bool,
     shift: int,
     num_positions: int,
@@ -119,12 +126,14 @@ def choose_rows(
         as_bytes(masked),
         as_bytes(live),
         as_bytes(masked if observes_all is None else observes_all),
+        as_bytes(masked if revises is None else revises),
         rows,
         refresh.shape[1],
         num_positions,
         width,
         shift,
         ALL=observes_all is not None,
+        REVISES=revises is not None,
         ORDERED=ordered,
         BLOCK=STRETCH,
     )

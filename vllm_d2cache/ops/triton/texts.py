@@ -6,13 +6,21 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_d2cache.ops.texts import Committed, Texts
+from vllm_d2cache.ops.texts import Committed, Edits, Texts
 from vllm_d2cache.ops.triton.common import STRETCH, as_bytes
 
 _FAR = tl.constexpr(1 << 30)  # behind any text
 
 
-@triton.jit(do_not_specialize=["rows", "num_slots", "table_width", "width"])
+@triton.jit
+def _end_of_block(end, prompt_len, block_length, BLOCKS: tl.constexpr):
+    """First slot that is not live: behind the block of the first stop token, where texts are cut into blocks."""
+    if BLOCKS:
+        end = tl.where(end == _FAR, end, end + block_length - (prompt_len + end) % block_length)
+    return end
+
+
+@triton.jit(do_not_specialize=["rows", "num_slots", "table_width", "width", "block_length"])
 def _read_kernel(
     integers,  # [10, R] int64, written
     floats,  # [3, R] float32, written
@@ -21,12 +29,14 @@ def _read_kernel(
     slots,  # [R] int64
     masked,  # [S, L] bool
     terminal,  # [S, L] bool
-    counts,  # [5, S] int64
+    counts,  # [7, S] int64
     numbers,  # [S, 8] float32
     rows,
     num_slots,
     table_width,
     width,
+    block_length,
+    BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -37,6 +47,8 @@ def _read_kernel(
         g = start + tl.arange(0, BLOCK)
         stop = tl.load(terminal + line + g, mask=g < width, other=0) != 0
         end = tl.minimum(end, tl.min(tl.where(stop, g, _FAR), 0))
+    prompt_len = tl.load(counts + slot)
+    end = _end_of_block(end, prompt_len, block_length, BLOCKS)
     first = tl.full((), _FAR, tl.int64)
     for start in range(0, width, BLOCK):
         g = start + tl.arange(0, BLOCK)
@@ -46,9 +58,12 @@ def _read_kernel(
         first = tl.minimum(first, tl.min(tl.where((flag != 0) & (g < end), g, _FAR), 0))
     first = tl.where(first == _FAR, 0, first)
     window = tl.load(numbers + slot * 8).to(tl.int64)
-    tl.store(integers + row, tl.load(counts + slot))
+    begin = first - (first + (prompt_len if BLOCKS else 0)) % window
+    held = tl.load(counts + 5 * num_slots + slot) > 0
+    begin = tl.where(held, tl.load(counts + 6 * num_slots + slot), begin)
+    tl.store(integers + row, prompt_len)
     tl.store(integers + rows + row, tl.load(counts + num_slots + slot))
-    tl.store(integers + 2 * rows + row, first - first % window)
+    tl.store(integers + 2 * rows + row, begin)
     tl.store(integers + 3 * rows + row, tl.load(counts + 2 * num_slots + slot))
     tl.store(integers + 4 * rows + row, tl.load(counts + 3 * num_slots + slot))
     # Of OPTIONS, 2, 3 and 5 are FLOATS.
@@ -69,6 +84,7 @@ def read_texts(
     counts: torch.Tensor,
     numbers: torch.Tensor,
     width: int,
+    block_length: int | None,
 ) -> Texts:
     """See ops.texts."""
     rows, device = slots.shape[0], slots.device
@@ -89,12 +105,18 @@ def read_texts(
         counts.shape[1],
         masked.shape[1],
         width,
+        block_length or 0,
+        BLOCKS=block_length is not None,
         BLOCK=STRETCH,
     )
     return Texts(integers, floats, left, live)
 
 
-@triton.jit(do_not_specialize=["rows", "num_slots", "positions", "table_width", "width", "num_stops", "mask_token_id"])
+@triton.jit(
+    do_not_specialize=[
+        *("rows", "num_slots", "positions", "table_width", "width", "num_stops", "mask_token_id", "block_length")
+    ]
+)
 def _commit_kernel(
     after,  # [10, R] int64, written
     changes,  # [2, R] int64, written
@@ -103,13 +125,15 @@ def _commit_kernel(
     tokens,  # [S, positions] int32, written
     masked,  # [S, L] bool, written
     terminal,  # [S, L] bool, written
-    counts,  # [5, S] int64, written
+    counts,  # [7, S] int64, written
     slots,  # [R] int64
     integers,  # [10, R] int64
     before,  # [R, G] bool
     committed,  # [R, G] bool
     token,  # [R, G] int32
     revoked,  # [R, G] bool
+    revised,  # [R, G] bool
+    held,  # [R] bool
     stop_ids,  # [S, num_stops] int32
     rows,
     num_slots,
@@ -118,7 +142,11 @@ def _commit_kernel(
     width,
     num_stops,
     mask_token_id,
+    block_length,
     REVOKES: tl.constexpr,
+    REVISES: tl.constexpr,
+    HOLDS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -132,14 +160,19 @@ def _commit_kernel(
         g = start + tl.arange(0, BLOCK)
         there, mine = g < width, (g < canvas_len) & (g < width)
         now = tl.load(committed + own + g, mask=there, other=0) != 0
+        commits += tl.sum(now.to(tl.int64), 0)
+        ended = tl.load(terminal + line + g, mask=there, other=0) != 0
+        if REVISES:
+            again = tl.load(revised + own + g, mask=there, other=0) != 0
+            now = now | again
+            ended = ended & (again == 0)
         written = tl.load(token + own + g, mask=there, other=0)
         tl.store(text + g, written, mask=now & mine)
         left = (tl.load(before + own + g, mask=there, other=0) != 0) & (now == 0)
         stop = tl.zeros((BLOCK,), tl.int32)
         for i in range(0, num_stops):
             stop = stop | (written == tl.load(stop_ids + slot * num_stops + i)).to(tl.int32)
-        ends = (tl.load(terminal + line + g, mask=there, other=0) != 0) | ((stop != 0) & now)
-        commits += tl.sum(now.to(tl.int64), 0)
+        ends = ended | ((stop != 0) & now)
         if REVOKES:
             back = tl.load(revoked + own + g, mask=there, other=0) != 0
             tl.store(text + g, tl.zeros((BLOCK,), tl.int32) + mask_token_id, mask=back & mine)
@@ -151,6 +184,7 @@ def _commit_kernel(
         tl.store(terminal + line + g, ends.to(tl.int8), mask=there)
         end = tl.minimum(end, tl.min(tl.where(ends & there, g, _FAR), 0))
     tl.debug_barrier()
+    end = _end_of_block(end, prompt_len, block_length, BLOCKS)
     first = tl.full((), _FAR, tl.int64)
     for start in range(0, width, BLOCK):
         g = start + tl.arange(0, BLOCK)
@@ -158,9 +192,15 @@ def _commit_kernel(
         tl.store(live_out + own + g, (g < end).to(tl.int8), mask=g < width)
         first = tl.minimum(first, tl.min(tl.where(left & (g < end), g, _FAR), 0))
     first = tl.where(first == _FAR, 0, first)
-    begin = first - first % tl.load(integers + 5 * rows + row)
+    begin = first - (first + (prompt_len if BLOCKS else 0)) % tl.load(integers + 5 * rows + row)
     step = tl.load(integers + 3 * rows + row) + 1
-    same = begin == tl.load(integers + 2 * rows + row)
+    before_it = tl.load(integers + 2 * rows + row)
+    if HOLDS:
+        stays = tl.load(held + row) != 0
+        begin = tl.where(stays, before_it, begin)
+        tl.store(counts + 5 * num_slots + slot, stays.to(tl.int64))
+        tl.store(counts + 6 * num_slots + slot, begin)
+    same = begin == before_it
     window_step = tl.where(same, tl.load(integers + 4 * rows + row) + 1, 0)
     for i in tl.static_range(10):
         if i < 2 or i > 4:
@@ -178,9 +218,7 @@ def commit_texts(
     slots: torch.Tensor,
     integers: torch.Tensor,
     before: torch.Tensor,
-    committed: torch.Tensor,
-    token: torch.Tensor,
-    revoked: torch.Tensor | None,
+    edits: Edits,
     tokens: torch.Tensor,
     masked: torch.Tensor,
     terminal: torch.Tensor,
@@ -188,8 +226,10 @@ def commit_texts(
     stop_ids: torch.Tensor,
     mask_token_id: int,
     num_positions: int,
+    block_length: int | None,
 ) -> Committed:
     """See ops.texts."""
+    committed, token, revoked, revised, held = edits
     (rows, width), device = committed.shape, slots.device
     after = torch.empty_like(integers)
     changes = torch.empty(2, rows, dtype=torch.int64, device=device)
@@ -209,6 +249,8 @@ def commit_texts(
         as_bytes(committed),
         token.contiguous(),
         as_bytes(committed if revoked is None else revoked),
+        as_bytes(committed if revised is None else revised),
+        as_bytes(committed if held is None else held),
         stop_ids,
         rows,
         counts.shape[1],
@@ -217,7 +259,11 @@ def commit_texts(
         width,
         stop_ids.shape[1],
         mask_token_id,
+        block_length or 0,
         REVOKES=revoked is not None,
+        REVISES=revised is not None,
+        HOLDS=held is not None,
+        BLOCKS=block_length is not None,
         BLOCK=STRETCH,
     )
     return Committed(after, changes, left, live)
@@ -227,19 +273,21 @@ def commit_texts(
 def _emit_kernel(
     handed,  # [R, G] int64, written
     fresh_out,  # [R] int32, written
-    counts,  # [5, S] int64, written
+    counts,  # [7, S] int64, written
     slots,  # [R] int64
     integers,  # [10, R] int64
     window_start,  # [R] int64
     masked,  # [R, G] bool
     live,  # [R, G] bool
     provisional,  # [R] bool
+    held,  # [R] bool
     tokens,  # [S, positions] int32
     rows,
     num_slots,
     positions,
     width,
     KEEPS: tl.constexpr,
+    HOLDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -255,7 +303,10 @@ def _emit_kernel(
             alive = tl.load(live + row * width + g, mask=g < width, other=0) != 0
             still_open += tl.sum((left & alive).to(tl.int32), 0)
     if KEEPS:
-        kept = (tl.load(provisional + row) != 0) & (still_open > 0)
+        unfinished = still_open > 0
+        if HOLDS:
+            unfinished = unfinished | (tl.load(held + row) != 0)
+        kept = (tl.load(provisional + row) != 0) & unfinished
         done = tl.where(kept, tl.minimum(done, tl.load(window_start + row)), done)
     emitted = tl.load(counts + 4 * num_slots + slot)
     fresh = tl.maximum(done - emitted, 0)
@@ -274,11 +325,12 @@ def emit_texts(
     window_start: torch.Tensor,
     masked: torch.Tensor,
     live: torch.Tensor,
-    provisional: torch.Tensor | None,
+    keeps: tuple[torch.Tensor | None, torch.Tensor | None],
     tokens: torch.Tensor,
     counts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ops.texts."""
+    provisional, held = keeps
     (rows, width), device = masked.shape, slots.device
     handed = torch.empty(rows, width, dtype=torch.int64, device=device)
     fresh = torch.empty(rows, dtype=torch.int32, device=device)
@@ -292,12 +344,14 @@ def emit_texts(
         as_bytes(masked),
         as_bytes(live),
         as_bytes(masked if provisional is None else provisional),
+        as_bytes(masked if held is None else held),
         tokens,
         rows,
         counts.shape[1],
         tokens.shape[1],
         width,
         KEEPS=provisional is not None,
+        HOLDS=held is not None,
         BLOCK=STRETCH,
     )
     return handed, fresh
