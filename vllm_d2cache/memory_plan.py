@@ -51,7 +51,7 @@ class Network:
         model, parallel = config.model_config, config.parallel_config
         shape = model.hf_config.shape()
         heads = shape.num_heads // parallel.tensor_parallel_size
-        width = shape.intermediate_size * max(1, shape.experts_per_token) // parallel.tensor_parallel_size
+        width = shape.mlp_width // parallel.tensor_parallel_size
         return cls(
             shape.num_layers, shape.hidden_size, heads, width, shape.head_size, shape.vocab_size, model.dtype.itemsize
         )  # fmt: skip

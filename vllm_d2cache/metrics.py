@@ -10,7 +10,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_d2cache.compat.internals import take_totals
-from vllm_d2cache.registration import ARCHITECTURES
+from vllm_d2cache.models.families import FAMILIES
 
 # Counter -> the totals it is the sum of, and what it says. vLLM's own names, so that its tools find them:
 # `vllm bench serve` takes positions per step for the canvas length, and one step of each canvas for its commit.
@@ -42,7 +42,7 @@ class D2CacheStatLogger(AggregateStatLoggerBase):
     _registered: ClassVar[list[Counter]] = []
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
-        self.ours = not set(ARCHITECTURES).isdisjoint(vllm_config.model_config.architectures)
+        self.ours = not set(FAMILIES).isdisjoint(vllm_config.model_config.architectures)
         self.model_name = vllm_config.model_config.served_model_name
         self.engine_indexes = engine_indexes
         self.diffusion: dict[str, Counter] = {}

@@ -31,6 +31,7 @@ class FamilyTraits:
             ``timestep`` as Dream's.
         num_layers: of the network, for policies that treat its layers differently.
         drift_by_depth: where in it representations change most from step to step.
+        block_length: a row sees its own block of so many positions and all earlier ones; None = it sees all positions.
     """
 
     mask_token_id: int
@@ -38,6 +39,7 @@ class FamilyTraits:
     step_schedule: str = "even"
     num_layers: int = 1
     drift_by_depth: DepthCurve = _LLADA_DRIFT
+    block_length: int | None = None
 
 
 @dataclass(frozen=True)

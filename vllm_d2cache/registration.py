@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-# Architecture name -> where vLLM finds the class when a checkpoint asks for it.
-ARCHITECTURES = {
-    "LLaDAModelLM": "vllm_d2cache.models.llada:LLaDAModelLM",
-    "LLaDAMoEModelLM": "vllm_d2cache.models.llada_moe:LLaDAMoEModelLM",
-    "DreamModel": "vllm_d2cache.models.dream:DreamModel",
-}
-
-# For checkpoints that bring no chat template of their own.
-CHAT_TEMPLATES = Path(__file__).parent / "models" / "chat_templates"
+from vllm_d2cache.models.families import FAMILIES, Family
 
 
 def register_all() -> None:
-    """Register configurations, tokenizers, models, the config hook and the patches of patches/README.md."""
+    """Register all families (models/families.py) and the patches of patches/README.md."""
+    from vllm_d2cache.compat import cpu_runner, front_end
+
+    for architecture, family in FAMILIES.items():
+        _register(architecture, family)
+    cpu_runner.install(frozenset(FAMILIES))
+    front_end.install(frozenset(FAMILIES))
+
+
+def _register(architecture: str, family: Family) -> None:
+    """A family's configuration, model, config hook, chat template and tokenizer."""
+    from transformers import AutoTokenizer
     from vllm import ModelRegistry
 
-    from vllm_d2cache.compat import cpu_runner, front_end
     from vllm_d2cache.compat.internals import register_chat_template, register_config_class, register_config_hook
     from vllm_d2cache.config_hook import DiffusionConfigHook
-    from vllm_d2cache.models.configs import DreamConfig, LLaDAConfig, LLaDAMoEConfig
-    from vllm_d2cache.models.tokenizer import register_tokenizers
 
-    for config in (LLaDAConfig, LLaDAMoEConfig, DreamConfig):
-        register_config_class(config.model_type, config)
-    for config in (LLaDAConfig, DreamConfig):
-        register_chat_template(config.model_type, CHAT_TEMPLATES / f"{config.model_type.lower()}.jinja")
-    register_tokenizers()
-    for architecture, path in ARCHITECTURES.items():
-        ModelRegistry.register_model(architecture, path)
-        register_config_hook(architecture, DiffusionConfigHook)
-    cpu_runner.install(frozenset(ARCHITECTURES))
-    front_end.install(frozenset(ARCHITECTURES))
+    config = family.config_class()
+    register_config_class(family.model_type, config)
+    ModelRegistry.register_model(architecture, family.model)
+    register_config_hook(architecture, DiffusionConfigHook)
+    if family.chat_template is not None:
+        register_chat_template(family.model_type, family.chat_template)
+    if family.tokenizer is not None:
+        # AutoTokenizer finds the class here, although the checkpoint's auto_map points to remote code.
+        AutoTokenizer.register(config, tokenizer_class=family.tokenizer_class(), exist_ok=True)

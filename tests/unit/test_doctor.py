@@ -60,7 +60,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "supported: LLaDAModelLM",
     ),
     "setting": (lambda m: edit(m / "config.json", alibi=True), "settings", "alibi=True"),
-    "model type": (lambda m: edit(m / "config.json", model_type="llama"), "model_type", "must be one of"),
+    "model type": (lambda m: edit(m / "config.json", model_type="llama"), "model_type", "must be llada"),
     "mask token": (lambda m: edit(m / "config.json", mask_token_id=320), "mask token", "not in the vocabulary of 320"),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "weights", "no .safetensors file"),
     "pickled weights": (

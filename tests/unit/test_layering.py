@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "request_fit": ("config", "infill"),
     "request_fields": ("config",),
     "figures": ("config",),
-    "metrics": ("compat", "registration"),
+    "metrics": ("compat", "models.families"),
     "compat": ("config", "generation_defaults", "grammar", "request_fields", "request_fit", "snapshots"),
     "grammar": ("config",),
     "canvas": ("records", "config", "grammar"),
@@ -64,12 +64,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "cuda_graphs", "value_directions",
     ),
     "models.weight_check": (),
+    "models.families": (),
     "models": ("records", "attention", "stored_outputs", "models.weight_check"),
     "trace_reader": (),
     "viewer": ("trace_reader",),
     "config_hook": ("config", "compat", "samplers", "generation_defaults"),
-    "registration": (),
-    "doctor": ("registration",),
+    "registration": ("models.families",),
+    "doctor": ("models.families",),
     "cli": ("config", "samplers", "policies", "counters", "compat", "trace_reader", "viewer", "doctor"),
     "__init__": (),
 }  # fmt: skip
@@ -77,8 +78,8 @@ PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
     "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "grammar", "infill", "request_fields",
     "request_fit", "figures", "counters", "attention.capture", "attention.drift", "attention.eviction", "trace_reader",
-    "viewer", "models.weight_check", "snapshots", "stored_outputs", "row_exits", "row_store", "partial_rows",
-    "memory_plan", "step_graphs", "graph_check", "value_directions",
+    "viewer", "models.families", "models.weight_check", "snapshots", "stored_outputs", "row_exits", "row_store",
+    "partial_rows", "memory_plan", "step_graphs", "graph_check", "value_directions",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tests.reference.llada_moe import CONFIG as MOE
 from tests.reference.oracle import ORACLE
 from vllm_d2cache.models.configs import DreamConfig, LLaDAConfig, LLaDAMoEConfig
+from vllm_d2cache.models.shape import Mixture
 from vllm_d2cache.records import DepthCurve, FamilyTraits
 
 DREAM: dict[str, Any] = json.loads((ORACLE / "dream" / "config.json").read_text())
@@ -46,7 +48,8 @@ def test_the_architecture_tells_llada_moe_from_llada() -> None:
     assert config.model_type == "lladamoe"
     assert config.unsupported() == []
     shape = config.shape()
-    assert (shape.num_experts, shape.experts_per_token, shape.intermediate_size, shape.qk_norm) == (8, 2, 32, True)
+    assert shape.mixture == Mixture(num_experts=8, per_token=2, width=32)
+    assert (shape.qk_norm, shape.mlp_width) == (True, 64)
     assert type(LLaDAConfig.from_dict({"architectures": ["LLaDAModelLM"]})) is LLaDAConfig
     unnamed = {key: value for key, value in MOE.items() if key != "mask_token_id"}
     assert LLaDAConfig.from_dict(unnamed).traits() == FamilyTraits(156895, num_layers=3)
@@ -67,3 +70,19 @@ def test_the_architecture_tells_llada_moe_from_llada() -> None:
 def test_other_mixtures_are_refused(key: str, value: Any, named: str) -> None:
     (reason,) = LLaDAConfig.from_dict({**MOE, key: value}).unsupported()
     assert reason.startswith(named)
+
+
+def test_heads_of_any_size() -> None:
+    shape = DreamConfig.from_dict({**DREAM, "head_dim": 32}).shape()
+    assert (shape.hidden_size, shape.num_heads, shape.head_size) == (64, 4, 32)
+    assert (shape.q_size, shape.kv_size) == (128, 64)
+    assert DreamConfig.from_dict({**DREAM, "head_dim": None}).shape().head_size == 16
+
+
+def test_layers_of_two_kinds() -> None:
+    mixture = Mixture(num_experts=16, per_token=4, width=48, shared_width=32)
+    shape = replace(DreamConfig().shape(), num_layers=3, intermediate_size=160, mixture=mixture, dense_layers=1)
+    assert [shape.mixture_of(i) for i in range(3)] == [None, mixture, mixture]
+    assert shape.mlp_width == 4 * 48 + 32
+    assert replace(shape, dense_layers=3).mlp_width == 160
+    assert replace(shape, intermediate_size=500).mlp_width == 500

@@ -15,7 +15,8 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_d2cache.compat import internals
 from vllm_d2cache.model_state import D2CacheModelState
-from vllm_d2cache.registration import ARCHITECTURES, register_all
+from vllm_d2cache.models.families import FAMILIES
+from vllm_d2cache.registration import register_all
 from vllm_d2cache.request_check import _UNSUPPORTED, check_sampling_params
 from vllm_d2cache.scheduler import D2CacheScheduler
 
@@ -55,7 +56,7 @@ def test_registering_twice_is_registering_once() -> None:
     before = (dict(MODELS_CONFIG_MAP), len(_CONFIG_REGISTRY), ModelRegistry.get_supported_archs())
     register_all()
     assert (dict(MODELS_CONFIG_MAP), len(_CONFIG_REGISTRY), ModelRegistry.get_supported_archs()) == before
-    assert set(ARCHITECTURES) <= set(ModelRegistry.get_supported_archs())
+    assert set(FAMILIES) <= set(ModelRegistry.get_supported_archs())
     assert {"llada", "Dream"} <= set(_CONFIG_REGISTRY)
 
 

@@ -110,6 +110,20 @@ def test_published_list_loads_to_the_last_number(family: str, count: int, tmp_pa
     assert torch.equal(loaded.numbers, numbers(list(tensors.values())))
 
 
+def test_heads_that_are_not_an_even_part_of_the_width(tmp_path: Path, load: Any) -> None:
+    """config.json's head_dim decides: q has heads * head_dim rows, the output projection as many columns."""
+    tensors = random_tensors("dream")
+    for name, tensor in tensors.items():
+        if "self_attn.o_proj" in name:
+            tensors[name] = tensor.repeat(1, 2)
+        elif "self_attn" in name:
+            tensors[name] = tensor.repeat(2, *[1] * (tensor.dim() - 1))
+    loaded = load(write(tmp_path, {**CONFIGS["dream"], "head_dim": 32}, tensors))
+    assert torch.equal(loaded.numbers, numbers(list(tensors.values())))
+    attention = loaded.model.layers[0].self_attn
+    assert (attention.attn.head_size, attention.rotary_emb.rotary_dim) == (32, 32)
+
+
 @pytest.mark.parametrize("carries_the_head", [False, True])
 @pytest.mark.parametrize("family", DENSE)
 def test_tied_head(family: str, carries_the_head: bool, tmp_path: Path, load: Any) -> None:

@@ -11,7 +11,8 @@ from vllm.config import ModelConfig
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 
 from vllm_d2cache.models.configs import LLaDAConfig
-from vllm_d2cache.registration import ARCHITECTURES, register_all
+from vllm_d2cache.models.families import FAMILIES
+from vllm_d2cache.registration import register_all
 
 pytestmark = pytest.mark.vllm
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny-llada"
@@ -44,7 +45,7 @@ def test_configuration_and_model_are_ours(checkpoint: Path, trusted: bool) -> No
     config = ModelConfig(model=str(checkpoint), trust_remote_code=trusted)
     assert type(config.hf_config) is LLaDAConfig
     assert config.architecture == "LLaDAModelLM"
-    module, _, name = ARCHITECTURES["LLaDAModelLM"].partition(":")
+    module, _, name = FAMILIES["LLaDAModelLM"].model.partition(":")
     cls, _ = config.registry.resolve_model_cls(["LLaDAModelLM"], config)
     assert (cls.__module__, cls.__name__) == (module, name)
     assert not (checkpoint.parent / "ran").exists()

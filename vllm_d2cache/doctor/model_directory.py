@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -11,7 +10,7 @@ from typing import Any
 
 from vllm_d2cache.doctor.finding import Finding
 from vllm_d2cache.doctor.safetensors_files import read_weights
-from vllm_d2cache.registration import ARCHITECTURES
+from vllm_d2cache.models.families import FAMILIES, Family
 
 # What a tokenizer can be made of: each group of files will do.
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
@@ -49,9 +48,9 @@ def _json(path: Path) -> dict[str, Any] | str:
 
 def _architecture(config: dict[str, Any]) -> Iterator[Finding]:
     names = config.get("architectures") or []
-    known = [name for name in names if name in ARCHITECTURES]
+    known = [name for name in names if name in FAMILIES]
     if not known:
-        yield _problem("architecture", f"{names or 'none given'}; supported: {', '.join(ARCHITECTURES)}")
+        yield _problem("architecture", f"{names or 'none given'}; supported: {', '.join(FAMILIES)}")
         return
     yield _ok("architecture", known[0])
     dtype = config.get("torch_dtype") or config.get("dtype")
@@ -59,24 +58,17 @@ def _architecture(config: dict[str, Any]) -> Iterator[Finding]:
     if find_spec("transformers") is None or find_spec("torch") is None:
         yield _note("settings", "not checked: that needs transformers and torch")
         return
-    yield from _settings(config)
+    yield from _settings(config, FAMILIES[known[0]])
 
 
-def _settings(config: dict[str, Any]) -> Iterator[Finding]:
+def _settings(config: dict[str, Any], family: Family) -> Iterator[Finding]:
     """By the class that vLLM will read the file with; the one check that imports torch."""
-    from transformers import PretrainedConfig
-
-    from vllm_d2cache.models import configs
-
-    classes = [c for _, c in inspect.getmembers(configs, inspect.isclass) if issubclass(c, PretrainedConfig)]
-    model_type = config.get("model_type")
-    cls = next((c for c in classes if model_type and c.model_type == model_type), None)
-    if cls is None:
-        valid = ", ".join(sorted(c.model_type for c in classes if c.model_type))
-        yield _problem("model_type", f"{model_type!r}; must be one of {valid}")
+    valid = (family.model_type, *family.other_types)
+    if config.get("model_type") not in valid:
+        yield _problem("model_type", f"{config.get('model_type')!r}; must be {' or '.join(valid)}")
         return
     try:
-        parsed = cls(**config)
+        parsed = family.config_class()(**config)
         unsupported = parsed.unsupported()
     except Exception as error:  # whatever the file's values make of it, vLLM would raise the same
         yield _problem("settings", f"config.json is refused: {error}")

@@ -14,10 +14,9 @@ from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
@@ -27,6 +26,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm_d2cache.attention.backend import D2CacheAttentionBackend
 from vllm_d2cache.models.configs import DiffusionLMConfig
 from vllm_d2cache.models.experts import SparseMLP
+from vllm_d2cache.models.mlp import GatedMLP
 from vllm_d2cache.models.shape import TransformerShape
 from vllm_d2cache.models.weight_check import finite_weights
 from vllm_d2cache.stored_outputs import PartialForward
@@ -63,7 +63,7 @@ class SelfAttention(nn.Module):
             prefix=f"{prefix}.qkv_proj",
         )
         self.o_proj = RowParallelLinear(
-            shape.hidden_size, shape.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+            shape.q_size, shape.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
         num_heads = shape.num_heads // world
         num_kv_heads = max(1, shape.num_kv_heads // world)
@@ -71,13 +71,19 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(head_size, eps=shape.norm_eps) if shape.qk_norm else None
         self.k_norm = RMSNorm(head_size, eps=shape.norm_eps) if shape.qk_norm else None
         self.rope_in_fp32 = shape.rope_in_fp32
+        rotary_dim = head_size if shape.rotary_dim is None else shape.rotary_dim
         self.rotary_emb = get_rope(
             head_size,
             max_position=shape.max_positions,
-            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": shape.rope_theta,
+                "partial_rotary_factor": rotary_dim / head_size,
+            },
             is_neox_style=True,
             dtype=torch.float32 if shape.rope_in_fp32 else None,
         )
+        assert self.rotary_emb.rotary_dim == rotary_dim  # vLLM rounds the product of both
         self.attn = Attention(
             num_heads,
             head_size,
@@ -138,48 +144,24 @@ def _each_head(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
     return norm(x.reshape(-1, norm.weight.shape[0])).view(x.shape)
 
 
-class GatedMLP(nn.Module):
-    """down(silu(gate x) * up x)."""
-
-    def __init__(self, shape: TransformerShape, quant_config: QuantizationConfig | None, prefix: str) -> None:
-        super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(
-            shape.hidden_size,
-            [shape.intermediate_size] * 2,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.gate_up_proj",
-        )
-        self.down_proj = RowParallelLinear(
-            shape.intermediate_size,
-            shape.hidden_size,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.down_proj",
-        )
-        self.act = SiluAndMul()
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, d] -> [N, d]."""
-        gate_up, _ = self.gate_up_proj(hidden)
-        out, _ = self.down_proj(self.act(gate_up))
-        return out
-
-
 class TransformerLayer(nn.Module):
     """Attention and an MLP, each behind an RMS norm."""
 
     def __init__(
         self,
         shape: TransformerShape,
+        number: int,
         cache_config: CacheConfig,
         quant_config: QuantizationConfig | None,
         prefix: str,
     ) -> None:
         super().__init__()
         self.self_attn = SelfAttention(shape, cache_config, quant_config, f"{prefix}.self_attn")
-        mlp = SparseMLP if shape.num_experts else GatedMLP
-        self.mlp = mlp(shape, quant_config, f"{prefix}.mlp")
+        mixture = shape.mixture_of(number)
+        if mixture is None:
+            self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size, quant_config, f"{prefix}.mlp")
+        else:
+            self.mlp = SparseMLP(shape.hidden_size, mixture, quant_config, f"{prefix}.mlp")
         self.input_layernorm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
 
@@ -263,7 +245,7 @@ class DiffusionLM(nn.Module):
             prefix=maybe_prefix(prefix, "embed_tokens"),
         )
         self.layers = nn.ModuleList(
-            TransformerLayer(shape, vllm_config.cache_config, quant_config, maybe_prefix(prefix, f"layers.{i}"))
+            TransformerLayer(shape, i, vllm_config.cache_config, quant_config, maybe_prefix(prefix, f"layers.{i}"))
             for i in range(shape.num_layers)
         )
         self.norm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from vllm_d2cache.models.shape import TransformerShape
+from vllm_d2cache.models.shape import Mixture, TransformerShape
 from vllm_d2cache.records import DepthCurve, FamilyTraits
 
 
@@ -161,6 +161,7 @@ class HubConfig(DiffusionLMConfig):
             norm_eps=self.rms_norm_eps,
             rope_theta=self.rope_theta,
             tied_head=self.tie_word_embeddings,
+            head_dim=getattr(self, "head_dim", None),
         )
 
 
@@ -223,8 +224,7 @@ class LLaDAMoEConfig(HubConfig):
         return replace(
             super().shape(),
             qk_norm=True,
-            num_experts=self.num_experts,
-            experts_per_token=self.num_experts_per_tok,
+            mixture=Mixture(self.num_experts, self.num_experts_per_tok, self.intermediate_size),
         )
 
 

@@ -33,16 +33,16 @@ class DreamModel(DiffusionLM):
     @staticmethod
     def tensor_shapes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
         """The published list (d2cache.md, section 9): 3 + 12 a layer."""
-        d, kv, ff = shape.hidden_size, shape.kv_size, shape.intermediate_size
+        d, q, kv, ff = shape.hidden_size, shape.q_size, shape.kv_size, shape.intermediate_size
         layer: dict[str, tuple[int, ...]] = {
             "input_layernorm.weight": (d,),
-            "self_attn.q_proj.weight": (d, d),
-            "self_attn.q_proj.bias": (d,),
+            "self_attn.q_proj.weight": (q, d),
+            "self_attn.q_proj.bias": (q,),
             "self_attn.k_proj.weight": (kv, d),
             "self_attn.k_proj.bias": (kv,),
             "self_attn.v_proj.weight": (kv, d),
             "self_attn.v_proj.bias": (kv,),
-            "self_attn.o_proj.weight": (d, d),
+            "self_attn.o_proj.weight": (d, q),
             "post_attention_layernorm.weight": (d,),
             "mlp.gate_proj.weight": (ff, d),
             "mlp.up_proj.weight": (ff, d),

@@ -47,13 +47,13 @@ class LLaDAModelLM(DiffusionLM):
     @staticmethod
     def tensor_shapes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
         """The published list (d2cache.md, section 9): 3 + 9 a layer."""
-        d, kv, ff = shape.hidden_size, shape.kv_size, shape.intermediate_size
+        d, q, kv, ff = shape.hidden_size, shape.q_size, shape.kv_size, shape.intermediate_size
         block: dict[str, tuple[int, ...]] = {
             "attn_norm": (d,),
-            "q_proj": (d, d),
+            "q_proj": (q, d),
             "k_proj": (kv, d),
             "v_proj": (kv, d),
-            "attn_out": (d, d),
+            "attn_out": (d, q),
             "ff_norm": (d,),
             "ff_proj": (ff, d),
             "up_proj": (ff, d),

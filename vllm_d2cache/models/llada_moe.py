@@ -24,19 +24,21 @@ class LLaDAMoEModelLM(DiffusionLM):
     @staticmethod
     def tensor_shapes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
         """3 tensors, and 9 + 3 an expert in each layer."""
-        d, kv, ff = shape.hidden_size, shape.kv_size, shape.intermediate_size
+        d, q, kv = shape.hidden_size, shape.q_size, shape.kv_size
+        assert shape.mixture is not None
+        experts, ff = shape.mixture.num_experts, shape.mixture.width
         layer: dict[str, tuple[int, ...]] = {
             "input_layernorm": (d,),
-            "self_attn.q_proj": (d, d),
+            "self_attn.q_proj": (q, d),
             "self_attn.k_proj": (kv, d),
             "self_attn.v_proj": (kv, d),
-            "self_attn.o_proj": (d, d),
+            "self_attn.o_proj": (d, q),
             "self_attn.q_norm": (shape.head_size,),
             "self_attn.k_norm": (shape.head_size,),
             "post_attention_layernorm": (d,),
-            "mlp.gate": (shape.num_experts, d),
+            "mlp.gate": (experts, d),
         }
-        for e in range(shape.num_experts):
+        for e in range(experts):
             expert = f"mlp.experts.{e}"
             layer |= {f"{expert}.gate_proj": (ff, d), f"{expert}.up_proj": (ff, d), f"{expert}.down_proj": (d, ff)}
         vocabulary = (shape.embedding_size, d)

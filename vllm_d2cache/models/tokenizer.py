@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
-
-from vllm_d2cache.models.configs import DreamConfig
 
 
 class DreamTokenizer(Qwen2Tokenizer):
@@ -13,8 +10,3 @@ class DreamTokenizer(Qwen2Tokenizer):
 
     Its special tokens, its chat template and ``add_bos_token`` come from the checkpoint's files.
     """
-
-
-def register_tokenizers() -> None:
-    """Let AutoTokenizer find the class here, although the checkpoint's auto_map points to remote code."""
-    AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer, exist_ok=True)
