@@ -14,6 +14,8 @@ from vllm_d2cache.compat import cpu_runner, front_end
 from vllm_d2cache.compat.internals import model_file, unsupported_version
 from vllm_d2cache.config import SECTION, ServerOptions, parse_server_options
 from vllm_d2cache.generation_defaults import read_generation_defaults
+from vllm_d2cache.models.config_rules import architecture_problem, quantisation_problem, refusal
+from vllm_d2cache.models.configs import DiffusionLMConfig
 from vllm_d2cache.samplers.frequencies import load_frequencies
 
 if TYPE_CHECKING:
@@ -46,9 +48,7 @@ class DiffusionConfigHook:
         if problem:
             raise RuntimeError(problem)
         cpu_runner.check()
-        unsupported = model_config.hf_config.unsupported()
-        if unsupported:
-            raise ValueError("this checkpoint is not supported by vllm-d2cache: " + "; ".join(unsupported))
+        _check_checkpoint(model_config)
         if model_config.original_max_model_len is None and model_config.max_model_len > DEFAULT_MAX_MODEL_LEN:
             logger.info(
                 "max_model_len is %d instead of the checkpoint's %d: a request's first step computes all of its "
@@ -83,6 +83,17 @@ class DiffusionConfigHook:
         _configure(vllm_config)
 
 
+def _check_checkpoint(model_config: ModelConfig) -> None:
+    """Refuse what the network does not compute; vLLM asked before, where its type of configuration is one of ours."""
+    config = model_config.hf_config
+    if not isinstance(config, DiffusionLMConfig):
+        reason = architecture_problem(model_config.architectures, config.model_type)
+        raise ValueError(refusal([reason or f"model_type={config.model_type!r}"]))
+    config.check()
+    for note in config.notes():
+        logger.info("config.json: %s", note)
+
+
 def _refusals(config: VllmConfig) -> list[str]:
     """Every reason at once, so that nobody has to find them one start at a time."""
     import vllm.envs as envs
@@ -108,9 +119,6 @@ def _refusals(config: VllmConfig) -> list[str]:
         "--enable-sleep-mode (K and V of running requests would be dropped while their canvases stay)": (
             config.model_config.enable_sleep_mode
         ),
-        f"weights quantised by {config.model_config.quantization} (tested is compressed-tensors with 8-bit integers)": (
-            not _known_quantisation(config.model_config)
-        ),
         f"--load-format {config.load_config.load_format} (damaged weights would not be noticed; supported: "
         f"{', '.join(LOAD_FORMATS)})": config.load_config.load_format not in LOAD_FORMATS,
         f"--kv-cache-dtype {config.cache_config.cache_dtype} (only the model's own dtype yet)": (
@@ -133,18 +141,9 @@ def _refusals(config: VllmConfig) -> list[str]:
         ),
         "VLLM_USE_V2_MODEL_RUNNER=0 (the plugin lives in Model Runner V2)": envs.VLLM_USE_V2_MODEL_RUNNER is False,
     }
-    return [reason for reason, present in checks.items() if present]
-
-
-def _known_quantisation(model_config: ModelConfig) -> bool:
-    """Whether the weights are unquantised or quantised in the one way that tests/e2e/test_quantised.py tries."""
-    if model_config.quantization is None:
-        return True
-    if model_config.quantization != "compressed-tensors":
-        return False
-    groups = getattr(model_config.hf_config, "quantization_config", {}).get("config_groups", {}).values()
-    weights = [group.get("weights") or {} for group in groups]
-    return bool(weights) and all(w.get("type") == "int" and w.get("num_bits") == 8 for w in weights)
+    settings = getattr(config.model_config.hf_config, "quantization_config", None)
+    quantised = quantisation_problem(config.model_config.quantization, settings)
+    return [*([quantised] if quantised else []), *(reason for reason, present in checks.items() if present)]
 
 
 def _generation_defaults(model_config: ModelConfig) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from vllm_d2cache.models.families import FAMILIES, Family
 
 def register_all() -> None:
     """Register all families (models/families.py) and the patches of patches/README.md."""
-    from vllm_d2cache.compat import cpu_runner, front_end
+    from vllm_d2cache.compat import config_files, cpu_runner, front_end
 
     for architecture, family in FAMILIES.items():
         _register(architecture, family)
+    config_files.install()
     cpu_runner.install(frozenset(FAMILIES))
     front_end.install(frozenset(FAMILIES))
 
@@ -20,11 +21,17 @@ def _register(architecture: str, family: Family) -> None:
     from transformers import AutoTokenizer
     from vllm import ModelRegistry
 
-    from vllm_d2cache.compat.internals import register_chat_template, register_config_class, register_config_hook
+    from vllm_d2cache.compat.internals import (
+        register_chat_template,
+        register_config_check,
+        register_config_class,
+        register_config_hook,
+    )
     from vllm_d2cache.config_hook import DiffusionConfigHook
 
     config = family.config_class()
     register_config_class(family.model_type, config)
+    register_config_check(family.model_type, config.check)
     ModelRegistry.register_model(architecture, family.model)
     register_config_hook(architecture, DiffusionConfigHook)
     if family.chat_template is not None:

@@ -26,7 +26,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "request_fields": ("config",),
     "figures": ("config",),
     "metrics": ("compat", "models.families"),
-    "compat": ("config", "generation_defaults", "grammar", "request_fields", "request_fit", "snapshots"),
+    "compat": (
+        "config", "generation_defaults", "grammar", "request_fields", "request_fit", "snapshots", "models.config_rules",
+        "models.families",
+    ),
     "grammar": ("config",),
     "canvas": ("records", "config", "grammar"),
     "constraints": ("records", "ops", "canvas"),
@@ -65,12 +68,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "models.weight_check": (),
     "models.families": (),
-    "models": ("records", "attention", "stored_outputs", "models.weight_check"),
+    "models.shape": (),
+    "models.tensor_rules": (),
+    "models.config_rules": ("models.families", "models.shape"),
+    "models": (
+        "records", "attention", "stored_outputs", "models.weight_check", "models.config_rules", "models.shape",
+        "models.tensor_rules",
+    ),
     "trace_reader": (),
     "viewer": ("trace_reader",),
-    "config_hook": ("config", "compat", "samplers", "generation_defaults"),
+    "config_hook": ("config", "compat", "samplers", "generation_defaults", "models", "models.config_rules"),
     "registration": ("models.families",),
-    "doctor": ("models.families",),
+    "doctor": ("models.config_rules", "models.families", "models.tensor_rules"),
     "cli": ("config", "samplers", "policies", "counters", "compat", "trace_reader", "viewer", "doctor"),
     "__init__": (),
 }  # fmt: skip
@@ -78,7 +87,8 @@ PURE = (
     "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
     "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "grammar", "infill", "request_fields",
     "request_fit", "figures", "counters", "attention.capture", "attention.drift", "attention.eviction", "trace_reader",
-    "viewer", "models.families", "models.weight_check", "snapshots", "stored_outputs", "row_exits", "row_store",
+    "viewer", "models.families", "models.shape", "models.config_rules", "models.tensor_rules", "models.weight_check",
+    "snapshots", "stored_outputs", "row_exits", "row_store",
     "partial_rows", "memory_plan", "step_graphs", "graph_check", "value_directions",
 )  # fmt: skip
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
