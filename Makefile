@@ -21,7 +21,8 @@ clients := $(test_env) OMP_NUM_THREADS=1 SERVER_COMMAND=$(abspath $(bin))/vllm \
 pytest := $(test_env) OMP_NUM_THREADS=1 $(bin)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-matrix unit kernels test-gpu lint format clients fuzz bench bench-gpu load eval train clean
+.PHONY: help env demo test test-matrix unit properties engine kernels test-gpu lint docs format clients fuzz bench bench-gpu
+.PHONY: load eval train clean
 
 help:  ## show this list
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv] [BACKEND=auto|cpu|cuda] [VLLM=0.31.0]'
@@ -35,16 +36,19 @@ env:  ## build the environment, or bring it up to date (no effect when nothing h
 demo: env  ## serve the tiny checkpoint with `vllm serve` and compare d2Cache with full recompute
 	@$(bin)/python tools/demo.py
 
-test: lint unit kernels clients-env  ## all tests: lint, unit and property tests, kernels, tests inside vLLM, end to end (minutes)
-	$(pytest) -n auto tests/unit tests/ops -m "(hypothesis or slow) and not vllm and not gpu"
-	$(pytest) tests/vllm tests/e2e
-	$(clients) tests/clients
+test: lint unit kernels properties engine clients  ## all tests, in this order (many minutes)
 
 test-matrix:  ## the suite on every supported vLLM with a CPU build, an environment each, and a table (ARGS=0.31.0: one)
 	"$(PYTHON)" tools/test_matrix.py $(ARGS)
 
 unit: env  ## tests that need neither vLLM nor a GPU, but for the long ones (under a minute)
 	$(pytest) -n auto tests/unit tests/ops -m "not hypothesis and not slow and not vllm and not gpu"
+
+properties: env  ## the long ones of these: property tests and many runs (minutes)
+	$(pytest) -n auto tests/unit tests/ops -m "(hypothesis or slow) and not vllm and not gpu"
+
+engine: env  ## tests inside vLLM, and end to end in an engine and a server (many minutes)
+	$(pytest) tests/vllm tests/e2e
 
 kernels: env  ## Triton kernels against their PyTorch twins in Triton's interpreter, and compiled for an H100 (minutes)
 	TRITON_INTERPRET=1 $(pytest) -n auto tests/triton --deselect tests/triton/test_compiles_for_hopper.py
@@ -53,9 +57,15 @@ kernels: env  ## Triton kernels against their PyTorch twins in Triton's interpre
 test-gpu: env  ## kernels and engine on a GPU, real shapes included (fails if there is one and nothing ran on it)
 	$(test_env) $(bin)/python tools/test_gpu.py
 
-lint: env  ## ruff: errors, import order, format
+lint: env  ## ruff (errors, import order, format), mypy, and names in documents that lead nowhere
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
+	$(bin)/python -m mypy
+	$(bin)/python tools/check_docs.py
+
+docs:  ## the documentation site, into out/site; a link that leads nowhere fails (an environment of its own)
+	@"$(PYTHON)" tools/make_docs_env.py
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
 
 format: env  ## apply ruff's fixes and format
 	$(bin)/ruff check --fix .
@@ -87,5 +97,5 @@ train: env  ## train the tiny checkpoint anew, on CPU (an hour or more)
 	$(bin)/python tools/train_tiny.py --out models/tiny-llada --steps 6000
 
 clean:  ## remove caches and build outputs; the environment stays
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -19,7 +19,7 @@ from statistics import mean, quantiles
 from typing import Any
 
 from benchmarks.machine import caption, machine
-from vllm_d2cache.records import StepRows
+from vllm_d2cache.step.runner import Step
 
 MODELS = ("models/tiny-llada", "models/tiny-dream")
 PROMPTS, CANVASES = (64, 256, 768), (64, 256)
@@ -56,17 +56,18 @@ def measure(model: str) -> list[dict[str, Any]]:
     from vllm_d2cache.compat.internals import in_process_model_state
 
     llm = LLM(model, dtype="float32", max_num_seqs=REQUESTS, max_model_len=max(PROMPTS) + max(CANVASES))
-    denoiser = in_process_model_state(llm).denoiser
-    begin = denoiser.begin
+    runner = in_process_model_state(llm).steps
+    stock = runner.open
     steps: list[tuple[int, int]] = []
 
-    def counting(*args: Any, **kwargs: Any) -> StepRows:
-        rows = begin(*args, **kwargs)
-        before = denoiser.canvas.step[rows.view.slots].tolist()
-        steps.extend((n, b) for n, b, step in zip(rows.counts, rows.bounds, before, strict=True) if step)
-        return rows
+    def counting(*args: Any, **kwargs: Any) -> Step:
+        step = stock(*args, **kwargs)
+        bounds = [runner.canvas.requests[slot].row_budget for slot in step.rows.slots]
+        numbers = zip(step.rows.counts, bounds, step.rows.view.step.tolist(), strict=True)
+        steps.extend((n, bound) for n, bound, number in numbers if number)
+        return step
 
-    denoiser.begin = counting
+    runner.open = counting
     tokenizer, lines = llm.get_tokenizer(), []
     cells = [(p, g, name) for p in PROMPTS for g in CANVASES for name in SETTINGS]
     for prompt_len, canvas, name in tqdm(cells, desc=model):
@@ -78,7 +79,7 @@ def measure(model: str) -> list[dict[str, Any]]:
         llm.generate(prompts, params, use_tqdm=False)
         lines.append({"model": model, "prompt": prompt_len, "canvas": canvas, "setting": name, **summary(steps)})
     llm.llm_engine.engine_core.shutdown()
-    denoiser.begin = begin
+    runner.open = stock
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()

@@ -73,7 +73,7 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 class Emulator:
-    """Records as cuda_graphs.py does (step_graphs.Recorder).
+    """Records as engine/cuda_graphs.py does (graphs.step_graphs.Recorder).
 
     Attributes:
         graphs: recorded so far.

@@ -8,12 +8,15 @@ from vllm_d2cache.models.families import FAMILIES, Family
 def register_all() -> None:
     """Register all families (models/families.py) and the patches of patches/README.md."""
     from vllm_d2cache.compat import config_files, cpu_runner, front_end
+    from vllm_d2cache.models.config_rules import architecture_problem
+    from vllm_d2cache.requests.fields import check_fields
+    from vllm_d2cache.requests.fit import check_room
 
     for architecture, family in FAMILIES.items():
         _register(architecture, family)
-    config_files.install()
+    config_files.install(frozenset(FAMILIES), architecture_problem)
     cpu_runner.install(frozenset(FAMILIES))
-    front_end.install(frozenset(FAMILIES))
+    front_end.install(frozenset(FAMILIES), front_end.FieldChecks(check_fields, check_room))
 
 
 def _register(architecture: str, family: Family) -> None:
@@ -27,7 +30,7 @@ def _register(architecture: str, family: Family) -> None:
         register_config_class,
         register_config_hook,
     )
-    from vllm_d2cache.config_hook import DiffusionConfigHook
+    from vllm_d2cache.engine.config_hook import DiffusionConfigHook
 
     config = family.config_class()
     register_config_class(family.model_type, config)

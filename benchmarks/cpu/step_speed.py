@@ -103,8 +103,8 @@ class Meter:
             start = time.perf_counter()
             out = stock(*args, **kwargs)
             self.forward_s += time.perf_counter() - start
-            state = self.runner.model_state
-            self.logits_rows = 0 if state.rows is None else state.rows.logits_rows.shape[0]
+            step = self.runner.model_state.step
+            self.logits_rows = 0 if step is None else step.rows.logits_rows.shape[0]
             return out
 
         model.forward = forward

@@ -232,9 +232,9 @@ class Engine:
 
         def watch(stock: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
-                rows = self.state.rows
-                watched.rows = 0 if rows is None else sum(rows.counts) + sum(rows.shadows)
-                watched.running = 0 if rows is None else len(rows.slots)
+                step = self.state.step
+                watched.rows = 0 if step is None else sum(step.rows.counts) + sum(step.rows.extra)
+                watched.running = 0 if step is None else len(step.rows.slots)
                 with watched.stopwatch:
                     return stock(*args, **kwargs)
 

@@ -12,8 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.timing import Ceilings, Clock
 from vllm_d2cache.ops import density, paged_attention, rollout, row_stats, xformers_attention
-from vllm_d2cache.ops.backends import AttentionShape
-from vllm_d2cache.ops.paged_attention import AttentionMaps, MapPlan, PagedLayout, read_kv
+from vllm_d2cache.ops.paged_attention import AttentionMaps, AttentionShape, MapPlan, PagedLayout, read_kv
 from vllm_d2cache.ops.rollout import LayerRecord
 from vllm_d2cache.ops.row_stats import RowParams
 from vllm_d2cache.ops.triton import attention as attention_kernels

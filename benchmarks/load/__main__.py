@@ -24,7 +24,7 @@ from benchmarks.load.report import as_json, markdown, plot
 from benchmarks.load.run import Plan, load
 from benchmarks.machine import machine
 from tests.e2e.server import TINY, serve
-from vllm_d2cache.samplers.frequencies import count_frequencies
+from vllm_d2cache.decoders.frequencies import count_frequencies
 
 
 def frequencies(directory: Path) -> str:

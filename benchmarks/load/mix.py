@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_d2cache.config import POLICIES
+from vllm_d2cache.requests.resolve import POLICIES
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

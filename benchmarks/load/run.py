@@ -15,7 +15,7 @@ import httpx
 from benchmarks.load.client import Choice, ask, hang_up
 from benchmarks.load.memory import MIB, MemoryLog
 from benchmarks.load.mix import COMPLETIONS, Kind, kinds
-from vllm_d2cache.config import DECODERS
+from vllm_d2cache.requests.resolve import DECODERS
 
 REQUEST_SECONDS = 300.0
 IDLE_SECONDS = 30.0

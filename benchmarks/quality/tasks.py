@@ -30,7 +30,7 @@ class Task:
     runs_code: bool = False
 
 
-# Few-shot counts and response lengths of the d2Cache paper's main table (d2cache.md, sections 10 and 11).
+# Few-shot counts and response lengths of the d2Cache paper's main table (docs/methods/d2cache.md, sections 10 and 11).
 PUBLISHED = {
     "gsm8k": Task("gsm8k", "exact_match,flexible-extract", 4, 256),
     "humaneval": Task("humaneval", "pass@1,create_test", 0, 512, runs_code=True),

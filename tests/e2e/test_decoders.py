@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.conftest import Engine, assert_same, runner_of
 from tests.reference.oracle import ORACLE
-from vllm_d2cache.samplers import DECODER_CLASSES
+from vllm_d2cache.decoders import DECODER_CLASSES
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 

@@ -23,8 +23,9 @@ from tests.reference.dream import DenseDream
 from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
 from tests.reference.published import denoise
-from tests.unit.test_published import random_case
-from vllm_d2cache.config import ServerOptions
+from tests.unit.policies.test_published import random_case
+from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.requests.resolve import resolve
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 
@@ -51,7 +52,7 @@ def test_engine_follows_the_specification(dream: Engine) -> None:
     requests = [{"prompt": p, "max_tokens": g, "options": o} for p, g, o in cases]
     for (prompt, canvas, options), (tokens, trace) in zip(cases, dream.run(requests), strict=True):
         steps = [(line["refreshed"], [tuple(pair) for pair in line["committed"]]) for line in trace[1:-1]]
-        wanted, final = denoise(DenseDream(ORACLE / "dream"), prompt, canvas, ServerOptions({}).resolve(options))
+        wanted, final = denoise(DenseDream(ORACLE / "dream"), prompt, canvas, resolve(ServerOptions({}), options))
         assert steps == wanted, options
         assert tokens == final, options
 
@@ -78,8 +79,8 @@ def test_a_batch_changes_nothing(dream: Engine) -> None:
 def test_what_everything_refreshed_means(dream: Engine) -> None:
     """With current_k and rollout_p at their ends all positions are refreshed but one.
 
-    The last prompt position serves slot 0 alone (d2cache.md, section 3.5), so it goes stale when slot 0 is decoded;
-    up to that step the run is full recompute's. Filling gaps of one position brings it back.
+    The last prompt position serves slot 0 alone (docs/methods/d2cache.md, section 3.5), so it goes stale when slot 0 is
+    decoded; up to that step the run is full recompute's. Filling gaps of one position brings it back.
     """
     prompt, canvas = list(range(40)), 24
     everything = {"current_k": canvas, "rollout_p": 1.0}

@@ -155,7 +155,7 @@ def test_slots_and_kv_blocks_are_given_back(engine: Engine) -> None:
     inner = core.engine_core.engine_core
     pool = inner.scheduler.kv_cache_manager.block_pool
     state = inner.model_executor.driver_worker.worker.model_runner.model_state
-    canvas = state.denoiser.canvas
+    canvas = state.steps.canvas
     engine.run(mixed_requests(8, seed=3))
     free = pool.get_num_free_blocks()
     for i in range(12):  # more than there are slots: some wait, some run

@@ -21,7 +21,7 @@ def test_the_engine_runs_on_the_gpu_by_the_kernels(engine: Engine) -> None:
     assert runner.device.type == "cuda"
     assert dispatch.chosen(runner.device) == "triton"
     assert next(runner.model.parameters()).is_cuda
-    assert runner.model_state.denoiser.canvas.tokens.is_cuda
+    assert runner.model_state.steps.canvas.tokens.is_cuda
 
 
 def test_the_plan_leaves_room_for_a_full_batch(engine: Engine) -> None:

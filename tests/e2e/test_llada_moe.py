@@ -9,8 +9,9 @@ import pytest
 from tests.e2e.conftest import Engine
 from tests.reference.llada_moe import DenseLladaMoe, write_random
 from tests.reference.published import denoise
-from tests.unit.test_published import random_case
-from vllm_d2cache.config import ServerOptions
+from tests.unit.policies.test_published import random_case
+from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.requests.resolve import resolve
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 
@@ -25,6 +26,6 @@ def test_engine_follows_the_specification(tmp_path: Path) -> None:
         engine.close()
     for (prompt, canvas, options), (tokens, trace) in zip(cases, results, strict=True):
         steps = [(line["refreshed"], [tuple(pair) for pair in line["committed"]]) for line in trace[1:-1]]
-        wanted, final = denoise(DenseLladaMoe(checkpoint), prompt, canvas, ServerOptions({}).resolve(options))
+        wanted, final = denoise(DenseLladaMoe(checkpoint), prompt, canvas, resolve(ServerOptions({}), options))
         assert steps == wanted, options
         assert tokens == final, options

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.load.run import Plan, load
 from tests.e2e.server import Server
-from vllm_d2cache.config import DECODERS
+from vllm_d2cache.requests.resolve import DECODERS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 

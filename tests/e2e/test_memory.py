@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.e2e.conftest import Engine, runner_of
-from vllm_d2cache.memory_plan import Rehearsal
+from vllm_d2cache.engine.memory_plan import Rehearsal
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 

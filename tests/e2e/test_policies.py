@@ -11,8 +11,9 @@ from tests.e2e.conftest import OPTIONS, Engine, runner_of
 from tests.reference.llada import DenseLlada
 from tests.reference.loop import Job, run_jobs
 from tests.reference.oracle import ORACLE
-from vllm_d2cache import row_exits, value_directions
-from vllm_d2cache.attention import capture, drift
+from vllm_d2cache.mechanisms import drift, row_exits, value_directions
+from vllm_d2cache.mechanisms import importance as capture
+from vllm_d2cache.mechanisms.stored_outputs import StoresOutputs
 from vllm_d2cache.ops import rollout as rollout_op
 from vllm_d2cache.policies import POLICY_CLASSES
 
@@ -55,7 +56,7 @@ def test_attention_maps_are_taken_for_those_who_read_them(engine: Engine, monkey
 
     monkeypatch.setattr(capture.MapPool, "take", counted_take)
     monkeypatch.setattr(rollout_op, "rollout", counted_rollout)
-    frugal = [options for options in OPTIONS if not POLICY_CLASSES[options.get("policy", "d2cache")].reads_importance]
+    frugal = [options for options in OPTIONS if not POLICY_CLASSES[options.get("policy", "d2cache")].uses]
     engine.run([request(options, seed) for seed, options in enumerate(frugal)])
     assert (sum(elements), rollouts) == (0, [])
     ((_, trace), _) = engine.run([request({"current_k": 1}, 0), request({"policy": "dual"}, 5)])
@@ -72,7 +73,7 @@ def test_drift_is_measured_for_those_who_read_it(engine: Engine, monkeypatch: py
         return received(query, key, scale)
 
     monkeypatch.setattr(drift, "received_attention", counted)
-    frugal = [options for options in OPTIONS if not POLICY_CLASSES[options.get("policy", "d2cache")].reads_drift]
+    frugal = [options for options in OPTIONS if POLICY_CLASSES[options.get("policy", "d2cache")].name != "elastic"]
     engine.run([request(options, seed) for seed, options in enumerate(frugal)])
     assert looking == []
     elastic = {"policy": "elastic", "elastic_beta": 3}
@@ -85,11 +86,12 @@ def test_drift_is_measured_for_those_who_read_it(engine: Engine, monkeypatch: py
 def test_directions_are_found_for_those_who_compare_by_them(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for each layer but the first, whatever the number of requests and steps."""
     state = runner_of(engine).model_state
-    monkeypatch.setattr(state, "_directions", value_directions.ValueDirections())
+    store = state.steps.mechanisms._made[StoresOutputs]
+    monkeypatch.setattr(store, "directions", value_directions.ValueDirections())
     sizes: list[tuple[int, ...]] = []
     eigh = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: sizes.append(tuple(matrix.shape)) or eigh(matrix))
-    frugal = [options for options in OPTIONS if not POLICY_CLASSES[options.get("policy", "d2cache")].compares_proxies]
+    frugal = [options for options in OPTIONS if POLICY_CLASSES[options.get("policy", "d2cache")].name != "spa"]
     engine.run([request(options, seed) for seed, options in enumerate(frugal)])
     assert sizes == []
     engine.run([request({"policy": "spa", "proxy_rank": rank}, seed) for seed, rank in enumerate((3, 200))])
@@ -100,14 +102,14 @@ def test_directions_are_found_for_those_who_compare_by_them(engine: Engine, monk
 def test_rows_leave_for_those_who_drop_them(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the layer of the exit a quarter of the window is computed, and those rows alone meet the head."""
     passed: list[int] = []
-    stock = row_exits.RowGate.pass_layer
+    stock = row_exits.RowGate.behind
 
     def counted(self: Any, layer: int, hidden: torch.Tensor, residual: torch.Tensor) -> None:
         passed.append(layer)
         stock(self, layer, hidden, residual)
 
-    monkeypatch.setattr(row_exits.RowGate, "pass_layer", counted)
-    frugal = [options for options in OPTIONS if not POLICY_CLASSES[options.get("policy", "d2cache")].drops_rows]
+    monkeypatch.setattr(row_exits.RowGate, "behind", counted)
+    frugal = [options for options in OPTIONS if POLICY_CLASSES[options.get("policy", "d2cache")].name != "es"]
     engine.run([request(options, seed) for seed, options in enumerate(frugal)])
     assert passed == []
     model, mlp_rows, head_rows = runner_of(engine).model, [], []

@@ -12,7 +12,8 @@ from tests.reference.int8 import in_int8, write_int8
 from tests.reference.oracle import ORACLE
 from tests.reference.published import denoise
 from tests.unit.test_oracle import MODELS, dense_model
-from vllm_d2cache.config import ServerOptions
+from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.requests.resolve import resolve
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 
@@ -32,5 +33,5 @@ def test_int8_weights_and_activations(family: str, tmp_path: Path) -> None:
         engine.close()
     for options, (tokens, _) in zip(OPTIONS, results, strict=True):
         model = in_int8(dense_model(family))
-        _, want = denoise(model, prompt, 16, ServerOptions({}).resolve(options))
+        _, want = denoise(model, prompt, 16, resolve(ServerOptions({}), options))
         assert tokens == want, options

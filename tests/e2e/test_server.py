@@ -180,7 +180,7 @@ def test_bans_and_biases(client: openai.OpenAI, url: str) -> None:
 
 
 def test_infill_example_keeps_what_is_given(url: str) -> None:
-    example = Path(__file__).resolve().parents[2] / "examples" / "infill.py"
+    example = Path(__file__).resolve().parents[2] / "examples" / "requests/asked.py"
     done = subprocess.run([sys.executable, str(example), f"{url}/v1"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

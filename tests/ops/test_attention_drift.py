@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from tests.reference.elastic import DriftLoop
-from vllm_d2cache.attention.capture import TensorParallel
-from vllm_d2cache.attention.drift import DriftMeter, FocusBySlot
+from vllm_d2cache.mechanisms.drift import Drift, DriftHook, Focus, WatchedRows
 from vllm_d2cache.ops import attention_drift
 from vllm_d2cache.ops.attention_drift import attention_to, received_attention, shared_similarity
 from vllm_d2cache.ops.paged_attention import PagedLayout
-from vllm_d2cache.records import Drift, WatchedRows
+from vllm_d2cache.ops.rollout import TensorParallel
 
 HEADS, KV_HEADS, SIZE, SCALE = 4, 2, 8, 0.4
 BLOCK = 4
@@ -74,7 +73,7 @@ class Steps:
     def known(self, step: int) -> list[int]:
         return [t for t in range(self.T) if t not in self.LOOKING[step] and t < 9]
 
-    def measured(self, memory: FocusBySlot, kv_heads: slice, mate: bool) -> list[Drift]:
+    def measured(self, memory: dict[int, Focus], kv_heads: slice, mate: bool) -> list[Drift]:
         """Every step, under some of the heads."""
         heads = slice(2 * kv_heads.start, 2 * kv_heads.stop)
         found = []
@@ -88,15 +87,13 @@ class Steps:
             table = torch.tensor([[0, 0, 0], [4, 1, 3]], dtype=torch.int32)
             own = PagedLayout([len(positions)], [self.T], table[1:], [-1], torch.arange(9))
             both = PagedLayout([2, len(positions)], [3, self.T], table, [-1, -1], torch.arange(9))
-            meter = (
-                DriftMeter(both, [None, watched], [5, 2], memory) if mate else DriftMeter(own, [watched], [2], memory)
-            )
-            meter.tensor_parallel = self.ranks
+            layout = both if mate else own
+            meter = DriftHook([None, watched] if mate else [watched], [5, 2] if mate else [2], memory, self.ranks)
             for layer in range(2):
                 query = self.query[step][layer][:, heads]
                 start = 0 if mate else 2
                 pages = self.pages[step][layer][:, kv_heads]
-                meter.start_layer(query[start : 2 + len(positions)], pages, SCALE)
+                meter.before_attention(query[start : 2 + len(positions)], pages, SCALE, layout)
             found.append(meter.result(self.T + 2))
         return found
 

@@ -10,10 +10,10 @@ import torch
 
 from tests.ops.shapes import Shapes
 from tests.ops.test_paged_attention import HEAD, Paged, dense_attention, make_paged
-from vllm_d2cache.attention import capture as module
-from vllm_d2cache.attention.capture import ImportanceCapture, MapPool
+from tests.reference.rollout import rollout_dense
+from vllm_d2cache.mechanisms import importance as module
+from vllm_d2cache.mechanisms.importance import ImportanceCapture, MapPool
 from vllm_d2cache.ops.paged_attention import PagedLayout, paged_attention
-from vllm_d2cache.ops.rollout import rollout_dense
 
 LAYERS = 4
 SCALE = 0.3

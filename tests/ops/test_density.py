@@ -1,4 +1,4 @@
-"""Certainty density against the double loop of d2cache.md, section 3.2."""
+"""Certainty density against the double loop of docs/methods/d2cache.md, section 3.2."""
 
 from __future__ import annotations
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from tests.ops.test_paged_attention import HEAD, make_paged
-from vllm_d2cache.attention.capture import TensorParallel
-from vllm_d2cache.attention.eviction import KeptBySlot, LayerKeys
+from vllm_d2cache.mechanisms.hidden_keys import KeyChoice, KeysHook
 from vllm_d2cache.ops.key_choice import choose_keys, mean_query_scores
 from vllm_d2cache.ops.paged_attention import read_kv
-from vllm_d2cache.records import KeyChoice
+from vllm_d2cache.ops.rollout import TensorParallel
 
 
 @pytest.mark.parametrize("heads", [(8, 2), (4, 4)], ids=["gqa", "mha"])
@@ -61,11 +58,10 @@ def choice(choose: bool, count: int = 4) -> KeyChoice:
 def test_layers_choose_by_themselves_and_remember_by_slot() -> None:
     layers = [make_paged([3, 5], [63, 63]) for _ in range(3)]
     queries = [torch.randn(8, 8, HEAD) for _ in layers]
-    kept: KeptBySlot = {7: [torch.tensor([1])], 4: [torch.tensor([2])] * 3}
-    first = LayerKeys(layers[0].layout, [choice(True), choice(False)], [7, 4], kept)
+    kept: dict[int, list[torch.Tensor]] = {7: [torch.tensor([1])], 4: [torch.tensor([2])] * 3}
+    first = KeysHook([None, None], [choice(True), choice(False)], [7, 4], kept)
     for query, paged in zip(queries, layers, strict=True):
-        first.layout = paged.layout
-        keys = first.start_layer(query, paged.cache).keys
+        keys = first.before_attention(query, paged.cache, 1.0, paged.layout).keys
         assert keys is not None
         assert keys[0] is None, "the step that chooses attends to everything"
         assert keys[1].tolist() == [2, 20, 21, 22]
@@ -76,23 +72,22 @@ def test_layers_choose_by_themselves_and_remember_by_slot() -> None:
         assert got.tolist() == [places[n] for n in choose_keys(scores[places], 4, 3).tolist()]
     assert len({tuple(k.tolist()) for k in kept[7]}) > 1, "layers differ"
 
-    second = LayerKeys(layers[0].layout, [choice(False), None], [7, 3], kept)
+    second = KeysHook([None, torch.tensor([5])], [choice(False), None], [7, 3], kept)
     for i, (query, paged) in enumerate(zip(queries, layers, strict=True)):
-        second.layout = replace(paged.layout, keys=[None, torch.tensor([5])])
-        keys = second.start_layer(query, paged.cache).keys
+        keys = second.before_attention(query, paged.cache, 1.0, paged.layout).keys
         assert keys is not None
         assert keys[0].tolist() == sorted([20, 21, 22, *kept[7][i].tolist()])
-        assert keys[1].tolist() == [5], "others keep what the layout says"
+        assert keys[1].tolist() == [5], "others see what is the same in all layers"
 
 
 def test_ranks_with_different_heads_choose_the_same() -> None:
     paged, query = make_paged([3], [63], kv_heads=4), torch.randn(3, 8, HEAD)
-    whole: KeptBySlot = {}
-    LayerKeys(paged.layout, [choice(True)], [0], whole).start_layer(query, paged.cache)
+    whole: dict[int, list[torch.Tensor]] = {}
+    KeysHook([None], [choice(True)], [0], whole).before_attention(query, paged.cache, 1.0, paged.layout)
     halves = [(query[:, :4], paged.cache[:, :2]), (query[:, 4:], paged.cache[:, 2:])]
     parts = [mean_query_scores(q, read_kv(c, paged.layout, 0)[0]) for q, c in halves]
     for q, c in halves:
-        kept: KeptBySlot = {}
+        kept: dict[int, list[torch.Tensor]] = {}
         ranks = TensorParallel(2, lambda x: parts[0] + parts[1])
-        LayerKeys(paged.layout, [choice(True)], [0], kept, ranks).start_layer(q, c)
+        KeysHook([None], [choice(True)], [0], kept, ranks).before_attention(q, c, 1.0, paged.layout)
         assert kept[0][0].tolist() == whole[0][0].tolist()

@@ -7,13 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from vllm_d2cache.ops.paged_attention import (
-    PagedLayout,
-    attention_map_product,
-    paged_attention,
-    read_kv,
-    write_kv,
-)
+from vllm_d2cache.ops.paged_attention import PagedLayout, attention_map_product, paged_attention, read_kv, write_kv
 
 HEAD = 16
 LENGTHS = [1, 63, 129]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests.conftest import poison
-from vllm_d2cache.attention.capture import MapPool
+from vllm_d2cache.mechanisms.importance import MapPool
 
 
 def test_memory_the_package_leaves_uninitialised_is_poisoned() -> None:

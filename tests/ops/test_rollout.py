@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_d2cache.ops.rollout import push_back_map, rollout, rollout_dense
+from tests.reference.rollout import rollout_dense
+from vllm_d2cache.ops.rollout import push_back_map, rollout
 
 TOTAL = 37
 

@@ -1,4 +1,4 @@
-"""Row statistics against a plain float64 reference (d2cache.md, section 2, step 4)."""
+"""Row statistics against a plain float64 reference (docs/methods/d2cache.md, section 2, step 4)."""
 
 from __future__ import annotations
 

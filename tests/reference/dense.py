@@ -1,4 +1,4 @@
-"""A dense llama-type transformer with a scattered-row KV cache, written from d2cache.md alone."""
+"""A dense llama-type transformer with a scattered-row KV cache, written from docs/methods/d2cache.md alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from vllm_d2cache.records import KeyChoice
+from vllm_d2cache.mechanisms.hidden_keys import KeyChoice
 
 
 class DenseModel:
@@ -80,7 +80,7 @@ class DenseModel:
         return h + self._mlp(x, i), weights.mean(0)
 
     def _seen(self, layer: int, q: torch.Tensor) -> torch.Tensor | slice:
-        """Positions the layer's rows attend to. rivals.md, section 2, in loops."""
+        """Positions the layer's rows attend to. docs/methods/other-caches.md, section 2, in loops."""
         if self.choice is None:
             return slice(None) if self.visible is None else self.visible
         always = self.choice.visible.tolist()

@@ -1,4 +1,11 @@
-"""dLLM-Cache as the specification has it (d2cache.md, section 6): all T rows in every layer, nothing saved."""
+"""dLLM-Cache as the specification has it: all T rows in every layer, nothing saved.
+
+docs/methods/d2cache.md, section 6.
+
+LLM-Cache as the specification has it: all T rows in every layer, nothing saved.
+
+docs/methods/d2cache.md, section 6.
+"""
 
 from __future__ import annotations
 

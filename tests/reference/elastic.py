@@ -1,4 +1,4 @@
-"""The drift of attention in loops over whole maps (docs/policies.md; rivals.md, section 3)."""
+"""The drift of attention in loops over whole maps (docs/policies.md; docs/methods/other-caches.md, section 3)."""
 
 from __future__ import annotations
 

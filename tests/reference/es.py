@@ -1,4 +1,7 @@
-"""ES-dLLM in loops (rivals.md, section 9; docs/policies.md for what differs): rows, who leaves, what is remembered."""
+"""ES-dLLM in loops (docs/methods/other-caches.md, section 9.
+
+Docs/policies.md for what differs): rows, who leaves, what is remembered.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""One request, denoised as d2cache.md describes it, in plain loops: an oracle for the Denoiser and for the engine.
+"""One request, denoised in plain loops: an oracle for the StepRunner and for the engine.
 
-Sections 2 to 4 at batch size one, with the decisions of docs/architecture.md (window's own length, only recomputed
+Sections 2 to 4 of docs/methods/d2cache.md at batch size one, with the decisions of docs/architecture.md (window's
+own length, only recomputed
 positions are committed, ties to the lower position, no mask token). Nothing of the package's decoding rules is used.
 """
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from tests.reference.dense import DenseModel
-from vllm_d2cache.config import RequestOptions
+from vllm_d2cache.options.request import RequestOptions
 
 Steps = list[tuple[list[int] | None, list[tuple[int, int]]]]
 
@@ -49,7 +50,7 @@ def denoise(model: DenseModel, prompt: list[int], canvas: int, options: RequestO
         chosen = commit(scores, options)
         if not memory:
             memory = dict.fromkeys(range(canvas), 0.0) | {g: p.score for g, p in predictions.items()}
-        elif options.confidence_memory == "latest":
+        elif options.policy_options.get("confidence_memory") == "latest":
             memory |= {g: p.score for g, p in predictions.items()}
         for g in chosen:
             tokens[start + g] = predictions[g].token
@@ -109,15 +110,15 @@ def commit(scores: dict[int, float], options: RequestOptions) -> list[int]:
 
 def select(memory: dict[int, float], masked: set[int], window: range, canvas: int, options: RequestOptions) -> set[int]:
     """Section 3.3: the masked slots whose logits are wanted next."""
-    prior = density([g not in masked for g in range(canvas)], options.selection_sigma)
+    prior = density([g not in masked for g in range(canvas)], options.value("selection_sigma"))
     score = [memory[g] * prior[g] for g in range(canvas)]
     bonus = max(score)
     score = [s + bonus if g in window else s for g, s in enumerate(score)]
     remaining = sorted(masked)
-    last = remaining[options.current_k - 1] if len(remaining) >= options.current_k else canvas - 1
+    last = remaining[options.value("current_k") - 1] if len(remaining) >= options.value("current_k") else canvas - 1
     end = (last // len(window) + 1) * len(window)
     eligible = [g for g in remaining if window.start <= g < end]
-    return set(sorted(eligible, key=lambda g: (-score[g], g))[: options.current_k])
+    return set(sorted(eligible, key=lambda g: (-score[g], g))[: options.value("current_k")])
 
 
 def importance(maps: list[torch.Tensor], rows: torch.Tensor) -> list[float]:
@@ -146,12 +147,12 @@ def refresh_set(
     whole = sum(weight[j] for j in others) + 1e-9
     for j in others:
         mass += weight[j] / whole
-        head += mass <= options.rollout_p or options.rollout_p >= 1
+        head += mass <= options.value("rollout_p") or options.value("rollout_p") >= 1
     chosen = certain | set(others[: max(1, head)])
     if shift:
         chosen = chosen | {start - 1} if 0 in selected else chosen - {start - 1}
     ordered = sorted(chosen)
     for a, z in itertools.pairwise(ordered):
-        if z - a <= options.inflate_w:
+        if z - a <= options.value("inflate_w"):
             chosen |= set(range(a, z))
     return sorted(chosen)

@@ -1,4 +1,10 @@
-"""SPA-Cache as the specification has it (rivals.md, section 4): with proxies, all rows in all layers, nothing saved."""
+"""SPA-Cache as the specification has it: with proxies, all rows in all layers, nothing saved.
+
+docs/methods/other-caches.md, section 4.
+
+PA-Cache as the specification has it (docs/methods/other-caches.md, section 4): with proxies, all rows in all layers,
+nothing saved.
+"""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.triton.loop import PAGE, VOCAB, Loop
-from vllm_d2cache.graph_check import Pages, check_graphs
+from vllm_d2cache.graphs.graph_check import Pages, check_graphs
+from vllm_d2cache.graphs.step_graphs import StepBuffers, StepGraphs, graph_sizes
 from vllm_d2cache.ops import dispatch
-from vllm_d2cache.step_graphs import StepBuffers, StepGraphs, graph_sizes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,7 +61,7 @@ def test_replays_decide_what_eager_steps_decide(graphed: Loop, device: torch.dev
             want, got = eager.step(padded=False, slots=slots), graphed.step(slots=slots)
             assert torch.equal(got.committed, want.committed), slots
             assert torch.equal(got.tokens, want.tokens), slots
-            assert torch.equal(graphed.denoiser.canvas.refresh, eager.denoiser.canvas.refresh), slots
+            assert torch.equal(graphed.steps.canvas.refresh, eager.steps.canvas.refresh), slots
     assert graphed.graph_steps == 24
 
 

@@ -12,14 +12,14 @@ import torch
 
 from tests.triton.paged import Shape, make_batch
 from tests.unit.batches import Batch, FakeJob
-from vllm_d2cache.attention.capture import ImportanceCapture, MapPool
+from vllm_d2cache.canvas.request import SamplingSpec
+from vllm_d2cache.mechanisms.importance import ImportanceCapture, MapPool
 from vllm_d2cache.ops import dispatch
-from vllm_d2cache.ops.backends import AttentionShape, disagreement
+from vllm_d2cache.ops.backends import disagreement
 from vllm_d2cache.ops.density import certainty_density
-from vllm_d2cache.ops.paged_attention import paged_attention, write_kv
+from vllm_d2cache.ops.paged_attention import AttentionShape, paged_attention, write_kv
 from vllm_d2cache.ops.row_stats import RowParams, tile_stats
 from vllm_d2cache.ops.triton import attention, density, pages, rollout, row_stats
-from vllm_d2cache.records import SamplingSpec
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 
 from tests.e2e.conftest import Engine, runner_of
 from tests.graph_emulator import Emulator
-from vllm_d2cache.step_graphs import GraphSize, StepGraphs
+from vllm_d2cache.graphs.step_graphs import GraphSize, StepGraphs
 
 pytestmark = [
     pytest.mark.vllm,
@@ -52,7 +52,7 @@ def generate(engine: Engine) -> list[list[int]]:
 def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.attention import Attention
 
-    from vllm_d2cache import cuda_graphs
+    from vllm_d2cache.engine import cuda_graphs
     from vllm_d2cache.ops import dispatch
 
     options = {"d2cache": {"graph_rows": 32}}
@@ -61,10 +61,10 @@ def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, m
     try:
         want = generate(engine)
         state, emulator = runner_of(engine).model_state, EmulatedRecorder()
-        assert state.graphs is None, "there are none on a CPU"
+        assert state.steps.forms.graphs is None, "there are none on a CPU"
         monkeypatch.setitem(dispatch._chosen, "cpu", "triton")
         monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda device: emulator)
-        monkeypatch.setattr(state, "_wants_graphs", True)
+        monkeypatch.setattr(state, "_records_graphs", True)
         for layer in runner_of(engine).model.modules():
             if isinstance(layer, Attention):
                 # Seen through: behind vLLM's operator the recording would find nothing but the operator.
@@ -79,7 +79,7 @@ def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, m
         monkeypatch.setattr(StepGraphs, "run", run)
         assert generate(engine) == want
         assert emulator.graphs == 2
-        assert replays[:2] == state.graphs.sizes, "the check at start-up"
+        assert replays[:2] == state.steps.forms.graphs.sizes, "the check at start-up"
         # Refresh steps of the first two requests at least; the third refreshes everything and fits as well.
         assert len(replays) >= 2 + 4
     finally:

@@ -11,10 +11,11 @@ import torch
 
 from tests.graph_emulator import Emulator
 from tests.triton.loop import PAGE, Loop
-from vllm_d2cache.graph_check import GraphError, Pages, check_graphs
+from vllm_d2cache.graphs.graph_check import GraphError, Pages, check_graphs
+from vllm_d2cache.graphs.step_graphs import GraphSize, StepBuffers, StepGraphs, graph_sizes
+from vllm_d2cache.mechanisms.importance import ReadsImportance
 from vllm_d2cache.ops import dispatch
 from vllm_d2cache.ops.paged_attention import PagedLayout
-from vllm_d2cache.step_graphs import GraphSize, StepBuffers, StepGraphs, graph_sizes
 
 pytestmark = pytest.mark.skipif("torch.cuda.is_available()", reason="a GPU records graphs itself (test_cuda_graphs.py)")
 
@@ -52,7 +53,7 @@ def test_replays_of_other_batches_decide_what_eager_steps_decide(device: torch.d
         want, got = eager.step(padded=False, slots=slots), graphed.step(slots=slots)
         assert torch.equal(got.committed, want.committed), slots
         assert torch.equal(got.tokens, want.tokens), slots
-        assert torch.equal(graphed.denoiser.canvas.refresh, eager.denoiser.canvas.refresh), slots
+        assert torch.equal(graphed.steps.canvas.refresh, eager.steps.canvas.refresh), slots
     assert graphed.graph_steps == 6
     for got_cache, want_cache in zip(graphed.caches, eager.caches, strict=True):
         torch.testing.assert_close(got_cache, want_cache, rtol=1e-5, atol=1e-6)
@@ -128,17 +129,20 @@ def test_the_check_at_start_up_refuses_others(device: torch.device) -> None:
         check_graphs(loop.graphs, Pages(9, PAGE), 29, device)
 
 
+READS = (ReadsImportance(),)
+
+
 def test_the_smallest_graph_with_room_is_taken(device: torch.device) -> None:
     buffers = StepBuffers(SIZES[-1], 96, PAGE, device)
     graphs = StepGraphs(SIZES, buffers, lambda *args: torch.empty(0), lambda step: step)
-    assert graphs.fitting([16], [80], [True]) == SIZES[0]
-    assert graphs.fitting([9, 8], [80, 80], [True, True]) == SIZES[1]
-    assert graphs.fitting([2, 2], [80, 80], [True, True]) == SIZES[1], "two requests"
-    assert graphs.fitting([1] * 4, [80] * 4, [True] * 4) is None, "four requests"
-    assert graphs.fitting([33, 32], [90, 90], [False, False]) is None, "too many rows"
-    assert graphs.fitting([8], [97], [False]) is None, "too long"
-    assert graphs.fitting([21], [80], [True]) is None, "more rows than a map may have"
-    assert graphs.fitting([21], [80], [False]) == SIZES[1]
+    assert graphs.fitting([16], [80], [READS]) == SIZES[0]
+    assert graphs.fitting([9, 8], [80, 80], [READS, READS]) == SIZES[1]
+    assert graphs.fitting([2, 2], [80, 80], [READS, READS]) == SIZES[1], "two requests"
+    assert graphs.fitting([1] * 4, [80] * 4, [READS] * 4) is None, "four requests"
+    assert graphs.fitting([33, 32], [90, 90], [(), ()]) is None, "too many rows"
+    assert graphs.fitting([8], [97], [()]) is None, "too long"
+    assert graphs.fitting([21], [80], [READS]) is None, "more rows than a map may have"
+    assert graphs.fitting([21], [80], [()]) == SIZES[1]
 
 
 def test_padding_is_at_most_an_eighth() -> None:

@@ -10,8 +10,8 @@ import torch
 
 from tests.triton.loop import Loop
 from tests.waits import Waits
+from vllm_d2cache.canvas.request import SamplingSpec
 from vllm_d2cache.ops import dispatch
-from vllm_d2cache.records import SamplingSpec
 
 GREEDY, SAMPLED = SamplingSpec(), SamplingSpec(temperature=0.8, top_p=0.9, seed=4)
 CASES: list[tuple[dict[str, Any], SamplingSpec]] = [
@@ -68,7 +68,7 @@ def test_kernels_decide_the_same_in_padded_steps(
         want, got = exact.step(padded=False), padded.step(padded=step > 0)
         assert torch.equal(got.committed, want.committed), step
         assert torch.equal(got.tokens, want.tokens), step
-        assert torch.equal(padded.denoiser.canvas.refresh, exact.denoiser.canvas.refresh), step
+        assert torch.equal(padded.steps.canvas.refresh, exact.steps.canvas.refresh), step
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Requests through the real Denoiser with random numbers in place of a network: cheap, and free of batch effects."""
+"""Requests through the real StepRunner with random numbers in place of a network: cheap, and free of batch effects."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_d2cache.canvas import Request
-from vllm_d2cache.config import ServerOptions, parse_request_options, parse_server_options
-from vllm_d2cache.denoiser import Denoiser
-from vllm_d2cache.grammar import GrammarState, Matcher, bits_of
-from vllm_d2cache.logprobs import EmittedLogprobs, LogprobRecorder
-from vllm_d2cache.policies import row_budget
-from vllm_d2cache.records import Drift, FamilyTraits, SamplingSpec, StepResult, StepRows
-from vllm_d2cache.row_exits import RowGate
-from vllm_d2cache.row_store import RowStore
+from vllm_d2cache.canvas.grammar import GrammarState, Matcher, bits_of
+from vllm_d2cache.canvas.request import Request, SamplingSpec
+from vllm_d2cache.canvas.rows import StepRows
+from vllm_d2cache.canvas.traits import FamilyTraits
+from vllm_d2cache.mechanisms.base import Finding, Hook, Worker
+from vllm_d2cache.mechanisms.drift import Drift, DriftHook
+from vllm_d2cache.mechanisms.hidden_keys import KeysHook
+from vllm_d2cache.mechanisms.importance import Importance, ImportanceHook
+from vllm_d2cache.mechanisms.row_exits import RowGate
+from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.policies.budget import row_budget
+from vllm_d2cache.requests.resolve import parse_request_options, parse_server_options, resolve
+from vllm_d2cache.step.logprobs import EmittedLogprobs
+from vllm_d2cache.step.pages import Pages
+from vllm_d2cache.step.runner import Closed, StepRunner
+from vllm_d2cache.step.runner import Step as RunningStep
 
 VOCAB, MASK = 13, 5
 LAYERS = 8  # as many as a policy that treats them differently may ask about
@@ -86,17 +93,43 @@ class FakeJob:
         return last + now * torch.arange(self.total).remainder(5).unsqueeze(1) / 4
 
 
-def drift_of(rows: StepRows, columns: list[torch.Tensor]) -> Drift | None:
-    """A drift made of each request's importance [T]: NaN for those who read none."""
-    if not any(w is not None for w in rows.watched):
-        return None
-    similarity = torch.full((len(columns),), torch.nan)
-    attended = torch.zeros(len(columns), rows.view.num_positions, dtype=torch.bool)
-    for r, (watched, column) in enumerate(zip(rows.watched, columns, strict=True)):
-        if watched is not None:
-            similarity[r] = column.amax()
-            attended[r, column.masked_fill(~watched.known, -1.0).topk(1).indices] = True
-    return Drift(similarity, attended)
+class Told(Hook):
+    """In place of a hook that would have watched the layers: what it finds is known beforehand."""
+
+    def __init__(self, finding: Finding) -> None:
+        self.finding = finding
+
+    def result(self, num_positions: int) -> Finding:
+        return self.finding
+
+
+def without_layers(step: RunningStep, columns: list[torch.Tensor]) -> tuple[Hook, ...]:
+    """The hooks of a step whose layers do not run, made of each request's importance [T]; NaN for who reads none."""
+    return tuple(_told(hook, step.rows, columns) for hook in step.hooks)
+
+
+def _told(hook: Hook, rows: StepRows, columns: list[torch.Tensor]) -> Hook:
+    width = rows.view.num_positions
+    if isinstance(hook, ImportanceHook):
+        values = torch.full((len(columns), width), torch.nan)
+        for r, column in enumerate(columns):
+            if hook.wanted[r]:
+                values[r] = 0
+                values[r, : len(column)] = column
+        return Told(Importance(values))
+    if isinstance(hook, DriftHook):
+        similarity = torch.full((len(columns),), torch.nan)
+        attended = torch.zeros(len(columns), width, dtype=torch.bool)
+        for r, (watched, column) in enumerate(zip(hook.watched, columns, strict=True)):
+            if watched is not None:
+                similarity[r] = column.amax()
+                attended[r, column.masked_fill(~watched.known, -1.0).topk(1).indices] = True
+        return Told(Drift(similarity, attended))
+    return hook
+
+
+def hook_of(step: RunningStep, kind: type[Any]) -> Any:
+    return next((hook for hook in step.hooks if isinstance(hook, kind)), None)
 
 
 class Batch:
@@ -123,9 +156,7 @@ class Batch:
         longest = max(job.total for job in jobs)
         # One slot more than jobs, and longer than any of them.
         traits = FamilyTraits(MASK, shift, num_layers=LAYERS)
-        self.denoiser = Denoiser(len(jobs) + 1, longest + 3, torch.device("cpu"), traits, self.server)
-        self.logprobs = LogprobRecorder(self.denoiser.canvas)
-        self.exit_states = RowStore()  # by job
+        self.runner = StepRunner(Worker(len(jobs) + 1, longest + 3, torch.device("cpu"), traits, self.server))
 
     def slot(self, i: int) -> int:
         return (2 * i + 1) % len(self.jobs) if len(self.jobs) % 2 else len(self.jobs) - i
@@ -133,15 +164,14 @@ class Batch:
     def add(self, i: int) -> None:
         job = self.jobs[i]
         asked = parse_request_options({f"d2cache_{k}": v for k, v in job.options.items()})
-        options = self.server.resolve(asked, ordered=job.grammar is not None)
+        options = resolve(self.server, asked, ordered=job.grammar is not None)
         length, budget = len(job.prompt), self.server.refresh_budget
         rows = row_budget(options, length, job.canvas_length, budget)
         request = Request(f"r{i}", length, job.canvas_length, options, job.sampling, rows, job.given)
         if job.grammar is not None:
             bitmask = torch.zeros(1, -(-VOCAB // 32), dtype=torch.int32)
             request.grammar = GrammarState(job.grammar(), bitmask, bits_of([MASK], 1), job.sampling.stop_token_ids)
-        self.denoiser.add(self.slot(i), request, np.array(job.prompt, dtype=np.int64), job.emitted_before)
-        self.logprobs.add(self.slot(i), request)
+        self.runner.add(self.slot(i), request, np.array(job.prompt, dtype=np.int64), job.emitted_before)
 
     def run(self, start_at: Sequence[int] | None = None) -> None:
         """Run all jobs to their end; job i joins at step ``start_at[i]``."""
@@ -156,71 +186,68 @@ class Batch:
                 self.step(running)
             for i in [i for i in running if self.jobs[i].done]:
                 running.remove(i)
-                self.logprobs.remove(self.slot(i))
-                self.denoiser.remove(self.slot(i))
+                self.runner.remove(self.slot(i))
             if not running and now >= max(starts):
                 return
         raise AssertionError(f"not finished after {self.max_steps} steps")
 
     def step(self, running: list[int]) -> None:
         """One step of the given jobs."""
-        denoiser = self.denoiser
         slots = [self.slot(i) for i in running]
-        padded = self.pads and denoiser.can_pad(slots)
+        padded = self.pads and self.runner.forms.can_pad(slots)
         self.padded_steps += padded
-        rows = denoiser.begin(torch.tensor(slots), slots, padded)
-        assert rows.positions.shape[0] == sum(rows.counts) + sum(rows.shadows) == rows.input_ids.shape[0]
+        step = self.runner.open(torch.tensor(slots), slots, padded)
+        rows = step.rows
+        assert rows.positions.shape[0] == sum(rows.counts) + sum(rows.extra) == rows.input_ids.shape[0]
+        self.runner.place(
+            step, Pages(torch.zeros(len(slots), 1 + rows.view.num_positions // 16, dtype=torch.int32), 16)
+        )
         logits, columns, offset = [], [], 0
-        importance = torch.full((len(running), rows.view.num_positions), torch.nan)
-        for r, (i, count) in enumerate(zip(running, rows.counts, strict=True)):
+        for i, count in zip(running, rows.counts, strict=True):
             numbers, column = self.jobs[i].numbers()
             columns.append(column)
             logits.append(numbers[rows.positions[offset : offset + count]])
-            importance[r] = 0
-            if rows.reads_importance[r]:
-                importance[r, : self.jobs[i].total] = column
             offset += count
-        for i, count in zip(running, rows.shadows, strict=True):
+        for i, count in zip(running, rows.extra, strict=True):
             logits.append(self.jobs[i].numbers(shadow=True)[0][rows.positions[offset : offset + count]])
             offset += count
-        rows = self._without_left(running, rows)
-        hidden = torch.cat(logits)[rows.logits_rows]
-        stats = denoiser.row_stats(rows, hidden, torch.clone)
-        result = denoiser.finish(rows, stats, importance, drift_of(rows, columns))
-        emitted = self.logprobs.record(rows, result, hidden, torch.clone)
-        self._record(running, rows, result)
-        if emitted is not None:
-            self._record_logprobs(running, emitted)
+        self._let_rows_leave(running, step)
+        seen, step.hooks = step.hooks, without_layers(step, columns)
+        closed = self.runner.close(step, torch.cat(logits)[rows.logits_rows], torch.clone)
+        step.hooks = seen
+        self._record(running, step, closed)
+        if closed.logprobs is not None:
+            self._record_logprobs(running, closed.logprobs)
 
-    def _without_left(self, running: list[int], rows: StepRows) -> StepRows:
+    def _let_rows_leave(self, running: list[int], step: RunningStep) -> None:
         """Run the gate, if there is one, and see that as many rows stay as was said."""
-        if rows.exiting is None:
-            return rows
-        gate = RowGate.open(rows.exiting, running, self.exit_states)
-        parts = rows.positions[: len(rows.request)].split(rows.counts)
+        gate, rows = hook_of(step, RowGate), step.rows
+        if gate is None:
+            return
         for layer in range(LAYERS):
-            hidden = torch.cat([self.jobs[i].states(layer)[p] for i, p in zip(running, parts, strict=True)])
-            gate.pass_layer(layer, hidden / 4, hidden * 3 / 4)
-            assert [int(p.sum()) for p in gate.present.split(rows.counts)] == rows.exiting.staying[layer]
-        return rows.without(gate.present)[0]
+            parts = zip(running, rows.by_request(), strict=True)
+            hidden = torch.cat([self.jobs[i].states(layer)[p] for i, p in parts])
+            gate.behind(layer, hidden / 4, hidden * 3 / 4)
+            assert [int(p.sum()) for p in gate.present().split(rows.counts)] == gate.staying[layer]
 
-    def _record(self, running: list[int], rows: StepRows, result: StepResult) -> None:
-        offset = 0
+    def _record(self, running: list[int], step: RunningStep, closed: Closed) -> None:
+        rows, result, offset = closed.rows, closed.result, 0
         for r, i in enumerate(running):
             job, view = self.jobs[i], rows.view
             mine = slice(offset, offset + rows.counts[r])
             positions = rows.positions[mine][rows.live[mine]].tolist()
             offset += rows.counts[r]
-            tokens = self.denoiser.canvas.tokens[self.slot(i), len(job.prompt) :]
+            tokens = self.runner.canvas.tokens[self.slot(i), len(job.prompt) :]
             committed = [(s, int(tokens[s])) for s in result.committed[r].nonzero().flatten().tolist()]
             start, length = int(view.window_start[r]), int(view.options.window[r])
             emitted = result.tokens[r, : int(result.num_tokens[r])].tolist()
             predicted = rows.predicted[r].nonzero().flatten().tolist()
             masked = result.masked[r].nonzero().flatten().tolist()
             window = range(start, min(start + length, job.canvas_length))
-            visible = rows.keys[r]
+            hidden = hook_of(step, KeysHook)
+            visible = None if hidden is None else hidden.keys[r]
             keys = None if visible is None else visible.tolist()
-            chosen = rows.choices[r]
+            chosen = None if hidden is None else hidden.choices[r]
             choice = None if chosen is None else (chosen.choose, chosen.count, chosen.pool)
             revoked = [] if result.revoked is None else result.revoked[r].nonzero().flatten().tolist()
             full = len(positions) == job.total

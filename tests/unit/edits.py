@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 
 from tests.unit.batches import MASK, VOCAB
-from vllm_d2cache.records import EditSpec
+from vllm_d2cache.canvas.request import EditSpec
 
 NEVER = -float("inf")
 

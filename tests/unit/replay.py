@@ -1,19 +1,27 @@
-"""Requests through the real Denoiser with every commit decided beforehand: shows what a policy makes of it."""
+"""Requests through the real StepRunner with every commit decided beforehand: shows what a policy makes of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
-from vllm_d2cache.canvas import Request
-from vllm_d2cache.config import ServerOptions
-from vllm_d2cache.denoiser import Denoiser
+from tests.unit.batches import Told, hook_of
+from vllm_d2cache.canvas.request import Request, SamplingSpec
+from vllm_d2cache.canvas.traits import FamilyTraits
+from vllm_d2cache.mechanisms.base import Hook, Worker
+from vllm_d2cache.mechanisms.drift import Drift, DriftHook, WatchedRows
+from vllm_d2cache.mechanisms.hidden_keys import KeyChoice, KeysHook
+from vllm_d2cache.mechanisms.row_exits import RowGate
+from vllm_d2cache.mechanisms.stored_outputs import OutputHook
 from vllm_d2cache.ops.row_stats import RowStats
-from vllm_d2cache.records import Drift, ExitingRows, FamilyTraits, KeyChoice, SamplingSpec, StoredRows, WatchedRows
+from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.requests.resolve import resolve
+from vllm_d2cache.step.runner import Step, StepRunner
 
 MASK = 370
 
@@ -26,8 +34,8 @@ class Replayed:
     candidates: list[int]  # slots that could be committed
     keys: list[int] | None  # positions the rows attend to; None = all
     choice: KeyChoice | None
-    stored: StoredRows | None
-    exiting: ExitingRows | None
+    stored: OutputHook | None
+    exiting: RowGate | None
     watched: WatchedRows | None
 
 
@@ -56,39 +64,42 @@ def replay(
         drifts: in step i, the similarity to the step before and the most attended positions.
     """
     # A threshold between the two confidences below commits exactly what is asked for.
-    chosen = ServerOptions({}).resolve({"sigma": 0.0, "threshold": 0.5, **options})
+    chosen = resolve(ServerOptions({}), {"sigma": 0.0, "threshold": 0.5, **options})
     traits = FamilyTraits(MASK, shift, num_layers=num_layers)
-    denoiser = Denoiser(3, prompt_len + canvas_len + 2, torch.device("cpu"), traits, ServerOptions({}))
-    denoiser.add(1, Request("r", prompt_len, canvas_len, chosen, SamplingSpec()), np.ones(prompt_len, dtype=np.int64))
+    runner = StepRunner(Worker(3, prompt_len + canvas_len + 2, torch.device("cpu"), traits))
+    runner.add(1, Request("r", prompt_len, canvas_len, chosen, SamplingSpec()), np.ones(prompt_len, dtype=np.int64))
     steps = []
     for i, move in enumerate(moves):
-        rows = denoiser.begin(torch.tensor([1]), [1])
+        step = runner.open(torch.tensor([1]), [1])
+        rows = step.rows
         if left is not None:
             rows, _ = rows.without(~torch.isin(rows.positions, torch.tensor(left[i])))
         slots = rows.predicted_index[1]
         wanted = torch.tensor([int(s) in move for s in slots])
         token = torch.tensor([move.get(int(s), 0) for s in slots])
         entropy = None if entropies is None else torch.full(slots.shape, entropies[i])
-        drift = None
+        told: list[Hook] = []
         if drifts is not None:
             attended = torch.zeros(1, rows.view.num_positions, dtype=torch.bool)
             attended[0, drifts[i][1]] = True
-            drift = Drift(torch.tensor([drifts[i][0]]), attended)
+            told.append(Told(Drift(torch.tensor([drifts[i][0]]), attended)))
         confidence = wanted.float() if confidences is None else torch.tensor(confidences[i])[slots]
-        result = denoiser.finish(rows, RowStats(token, confidence, None, entropy), None, drift)
+        stats = RowStats(token, confidence, None, entropy)
+        with mock.patch.object(runner.decoding, "row_stats", lambda *args, stats=stats: stats):
+            result = runner.close(Step(rows, tuple(told)), torch.zeros(len(rows.logits_rows), 1), torch.clone).result
         got = result.committed[0].nonzero().flatten().tolist()
         assert got == sorted(move), f"step {i} cannot commit {sorted(move)}: candidates are {slots.tolist()}"
-        candidates = rows.candidates[0].nonzero().flatten().tolist()
-        keys = rows.keys[0]
+        hidden, meter = hook_of(step, KeysHook), hook_of(step, DriftHook)
+        keys = None if hidden is None else hidden.keys[0]
         steps.append(
             Replayed(
                 rows.positions.tolist(),
-                candidates,
+                rows.candidates[0].nonzero().flatten().tolist(),
                 None if keys is None else keys.tolist(),
-                rows.choices[0],
-                rows.stored,
-                rows.exiting,
-                rows.watched[0],
+                None if hidden is None else hidden.choices[0],
+                hook_of(step, OutputHook),
+                hook_of(step, RowGate),
+                None if meter is None else meter.watched[0],
             )
         )
     return steps

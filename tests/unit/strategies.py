@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.unit.batches import MASK, VOCAB, FakeJob
-from vllm_d2cache.config import DECODER_OPTIONS
-from vllm_d2cache.records import SamplingSpec
+from vllm_d2cache.canvas.request import SamplingSpec
+from vllm_d2cache.decoders import DECODER_CLASSES
 
 RULES: list[dict[str, Any]] = [
     {},
@@ -36,8 +36,8 @@ RULES: list[dict[str, Any]] = [
 
 def _merged(rule: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
     """``rule`` with those of the other options that its decoder reads."""
-    read = DECODER_OPTIONS[rule.get("decoder", "confidence")]
-    foreign = {name for names in DECODER_OPTIONS.values() for name in names} - set(read)
+    read = {name: {*cls.options, *cls.reads} for name, cls in DECODER_CLASSES.items()}
+    foreign = set().union(*read.values()) - read[rule.get("decoder", "confidence")]
     return {**rule, **{name: value for name, value in rest.items() if name not in foreign}}
 
 

@@ -1,104 +1,75 @@
-"""Which module may import which, which may import vLLM, and which may touch its private names."""
+"""Which folder may import which, which may import vLLM, and what the middle of the house may name."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from vllm_d2cache.decoders import DECODER_CLASSES
+from vllm_d2cache.policies import POLICY_CLASSES
+
 PACKAGE = Path(__file__).resolve().parents[2] / "vllm_d2cache"
 
-# Module or folder -> what of the package it may import at module level.
-MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "records": (),
-    "option_types": (),
-    "policy_registry": ("option_types",),
-    "config": ("option_types", "policy_registry"),
-    "generation_defaults": (),
-    "ops": (),
-    "infill": ("config",),
-    "snapshots": ("config", "canvas", "infill", "ops"),
-    "request_fit": ("config", "infill"),
-    "request_fields": ("config",),
-    "figures": ("config",),
-    "metrics": ("compat", "models.families"),
-    "compat": (
-        "config", "generation_defaults", "grammar", "request_fields", "request_fit", "snapshots", "models.config_rules",
-        "models.families",
-    ),
-    "grammar": ("config",),
-    "canvas": ("records", "config", "grammar"),
-    "constraints": ("records", "ops", "canvas"),
-    "samplers": ("records", "config", "ops"),
-    "policies": ("option_types", "policy_registry", "records", "config", "ops", "canvas"),
-    "partial_rows": ("records", "canvas", "policies"),
-    "denoiser": (
-        "records", "config", "ops", "canvas", "constraints", "policies", "samplers", "counters", "decoding",
-        "partial_rows",
-    ),
-    "trace": ("records", "canvas"),
-    "logprobs": ("records", "ops", "canvas"),
-    "counters": ("records",),
-    "decoding": ("records", "config", "ops", "canvas", "constraints", "grammar", "samplers"),
-    "attention.capture": ("ops",),
-    "attention.eviction": ("records", "ops", "attention.capture"),
-    "attention.drift": ("records", "ops", "attention.capture"),
-    "value_directions": ("records", "attention.capture"),
-    "row_store": (),
-    "row_exits": ("records", "ops", "row_store"),
-    "stored_outputs": ("records", "ops", "attention.capture", "row_exits", "row_store", "value_directions"),
-    "attention": ("ops", "attention.capture", "attention.drift", "attention.eviction"),
-    "step_graphs": ("records", "ops", "attention.capture"),
-    "graph_check": ("ops", "attention.capture", "step_graphs"),
-    "cuda_graphs": ("ops", "attention", "attention.capture", "step_graphs", "graph_check"),
-    "request_check": ("config", "figures", "grammar", "infill", "snapshots"),
-    "memory_plan": ("config", "canvas", "grammar", "ops", "policies", "samplers", "attention.capture", "step_graphs"),
-    "startup_log": ("config", "policies", "memory_plan"),
-    "scheduler": ("config", "figures", "policies", "compat", "memory_plan", "snapshots", "startup_log"),
-    "runner_sampler": ("ops", "snapshots"),
-    "model_state": (
-        "records", "config", "ops", "canvas", "policies", "denoiser", "grammar", "trace", "logprobs", "infill",
-        "attention", "attention.capture", "attention.drift", "attention.eviction", "runner_sampler", "compat",
-        "snapshots", "stored_outputs", "row_exits", "row_store", "memory_plan", "step_graphs",
-        "cuda_graphs", "value_directions",
-    ),
-    "models.weight_check": (),
-    "models.families": (),
-    "models.shape": (),
-    "models.tensor_rules": (),
-    "models.config_rules": ("models.families", "models.shape"),
-    "models": (
-        "records", "attention", "stored_outputs", "models.weight_check", "models.config_rules", "models.shape",
-        "models.tensor_rules",
-    ),
-    "trace_reader": (),
-    "viewer": ("trace_reader",),
-    "config_hook": ("config", "compat", "samplers", "generation_defaults", "models", "models.config_rules"),
-    "registration": ("models.families",),
-    "doctor": ("models.config_rules", "models.families", "models.tensor_rules"),
-    "cli": ("config", "samplers", "policies", "counters", "compat", "trace_reader", "viewer", "doctor"),
-    "__init__": (),
-}  # fmt: skip
+# From the ground up: a folder imports only what stands above it in this list, at module level, in functions and for
+# types alike. The last ones are modules, the doors that vLLM enters by.
+FOLDERS = (
+    "ops",  # what is computed
+    "options",  # what may be said
+    "canvas",  # the texts being written
+    "mechanisms",  # what layers do for a policy or a decoder
+    "decoders",  # what to commit
+    "policies",  # what to recompute
+    "graphs",  # steps as CUDA graphs
+    "requests",  # what a request asks
+    "observe",  # what was done, and what it cost
+    "step",  # one step, without an engine
+    "compat",  # private vLLM names, and patches
+    "engine",  # inside vLLM
+    "models",  # networks and families
+    "registration",
+    "metrics",
+    "viewer",
+    "doctor",
+    "cli",
+    "__init__",
+)
 PURE = (
-    "option_types", "policy_registry", "records", "config", "generation_defaults", "ops", "canvas", "samplers",
-    "policies", "denoiser", "decoding", "trace", "logprobs", "constraints", "grammar", "infill", "request_fields",
-    "request_fit", "figures", "counters", "attention.capture", "attention.drift", "attention.eviction", "trace_reader",
-    "viewer", "models.families", "models.shape", "models.config_rules", "models.tensor_rules", "models.weight_check",
-    "snapshots", "stored_outputs", "row_exits", "row_store",
-    "partial_rows", "memory_plan", "step_graphs", "graph_check", "value_directions",
-)  # fmt: skip
+    "ops",
+    "options",
+    "canvas",
+    "mechanisms",
+    "decoders",
+    "policies",
+    "graphs",
+    "requests",
+    "observe",
+    "step",
+    "viewer",
+)
+# Of the folders that import vLLM, modules that do not, and are tested in seconds.
+PURE_MODULES = (
+    *("engine.admission", "engine.memory_plan", "engine.startup_log", "engine.weight_check"),
+    *("models.config_rules", "models.configs", "models.families", "models.shape", "models.tensor_rules"),
+    "registration",
+)
+TYPED_ONLY = ("engine.startup_log",)  # vLLM's types, for the checker alone
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")
 
-
-def part_of(module: str) -> str:
-    """The line of the table that ``module`` (a dotted name inside the package) belongs to."""
-    candidates = [part for part in MAY_IMPORT if module == part or module.startswith(part + ".")]
-    assert candidates, f"{module} is in no line of the table"
-    return max(candidates, key=len)
+# The middle: what every step passes through. It knows interfaces, and no implementation.
+MIDDLE = (
+    *("canvas.request", "canvas.rows", "canvas.states", "canvas.view", "engine.model_state", "engine.runner_sampler"),
+    *("step.decoding", "step.form", "step.planning", "step.rows", "step.runner"),
+)
+INTERFACES = (
+    *("mechanisms.base", "mechanisms.partial_forward", "policies.base", "policies.budget", "policies.registry"),
+    *("decoders.base", "decoders.registry", "decoders.schedule", "decoders.scores"),
+)
 
 
 def module_name(path: Path) -> str:
@@ -106,79 +77,70 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
-def imported(node: ast.stmt) -> list[str]:
-    """Dotted names a statement imports; of our own package without its name in front."""
-    if isinstance(node, ast.Import):
-        names = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom):
-        assert node.level == 0, "relative import"
-        module = node.module or ""
-        deep = module == PACKAGE.name or (PACKAGE.parent / module.replace(".", "/")).is_dir()
-        names = [f"{module}.{alias.name}" for alias in node.names] if deep else [module]
-    else:
-        names = []
-    return names
-
-
-def module_level_imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    for node in tree.body:
-        for name in imported(node):
-            yield node.lineno, name
-
-
 SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-PURE_MODULES = sorted(name for name in SOURCES if part_of(name) in PURE)
 
 
-def test_the_table_has_no_cycle() -> None:
-    done: set[str] = set()
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every import, wherever it stands; names of the package without the package's in front."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            module = node.module or ""
+            deeper = [f"{module}.{alias.name}".removeprefix(f"{PACKAGE.name}.") for alias in node.names]
+            names = [name if name in SOURCES else module for name in deeper]
+        else:
+            continue
+        for name in names:
+            yield node.lineno, name.removeprefix(f"{PACKAGE.name}.")
 
-    def visit(part: str, path: tuple[str, ...]) -> None:
-        assert part not in path, " -> ".join((*path, part))
-        if part not in done:
-            for lower in MAY_IMPORT[part]:
-                visit(lower, (*path, part))
-            done.add(part)
 
-    for part in MAY_IMPORT:
-        visit(part, ())
+def folder_of(module: str) -> str:
+    return module.split(".")[0]
 
 
-def test_the_table_has_no_line_without_a_module() -> None:
-    assert {part_of(name) for name in SOURCES} == set(MAY_IMPORT)
+def test_the_table_names_every_folder_and_nothing_else() -> None:
+    assert {folder_of(name) for name in SOURCES} == set(FOLDERS)
+    assert len(list(PACKAGE.glob("*.py"))) <= 6
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_imports_keep_to_the_table(name: str) -> None:
-    part = part_of(name)
-    for line, target in module_level_imports(ast.parse(SOURCES[name].read_text())):
-        where = f"{SOURCES[name].name}:{line} imports {target}"
-        if target.split(".")[0] == "vllm":
-            assert part not in PURE, where
-        if target.startswith(PACKAGE.name + "."):
-            lower = part_of(target.removeprefix(PACKAGE.name + "."))
-            assert lower == part or lower in MAY_IMPORT[part], where
+def test_folders_import_only_lower_ones(name: str) -> None:
+    mine = FOLDERS.index(folder_of(name))
+    for line, target in imports(SOURCES[name]):
+        if target in SOURCES and folder_of(target) != folder_of(name):
+            assert FOLDERS.index(folder_of(target)) < mine, f"{name}:{line} imports {target}"
 
 
-@pytest.mark.parametrize("name", PURE_MODULES)
+def test_no_module_imports_itself_by_a_detour() -> None:
+    graph = {name: {t for _, t in imports(path) if t in SOURCES and t != name} for name, path in SOURCES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for target in graph[name]:
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def is_pure(name: str) -> bool:
+    return folder_of(name) in PURE or name in PURE_MODULES
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SOURCES if is_pure(name) and name not in (*TYPED_ONLY, "registration")]
+)
 def test_pure_modules_do_not_import_vllm_anywhere(name: str) -> None:
-    """Not inside functions either."""
-    for node in ast.walk(ast.parse(SOURCES[name].read_text())):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            assert not any(target.split(".")[0] == "vllm" for target in imported(node)), node.lineno
-
-
-@pytest.mark.parametrize("name", [name for name in SOURCES if part_of(name) != "compat"])
-def test_private_names_are_touched_in_compat_alone(name: str) -> None:
-    for node in ast.walk(ast.parse(SOURCES[name].read_text())):
-        used = {getattr(node, field, None) for field in ("attr", "id")}
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            used |= {alias.name for alias in node.names}
-        assert not used & set(PRIVATE_NAMES), node
+    assert [line for line, target in imports(SOURCES[name]) if folder_of(target) == "vllm"] == []
 
 
 def test_importing_the_pure_modules_loads_no_vllm() -> None:
-    names = [f"{PACKAGE.name}.{name}" for name in PURE_MODULES]
+    names = [f"{PACKAGE.name}.{name}" for name in SOURCES if is_pure(name)]
     code = (
         f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)\n"
         "print([m for m in sys.modules if m.split('.')[0] == 'vllm'][:3])"
@@ -187,7 +149,47 @@ def test_importing_the_pure_modules_loads_no_vllm() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_configuration_needs_no_torch() -> None:
-    code = f"import sys, {PACKAGE.name}.config\nprint('torch' in sys.modules, 'vllm' in sys.modules)"
+@pytest.mark.parametrize("name", [name for name in SOURCES if folder_of(name) != "compat"])
+def test_private_names_are_touched_in_compat_alone(name: str) -> None:
+    for node in ast.walk(ast.parse(SOURCES[name].read_text())):
+        used = {getattr(node, field, None) for field in ("attr", "id")}
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            used |= {alias.name for alias in node.names}
+        assert not used & set(PRIVATE_NAMES), node
+
+
+@pytest.mark.parametrize("name", MIDDLE)
+def test_the_middle_names_no_policy_decoder_or_mechanism(name: str) -> None:
+    """Neither by import, nor by class, nor by the name that a request would give."""
+    for line, target in imports(SOURCES[name]):
+        implementation = folder_of(target) in ("mechanisms", "policies", "decoders") and target not in INTERFACES
+        assert not implementation, f"{name}:{line} imports {target}"
+    classes = [*POLICY_CLASSES.values(), *DECODER_CLASSES.values()]
+    forbidden = {cls.__name__ for cls in classes} | {type(use).__name__ for cls in classes for use in cls.uses}
+    forbidden |= {repr(named) for named in (*POLICY_CLASSES, *DECODER_CLASSES)}
+    forbidden |= {f'"{named}"' for named in (*POLICY_CLASSES, *DECODER_CLASSES)}
+    with SOURCES[name].open() as file:
+        found = [token for token in tokenize.generate_tokens(file.readline) if token.string in forbidden]
+    assert found == []
+
+
+def test_what_operators_and_requests_may_say_needs_no_torch() -> None:
+    names = [f"{PACKAGE.name}.{name}" for name in SOURCES if folder_of(name) == "options"]
+    code = f"import sys, {', '.join(names)}\nprint('torch' in sys.modules, 'vllm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert done.stdout.strip() == "False False"
+
+
+def longest_functions(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of each function of a file, but for kernels."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            decorators = {ast.unparse(d).split("(")[0] for d in node.decorator_list}
+            if "triton.jit" not in decorators:
+                yield node.end_lineno - node.lineno + 1, node.name  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_files_and_functions_are_read_in_one_sitting(name: str) -> None:
+    assert len(SOURCES[name].read_text().splitlines()) < 400
+    assert [(lines, function) for lines, function in longest_functions(SOURCES[name]) if lines >= 60] == []

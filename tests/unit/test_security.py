@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_d2cache.config import OptionError
-from vllm_d2cache.samplers.frequencies import load_frequencies
+from vllm_d2cache.decoders.frequencies import load_frequencies
+from vllm_d2cache.options.types import OptionError
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "vllm_d2cache").rglob("*.py"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from vllm_d2cache.canvas import make_view
-from vllm_d2cache.records import CanvasView, OptionColumns, StepOutcome
+from vllm_d2cache.canvas.view import CanvasView, OptionColumns, first_window, live_slots
+from vllm_d2cache.mechanisms.importance import Importance
+from vllm_d2cache.policies.base import StepOutcome
 
 _DEFAULTS: dict[str, float] = {
     "window": 1000,
@@ -14,15 +15,10 @@ _DEFAULTS: dict[str, float] = {
     "factor": 0,
     "score": 0,
     "sigma": 0,
-    "selection_sigma": 0,
-    "current_k": 1000,
-    "rollout_p": 0,
-    "inflate_w": 0,
-    "latest_memory": 0,
     "steps": 0,
     "longest_run": 0,
 }
-_INTEGERS = ("window", "tokens_per_step", "score", "current_k", "inflate_w", "steps", "longest_run")
+_INTEGERS = ("window", "tokens_per_step", "score", "steps", "longest_run")
 
 
 def columns(n: int, **options: float | list[float]) -> OptionColumns:
@@ -33,7 +29,6 @@ def columns(n: int, **options: float | list[float]) -> OptionColumns:
         given = options.get(name, default)
         column = torch.tensor(given if isinstance(given, list) else [given] * n, dtype=torch.float32)
         values[name] = column.long() if name in _INTEGERS else column
-    values["latest_memory"] = values["latest_memory"] > 0
     return OptionColumns(**values)
 
 
@@ -51,7 +46,10 @@ def view_of(
     total = max(p + g for p, g in zip(prompt_len, lengths, strict=True))
     window = options.pop("window", [float(g) for g in lengths])
     made = columns(n, window=window, **options)
-    return make_view(torch.arange(n), torch.tensor(prompt_len), torch.tensor(lengths), flags, terminal, total, made)
+    live, none = live_slots(terminal), torch.zeros(n, dtype=torch.int64)
+    start = first_window(flags, live, made.window)
+    lens = torch.tensor(prompt_len), torch.tensor(lengths)
+    return CanvasView(torch.arange(n), *lens, flags, live, start, none, none, total, made)
 
 
 def outcome_of(
@@ -73,5 +71,5 @@ def outcome_of(
         torch.ones(n, width) if score is None else torch.tensor(score),
         view.window_start if window_start is None else torch.tensor(window_start),
         torch.full((n,), first),
-        torch.ones(n, view.num_positions) if importance is None else torch.tensor(importance),
+        found=(Importance(torch.ones(n, view.num_positions) if importance is None else torch.tensor(importance)),),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_d2cache.scheduler import D2CacheScheduler
+from vllm_d2cache.engine.scheduler import D2CacheScheduler
 
 pytestmark = pytest.mark.vllm
 

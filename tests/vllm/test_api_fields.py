@@ -13,9 +13,11 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 
 from vllm_d2cache.compat import front_end
-from vllm_d2cache.request_check import check_sampling_params
-from vllm_d2cache.request_fields import BOOKKEEPING, WITHOUT_EFFECT, check_fields
+from vllm_d2cache.requests.check import check_sampling_params
+from vllm_d2cache.requests.fields import BOOKKEEPING, WITHOUT_EFFECT, check_fields
+from vllm_d2cache.requests.fit import check_room
 
+CHECKS = front_end.FieldChecks(check_fields, check_room)
 pytestmark = pytest.mark.vllm
 
 DOC = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
@@ -65,7 +67,7 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("to_sampling_params", "to_beam_search_params"):
             monkeypatch.setattr(cls, name, inspect.unwrap(getattr(cls, name)))
     monkeypatch.setattr(CompletionRequest.model_fields["max_tokens"], "default", 16)
-    front_end._patch_protocols()
+    front_end.patch_protocols(CHECKS)
 
 
 def submit(kind: str, **fields: Any) -> None:
@@ -75,7 +77,7 @@ def submit(kind: str, **fields: Any) -> None:
     defaults = front_end.CanvasDefaults({"max_tokens": 256, "temperature": 0.0})
     if request.use_beam_search:
         request.to_beam_search_params(100, defaults)
-    check_sampling_params(request.to_sampling_params(100, defaults))
+    check_sampling_params(request.to_sampling_params(100, defaults), False)
 
 
 def test_the_table_lists_exactly_the_fields_of_vllm() -> None:

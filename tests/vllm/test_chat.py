@@ -26,7 +26,10 @@ TURNS = [
 
 
 def pieces(family: str) -> list[Any]:
-    """The conversation as d2cache.md, section 9, has it: text, and special tokens by name, each in a list."""
+    """The conversation as.
+
+    docs/methods/d2cache.md, section 9, has it: text, and special tokens by name, each in a list.
+    """
     out: list[Any] = [["<|startoftext|>"]] if family == "llada" else []
     for turn in TURNS:
         if family == "llada":

@@ -16,9 +16,9 @@ from vllm.config.vllm import OptimizationLevel
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.reference.oracle import ORACLE
-from vllm_d2cache import config_hook
-from vllm_d2cache.config import parse_server_options
-from vllm_d2cache.config_hook import DEFAULT_MAX_MODEL_LEN
+from vllm_d2cache.engine import config_hook
+from vllm_d2cache.engine.config_hook import DEFAULT_MAX_MODEL_LEN
+from vllm_d2cache.requests.resolve import parse_server_options
 
 pytestmark = pytest.mark.vllm
 

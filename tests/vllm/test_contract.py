@@ -14,11 +14,11 @@ from vllm.v1.request import Request
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_d2cache.compat import internals
-from vllm_d2cache.model_state import D2CacheModelState
+from vllm_d2cache.engine.model_state import D2CacheModelState
+from vllm_d2cache.engine.scheduler import D2CacheScheduler
 from vllm_d2cache.models.families import FAMILIES
 from vllm_d2cache.registration import register_all
-from vllm_d2cache.request_check import _UNSUPPORTED, check_sampling_params
-from vllm_d2cache.scheduler import D2CacheScheduler
+from vllm_d2cache.requests.check import _UNSUPPORTED, check_sampling_params
 
 pytestmark = pytest.mark.vllm
 
@@ -103,7 +103,7 @@ def test_request_state_is_settled_in_vllm_s_own_class() -> None:
 def test_unsupported_fields_exist_and_default_to_unused(field: str) -> None:
     """A field that vLLM renames would be accepted and ignored."""
     assert hasattr(SamplingParams(), field), field
-    check_sampling_params(SamplingParams(max_tokens=4))
+    check_sampling_params(SamplingParams(max_tokens=4), False)
 
 
 def test_no_sampling_field_is_unknown_to_us() -> None:

@@ -18,8 +18,12 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_d2cache.compat import front_end
+from vllm_d2cache.engine.admission import check_request
 from vllm_d2cache.models.configs import LLaDAConfig
+from vllm_d2cache.requests.fields import check_fields
+from vllm_d2cache.requests.fit import check_room
 
+CHECKS = front_end.FieldChecks(check_fields, check_room)
 pytestmark = pytest.mark.vllm
 OURS = frozenset({"LLaDAModelLM"})
 
@@ -48,9 +52,9 @@ def _unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_defaults_are_ours_for_our_architectures_alone() -> None:
-    front_end.install(OURS)
+    front_end.install(OURS, CHECKS)
     once = ModelConfig.get_diff_sampling_param
-    front_end.install(OURS)
+    front_end.install(OURS, CHECKS)
     assert ModelConfig.get_diff_sampling_param is once
     ours = ModelConfig.get_diff_sampling_param(model_config("LLaDAModelLM"))
     assert ours == {"max_tokens": 256, "temperature": 0.0}
@@ -61,13 +65,13 @@ def test_defaults_are_ours_for_our_architectures_alone() -> None:
 
 
 def test_the_operators_defaults_win() -> None:
-    front_end.install(OURS)
+    front_end.install(OURS, CHECKS)
     config = model_config("LLaDAModelLM", temperature=0.7, max_new_tokens=64)
     assert ModelConfig.get_diff_sampling_param(config) == {"max_tokens": 64, "temperature": 0.7}
 
 
 def test_protocol_patches_refuse_what_does_not_fit() -> None:
-    front_end.install(OURS)
+    front_end.install(OURS, CHECKS)
     defaults = ModelConfig.get_diff_sampling_param(model_config("LLaDAModelLM"))
     assert CompletionRequest(prompt="x").max_tokens == 256
     cases = [
@@ -89,7 +93,7 @@ def admitted(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> tuple[SimpleName
     params = SamplingParams(**{"max_tokens": 30, **fields.pop("params", {})})
     request = SimpleNamespace(**{"sampling_params": params, "prompt_token_ids": [1] * 70, "priority": 0, **fields})
     monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
-    front_end.install_request_check(OURS)
+    front_end.install_request_check(OURS, check_request)
     model = SimpleNamespace(
         architectures=["LLaDAModelLM"],
         max_model_len=100,
@@ -226,7 +230,7 @@ def test_priority_is_accepted_where_it_has_an_effect(monkeypatch: pytest.MonkeyP
 
 def test_offline_beam_search_is_refused_for_ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BeamSearchOfflineMixin, "beam_search", lambda self, prompts: prompts)
-    front_end.install_beam_search_check(OURS)
+    front_end.install_beam_search_check(OURS, CHECKS)
     llm = SimpleNamespace(model_config=SimpleNamespace(architectures=["LLaDAModelLM"]))
     with pytest.raises(VLLMValidationError, match=r"^use_beam_search: has no effect here"):
         BeamSearchOfflineMixin.beam_search(llm, ["x"])

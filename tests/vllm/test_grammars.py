@@ -13,8 +13,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from tests.e2e.grammars import Constraint, random_constraint
+from vllm_d2cache.canvas.grammar import GrammarState, RunPrediction
 from vllm_d2cache.compat.grammars import Grammars
-from vllm_d2cache.grammar import GrammarState, RunPrediction
 
 pytestmark = pytest.mark.vllm
 

@@ -13,9 +13,10 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_d2cache.compat import front_end
-from vllm_d2cache.config_hook import _refusals
+from vllm_d2cache.engine.admission import check_request
+from vllm_d2cache.engine.config_hook import _refusals
 from vllm_d2cache.models.shape import TransformerShape
-from vllm_d2cache.request_check import check_sampling_params
+from vllm_d2cache.requests.check import check_sampling_params
 
 pytestmark = pytest.mark.vllm
 
@@ -41,7 +42,7 @@ def admit(monkeypatch: pytest.MonkeyPatch, canvas: int, additional: Any) -> Any:
     stock = inspect.unwrap(InputProcessor.process_inputs)
     monkeypatch.setattr(InputProcessor, "process_inputs", stock)
     monkeypatch.setattr(InputProcessor, "process_inputs", lambda self: request)
-    front_end.install_request_check(frozenset({"LLaDAModelLM"}))
+    front_end.install_request_check(frozenset({"LLaDAModelLM"}), check_request)
     model = SimpleNamespace(
         architectures=["LLaDAModelLM"],
         max_model_len=MAX_LEN,
@@ -77,9 +78,9 @@ def test_a_request_that_takes_more_memory_than_all_may(monkeypatch: pytest.Monke
 
 
 def test_stop_tokens() -> None:
-    check_sampling_params(SamplingParams(max_tokens=4, stop_token_ids=list(range(128))))
+    check_sampling_params(SamplingParams(max_tokens=4, stop_token_ids=list(range(128))), False)
     with pytest.raises(ValueError, match=r"stop_token_ids: at most 128 .* got 129"):
-        check_sampling_params(SamplingParams(max_tokens=4, stop_token_ids=list(range(129))))
+        check_sampling_params(SamplingParams(max_tokens=4, stop_token_ids=list(range(129))), False)
 
 
 def test_sleep_mode_is_refused_at_start_up() -> None:
@@ -103,7 +104,7 @@ def test_sleep_mode_is_refused_at_start_up() -> None:
             dtype="torch.bfloat16",
             logprobs_mode="raw_logprobs",
             quantization=None,
-            hf_config=SimpleNamespace(),
+            hf_config=SimpleNamespace(quantisation_problem=lambda method: None),
         ),
     )
     (reason,) = _refusals(config)

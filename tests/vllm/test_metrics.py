@@ -20,8 +20,8 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
 
 from vllm_d2cache.compat.internals import attach_totals, take_step_report, take_totals
-from vllm_d2cache.figures import TOTALS as TOTAL_NAMES
 from vllm_d2cache.metrics import _DIFFUSION, _OWN, D2CacheStatLogger
+from vllm_d2cache.observe.figures import TOTALS as TOTAL_NAMES
 
 pytestmark = pytest.mark.vllm
 

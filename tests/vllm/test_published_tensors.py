@@ -17,7 +17,7 @@ pytestmark = pytest.mark.vllm
 
 Tensors = dict[str, torch.Tensor]
 WIDTH, HIDDEN, VOCAB = 64, 96, 128
-# Read off d2cache.md, section 9, and nothing else: config.json with the widths scaled down.
+# Read off docs/methods/d2cache.md, section 9, and nothing else: config.json with the widths scaled down.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llada": {
         "architectures": ["LLaDAModelLM"], "model_type": "llada", "d_model": WIDTH, "n_layers": 32, "n_heads": 4,

@@ -22,7 +22,7 @@ from vllm_d2cache.compat import snapshot_stream
 from vllm_d2cache.compat.front_end import _STREAMS, CanvasDefaults
 from vllm_d2cache.compat.internals import snapshot_output, take_snapshot
 from vllm_d2cache.compat.snapshot_stream import Inbox, check_listener, with_snapshots
-from vllm_d2cache.config import OptionError
+from vllm_d2cache.options.types import OptionError
 
 pytestmark = pytest.mark.vllm
 WANTED = {"d2cache_snapshots": 1}

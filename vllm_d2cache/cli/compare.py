@@ -14,8 +14,10 @@ from typing import Any
 
 from vllm_d2cache.cli import UsageError
 from vllm_d2cache.cli.grid import Cell, Prompt, Setting, general_questions, measure, pairs_of, read_prompts
-from vllm_d2cache.config import SECTION, OptionError, parse_server_options
-from vllm_d2cache.samplers.frequencies import load_frequencies
+from vllm_d2cache.decoders.frequencies import load_frequencies
+from vllm_d2cache.options.request import SECTION
+from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.requests.resolve import parse_server_options
 
 _PROMPTS_HELP = (
     'JSON lines: {"prompt": TEXT} or {"messages": [...]}, "max_tokens": N, and maybe "answer": TEXT, which a response '
@@ -99,8 +101,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 def _pairs(args: argparse.Namespace) -> tuple[list[tuple[Setting, Setting]], list[str]]:
     """What is run, full recompute first of every decoder, and what cannot be."""
+    from vllm_d2cache.decoders import DECODER_CLASSES
     from vllm_d2cache.policies import POLICY_CLASSES
-    from vllm_d2cache.samplers import DECODER_CLASSES
 
     decoders = args.decoders or [d for d in DECODER_CLASSES if d != "pc" or args.token_frequencies]
     policies = [p for p in args.policies or POLICY_CLASSES if p != "full"]
@@ -132,7 +134,7 @@ def _run_cells(llm: Any, prompts: list[Prompt], pairs: list[tuple[Setting, Setti
 
     from vllm_d2cache.compat.internals import in_process_model_state
 
-    counters = in_process_model_state(llm).denoiser.counters
+    counters = in_process_model_state(llm).steps.counters
     cells: list[Cell] = []
     full: dict[str, Cell] = {}
     with tqdm(total=len(pairs) * len(prompts), unit="request", disable=None) as bar:

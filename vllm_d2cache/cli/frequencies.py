@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from vllm_d2cache.cli import UsageError
-    from vllm_d2cache.samplers.frequencies import count_frequencies
+    from vllm_d2cache.decoders.frequencies import count_frequencies
 
     config = args.model / "config.json"
     for path in (config, args.text):

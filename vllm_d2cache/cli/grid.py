@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_d2cache.cli import UsageError
-from vllm_d2cache.config import PREFIX, OptionError, ServerOptions, parse_request_options
+from vllm_d2cache.options.request import PREFIX
+from vllm_d2cache.options.server import ServerOptions
+from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.requests.resolve import parse_request_options, resolve
 
 if TYPE_CHECKING:
-    from vllm_d2cache.counters import StepCounters
+    from vllm_d2cache.observe.counters import StepCounters
 
 # Asked where no file of prompts is given.
 QUESTIONS = (
@@ -69,7 +72,7 @@ def pairs_of(
         for policy in policies:
             options = {**policy.options, **decoder.options}
             try:
-                server.resolve(parse_request_options({PREFIX + key: value for key, value in options.items()}))
+                resolve(server, parse_request_options({PREFIX + key: value for key, value in options.items()}))
             except OptionError as error:
                 refused[policy, decoder] = str(error)
             else:

@@ -103,12 +103,11 @@ def plot(cells: list[Cell], path: Path, title: str) -> None:
     markers = "osD^v<>P*Xhp"
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for cell in cells:
-        style = {
-            "color": colours(policies.index(cell.policy) % 10),
-            "marker": markers[decoders.index(cell.decoder) % len(markers)],
-        }
+        colour = colours(policies.index(cell.policy) % 10)
+        marker = markers[decoders.index(cell.decoder) % len(markers)]
         speed, score = cell.output_tokens / cell.seconds, cell.agreement if cell.right is None else cell.right
-        axes.plot(speed, 100 * score, linestyle="", markersize=8, label=f"{cell.policy}, {cell.decoder}", **style)
+        label = f"{cell.policy}, {cell.decoder}"
+        axes.plot(speed, 100 * score, linestyle="", markersize=8, label=label, color=colour, marker=marker)
     axes.set_xlabel("response tokens a second")
     axes.set_ylabel("agreement with full recompute, %" if cells[0].right is None else "right answers, %")
     axes.set_ylim(0, 102)

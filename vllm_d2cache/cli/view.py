@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_d2cache.trace_reader import RecordedRequest, TraceError, read_trace
+from vllm_d2cache.observe.trace_reader import RecordedRequest, TraceError, read_trace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -142,7 +142,7 @@ def _patch_validation(config_cls: type["VllmConfig"]) -> None:
     stock = config_cls._validate_v2_model_runner
     if not _asks_for_triton(stock):
         return
-    patched = _believing_in_triton(stock)  # type: ignore[arg-type]
+    patched = _believing_in_triton(stock)
 
     @functools.wraps(stock)
     def _validate_v2_model_runner(self: "VllmConfig") -> None:

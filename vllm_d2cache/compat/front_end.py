@@ -1,8 +1,9 @@
-"""Patches of vLLM's front end, for our architectures only: the default canvas, and requests that do not fit.
+"""Patches of vLLM's front end, for our architectures only: the default canvas, and where requests are checked.
 
-All three start from the dictionary of default sampling parameters that vLLM asks the model configuration for: for our
-models it is a :class:`CanvasDefaults`, and what is wrapped further down looks for that type. A server of another model
-in the same environment never sees one.
+What is refused, and in which order, others say (engine/admission.py): the checks are handed in. The patches start from
+the dictionary of default sampling parameters that vLLM asks the model configuration for: for our models it is a
+:class:`CanvasDefaults`, and what is wrapped further down looks for that type. A server of another model in the same
+environment never sees one.
 """
 
 from __future__ import annotations
@@ -10,21 +11,15 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_d2cache.compat import snapshot_stream
-from vllm_d2cache.config import (
-    CANVAS,
-    DEFAULT_CANVAS_LENGTH,
-    SECTION,
-    OptionError,
-    parse_request_options,
-    parse_server_options,
-)
-from vllm_d2cache.generation_defaults import UNSUPPORTED_DEFAULTS
-from vllm_d2cache.grammar import check_schema, is_constrained, without_spare_whitespace
-from vllm_d2cache.request_fields import WITHOUT_EFFECT, check_fields
-from vllm_d2cache.request_fit import check_fit
+from vllm_d2cache.options.request import CANVAS
+from vllm_d2cache.options.server import DEFAULT_CANVAS_LENGTH
+from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.requests.fields import WITHOUT_EFFECT
+from vllm_d2cache.requests.generation_defaults import UNSUPPORTED_DEFAULTS
 
 _MARK = "_vllm_d2cache"
 # Request classes of the OpenAI server, and the fields in which a client may give the canvas length.
@@ -49,7 +44,20 @@ class CanvasDefaults(dict[str, Any]):
     """Default sampling parameters of a model whose max_tokens is a canvas."""
 
 
-def install(architectures: frozenset[str]) -> None:
+@dataclass(frozen=True)
+class FieldChecks:
+    """What is asked of a request before there are sampling parameters; each raises OptionError.
+
+    Attributes:
+        fields: of the fields that the request sets, the defaults of those without effect, and fields that are none.
+        room: of the name of a field, the canvas length that it asks for, and the positions behind the prompt.
+    """
+
+    fields: Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], None]
+    room: Callable[[str, int, int], None]
+
+
+def install(architectures: frozenset[str], checks: FieldChecks) -> None:
     """Wrap ``ModelConfig.get_diff_sampling_param``; idempotent. Called in every process."""
     # Without it: a chat request without max_tokens gets all of max_model_len as its canvas, sampled at temperature 1.
     # No hook: override_generation_config["max_new_tokens"] is a cap, not a default. Remove when: a config hook may
@@ -66,7 +74,7 @@ def install(architectures: frozenset[str]) -> None:
         if architectures.isdisjoint(self.architectures):
             return params
         # The OpenAI server asks for these once, in its own process, after its request classes are there.
-        _patch_protocols()
+        patch_protocols(checks)
         # A default that every request would be refused for; the config hook names it in the log. An operator's own
         # override stays, and is refused by name.
         for name in set(UNSUPPORTED_DEFAULTS) - set(self.override_generation_config):
@@ -77,7 +85,7 @@ def install(architectures: frozenset[str]) -> None:
     ModelConfig.get_diff_sampling_param = get_diff_sampling_param
 
 
-def _patch_protocols() -> None:
+def patch_protocols(checks: FieldChecks) -> None:
     """Wrap the request classes that are loaded (none is, offline), and the streams."""
     for path, generator in _STREAMS.items():
         if (serving := _loaded(path)) is not None:
@@ -85,9 +93,9 @@ def _patch_protocols() -> None:
     for path, names in _PROTOCOLS.items():
         cls = _loaded(path)
         if cls is not None and not hasattr(cls.to_sampling_params, _MARK):
-            _patch_online_length(cls, names)
+            _patch_online_length(cls, names, checks)
             if hasattr(cls, "to_beam_search_params"):
-                _patch_beam_search(cls)
+                _patch_beam_search(cls, checks)
             if cls.__name__ == "CompletionRequest":
                 # Without it: a completion without max_tokens gets 16, before anybody asks for defaults. No hook: a
                 # field's default. Remove when: the server asks the model's defaults here as it does for chat.
@@ -100,7 +108,7 @@ def _loaded(path: str) -> Any:
     return getattr(sys.modules.get(module), name, None)
 
 
-def _patch_online_length(cls: type, names: tuple[str, ...]) -> None:
+def _patch_online_length(cls: Any, names: tuple[str, ...], checks: FieldChecks) -> None:
     # Without it: a canvas that does not fit behind the prompt is silently cut to what fits, which changes the result
     # of a diffusion model. No hook: get_max_tokens takes the minimum before parameters exist. Remove when: vLLM can be
     # told to refuse instead.
@@ -109,7 +117,7 @@ def _patch_online_length(cls: type, names: tuple[str, ...]) -> None:
     @functools.wraps(original)
     def to_sampling_params(self: Any, max_tokens: int, default_sampling_params: dict[str, Any] | None = None) -> Any:
         if isinstance(default_sampling_params, CanvasDefaults):
-            _check_fields(self)
+            _check_fields(self, checks)
             canvas = (getattr(self, "vllm_xargs", None) or {}).get(CANVAS)
             set_by_client = any(n in self.model_fields_set and vars(self).get(n) is not None for n in names)
             if isinstance(canvas, list) and not set_by_client:
@@ -117,15 +125,15 @@ def _patch_online_length(cls: type, names: tuple[str, ...]) -> None:
                 return original(self, max(1, len(canvas)), default_sampling_params)
             # vars: reading a deprecated field as an attribute warns.
             asked = next(((n, vars(self)[n]) for n in names if vars(self).get(n) is not None), None)
-            if asked is not None and asked[1] > max_tokens:
-                raise _does_not_fit(*asked, max_tokens)
+            if asked is not None:
+                _as_validation_error(checks.room, *asked, max_tokens)
         return original(self, max_tokens, default_sampling_params)
 
     setattr(to_sampling_params, _MARK, True)
     cls.to_sampling_params = to_sampling_params
 
 
-def _patch_beam_search(cls: type) -> None:
+def _patch_beam_search(cls: Any, checks: FieldChecks) -> None:
     # Without it: beam search asks for one token at a time, each on a canvas of its own, and ranks them by likelihoods
     # that were never made for it. No hook: its parameters are not checked. Remove when: they are.
     original = cls.to_beam_search_params
@@ -133,14 +141,14 @@ def _patch_beam_search(cls: type) -> None:
     @functools.wraps(original)
     def to_beam_search_params(self: Any, max_tokens: int, default_sampling_params: dict[str, Any] | None = None) -> Any:
         if isinstance(default_sampling_params, CanvasDefaults):
-            _check_fields(self)
+            _check_fields(self, checks)
         return original(self, max_tokens, default_sampling_params)
 
     setattr(to_beam_search_params, _MARK, True)
     cls.to_beam_search_params = to_beam_search_params
 
 
-def install_beam_search_check(architectures: frozenset[str]) -> None:
+def install_beam_search_check(architectures: frozenset[str], checks: FieldChecks) -> None:
     """Wrap ``LLM.beam_search`` where it is loaded; idempotent. Called from the config hook."""
     # Why, and remove when: as for the requests.
     cls = getattr(sys.modules.get("vllm.entrypoints.generate.beam_search.offline"), "BeamSearchOfflineMixin", None)
@@ -151,14 +159,14 @@ def install_beam_search_check(architectures: frozenset[str]) -> None:
     @functools.wraps(original)
     def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not architectures.isdisjoint(self.model_config.architectures):
-            _as_validation_error(check_fields, {"use_beam_search": True}, {"use_beam_search": False}, {})
+            _as_validation_error(checks.fields, {"use_beam_search": True}, {"use_beam_search": False}, {})
         return original(self, *args, **kwargs)
 
     setattr(beam_search, _MARK, True)
     cls.beam_search = beam_search
 
 
-def _check_fields(request: Any) -> None:
+def _check_fields(request: Any, checks: FieldChecks) -> None:
     """Refuse what vLLM would drop: the OpenAI server lets through any field it does not know."""
     fields = type(request).model_fields
     # vLLM 0.31 defaults to watermarking where the server does it: only a client that says so itself asks for it.
@@ -170,10 +178,10 @@ def _check_fields(request: Any) -> None:
     else:
         unknown = request.model_extra or {}
     said = {name: value for name, value in vars(request).items() if name in request.model_fields_set}
-    _as_validation_error(check_fields, said, defaults, unknown)
+    _as_validation_error(checks.fields, said, defaults, unknown)
 
 
-def install_request_check(architectures: frozenset[str]) -> None:
+def install_request_check(architectures: frozenset[str], check: Callable[[Any, Any], None]) -> None:
     """Wrap ``InputProcessor.process_inputs``; idempotent. Called from the config hook, in the front end alone."""
     # Without it: LLM.generate accepts a canvas that does not fit; text models just stop at max_model_len, but a canvas
     # has its length from the start; and options that do not go with the server's fail in the scheduler, which ends the
@@ -190,76 +198,12 @@ def install_request_check(architectures: frozenset[str]) -> None:
         request = original(self, *args, **kwargs)
         params = request.sampling_params
         if params is not None and not architectures.isdisjoint(self.model_config.architectures):
-            _check_admission(request, self.vllm_config.scheduler_config.policy)
-            if is_constrained(params):
-                _check_grammar(params.structured_outputs, self.vllm_config.structured_outputs_config)
-            room = self.model_config.max_model_len - len(request.prompt_token_ids)
-            if params.max_tokens > room:
-                raise _does_not_fit("max_tokens", params.max_tokens, room)
-            _check_options(self.vllm_config.additional_config, params, room)
-            _check_fit(params, self.model_config)
-            _check_memory(params, self.vllm_config, len(request.prompt_token_ids))
+            _as_validation_error(check, request, self.vllm_config)
             _as_validation_error(snapshot_stream.check_listener, params.extra_args)
         return request
 
     setattr(process_inputs, _MARK, True)
     InputProcessor.process_inputs = process_inputs
-
-
-def _check_options(additional_config: Any, params: Any, room: int) -> None:
-    """Refuse options that do not go together, the server's included, or not with the canvas."""
-    from vllm.exceptions import VLLMValidationError
-
-    server = parse_server_options(additional_config.get(SECTION) if isinstance(additional_config, dict) else None)
-    try:
-        server.check_canvas_length(params.max_tokens)
-        options = server.resolve(parse_request_options(params.extra_args), is_constrained(params))
-        given = (params.extra_args or {}).get(CANVAS) is not None
-        options.check_canvas(params.max_tokens, room, given)
-    except OptionError as error:
-        raise VLLMValidationError(str(error)) from error
-
-
-def _check_admission(request: Any, scheduling_policy: str) -> None:
-    from vllm.exceptions import VLLMValidationError
-
-    if request.prompt_token_ids is None:
-        raise VLLMValidationError(
-            "prompt_embeds: not supported for diffusion language models; give text or token ids",
-            parameter="prompt_embeds",
-        )
-    if request.priority != 0 and scheduling_policy != "priority":
-        raise VLLMValidationError(
-            f"priority: has no effect without --scheduling-policy priority, got {request.priority}; leave it out (0)",
-            parameter="priority",
-        )
-
-
-def _check_grammar(wanted: Any, config: Any) -> None:
-    from vllm.exceptions import VLLMValidationError
-
-    if wanted.json is not None:
-        _as_validation_error(check_schema, wanted.json, config.backend)
-    if wanted.structural_tag is not None and config.backend == "xgrammar":
-        # disable_any_whitespace, which the config hook sets, does not reach it.
-        wanted.structural_tag = without_spare_whitespace(wanted.structural_tag)
-    if config.reasoning_parser and not config.enable_in_reasoning:
-        raise VLLMValidationError(
-            "structured_outputs: a grammar holds from the first token on, and this server expects reasoning before it "
-            f"(--reasoning-parser {config.reasoning_parser}) unless it is started with --structured-outputs-config "
-            "'{\"enable_in_reasoning\": true}'",
-            parameter="structured_outputs",
-        )
-
-
-def _check_fit(params: Any, model_config: Any) -> None:
-    _as_validation_error(check_fit, params, model_config.get_vocab_size(), model_config.hf_config.mask_token_id)
-
-
-def _check_memory(params: Any, config: Any, prompt_len: int) -> None:
-    from vllm_d2cache.memory_plan import check_memory
-
-    _as_validation_error(check_memory, params, config, prompt_len)
 
 
 def _as_validation_error(check: Callable[..., None], *args: Any) -> None:
@@ -270,13 +214,3 @@ def _as_validation_error(check: Callable[..., None], *args: Any) -> None:
         check(*args)
     except OptionError as error:
         raise VLLMValidationError(str(error), parameter=str(error).partition(":")[0]) from error
-
-
-def _does_not_fit(field: str, asked: int, room: int) -> Exception:
-    from vllm.exceptions import VLLMValidationError
-
-    return VLLMValidationError(
-        f"{field}: a canvas of {asked} positions does not fit behind this prompt; valid values are 1 to {room}",
-        parameter=field,
-        value=asked,
-    )

@@ -1,4 +1,4 @@
-"""vLLM's grammar backends in the worker, where tokens are committed (grammar.py)."""
+"""vLLM's grammar backends in the worker, where tokens are committed (canvas/grammar.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
-from vllm_d2cache.grammar import DeadEnd, GrammarState, Matcher, bits_of
+from vllm_d2cache.canvas.grammar import DeadEnd, GrammarState, Matcher, bits_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
-from vllm_d2cache.config import SNAPSHOTS
+from vllm_d2cache.options.request import SNAPSHOTS
 
 if TYPE_CHECKING:
     from vllm import LLM

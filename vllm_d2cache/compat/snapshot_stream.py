@@ -16,8 +16,10 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from vllm_d2cache.compat.internals import take_snapshot
-from vllm_d2cache.config import SNAPSHOTS, OptionError
-from vllm_d2cache.snapshots import pieces, snapshot_interval
+from vllm_d2cache.observe.snapshots import pieces
+from vllm_d2cache.options.request import SNAPSHOTS
+from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.requests.asked import snapshot_interval
 
 EVENT = "d2cache.snapshot"
 _MARK = "_vllm_d2cache"

@@ -62,11 +62,12 @@ def _json(path: Path) -> dict[str, Any] | str:
 
 
 def _architecture(config: dict[str, Any]) -> Iterator[Finding]:
-    problem = architecture_problem(config.get("architectures"), config.get("model_type"))
-    if problem:
-        yield _problem("architecture", problem)
+    found = family_of(config)
+    if found is None:
+        reason = architecture_problem(config.get("architectures"), config.get("model_type"))
+        yield _problem("architecture", str(reason))
         return
-    yield _ok("architecture", family_of(config)[0])
+    yield _ok("architecture", found[0])
     dtype = config.get("torch_dtype") or config.get("dtype")
     yield _ok("dtype", str(dtype)) if dtype else _note("dtype", "config.json names none; vLLM takes float32")
 
@@ -101,9 +102,10 @@ def _weights(directory: Path, memory: int | None, given: dict[str, Any], config:
 
 def _tensors(weights: Weights, given: dict[str, Any], config: Any) -> Iterator[str]:
     """The first of each kind of difference between the files and what the network is made of."""
-    if config is None or find_spec("vllm") is None:
+    named = family_of(given)
+    if named is None or config is None or find_spec("vllm") is None:
         return
-    architecture, family = family_of(given)
+    architecture, family = named
     model = family.model_class()
     expected = model.tensor_shapes(config.shape())
     found = {name: shape for name, shape in weights.shapes.items() if not name.endswith(REDUNDANT)}

@@ -1,12 +1,13 @@
 """The network all families share, in vLLM's layers, so that tensor parallelism and quantised weights come with them.
 
-A llama-type transformer without a causal mask (d2cache.md, section 9). A family adds the names its checkpoints give to
-the tensors, and its configuration the sizes and switches (shape.py).
+A llama-type transformer without a causal mask (docs/methods/d2cache.md, section 9). A family adds the names its
+checkpoints give to the tensors, and its configuration the sizes and switches (shape.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -23,14 +24,14 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
-from vllm_d2cache.attention.backend import D2CacheAttentionBackend
+from vllm_d2cache.engine.attention_backend import D2CacheAttentionBackend
+from vllm_d2cache.engine.weight_check import finite_weights
+from vllm_d2cache.mechanisms.partial_forward import PartialForward
 from vllm_d2cache.models.configs import DiffusionLMConfig
 from vllm_d2cache.models.experts import SparseMLP
 from vllm_d2cache.models.mlp import GatedMLP
 from vllm_d2cache.models.shape import TransformerShape
 from vllm_d2cache.models.tensor_rules import REDUNDANT, missing_modules, missing_problem, tensor_problem
-from vllm_d2cache.models.weight_check import finite_weights
-from vllm_d2cache.stored_outputs import PartialForward
 
 # Unit vectors that are projected at one time.
 _UNITS_AT_ONCE = 256
@@ -156,6 +157,7 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(shape, cache_config, quant_config, f"{prefix}.self_attn")
         mixture = shape.mixture_of(number)
+        self.mlp: nn.Module
         if mixture is None:
             self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size, quant_config, f"{prefix}.mlp")
         else:
@@ -202,7 +204,7 @@ class TransformerLayer(nn.Module):
 class LayerStack(nn.Module):
     """The layers one after the other and the last norm: what torch.compile gets, where the operator chooses it.
 
-    The model owns both; forward passes in which layers differ in their rows (stored_outputs.py) call them themselves.
+    The model owns both; forward passes in which layers differ in their rows (mechanisms/partial_forward.py) call them.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layers: nn.ModuleList, norm: RMSNorm) -> None:
@@ -217,6 +219,25 @@ class LayerStack(nn.Module):
             hidden, residual = layer(positions, hidden, residual)
         hidden, _ = norm(hidden, residual)
         return hidden
+
+
+@dataclass
+class ModelStep:
+    """What the model state sets while a step is under way.
+
+    Attributes:
+        head_in_sampler: the sampler applies the LM head itself, a tile of rows at a time.
+        partial_forward: runs the layers in place of the plain loop, where they differ in their rows.
+        replay: does the step as a CUDA graph, its inputs being in place.
+    """
+
+    head_in_sampler: bool = False
+    partial_forward: PartialForward | None = None
+    replay: Callable[[], torch.Tensor] | None = None
+
+    def clear(self) -> None:
+        """The step is over."""
+        self.head_in_sampler, self.partial_forward, self.replay = False, None, None
 
 
 class DiffusionLM(nn.Module):
@@ -257,13 +278,7 @@ class DiffusionLM(nn.Module):
         if shape.tied_head:
             self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
         self.logits_processor = LogitsProcessor(shape.embedding_size, shape.vocab_size)
-        # Set by the model state while a step is under way: the sampler then applies the head itself, a tile of rows
-        # at a time, and compute_logits hands the hidden states through.
-        self.head_in_sampler = False
-        # Likewise, where a request's policy stores outputs of layers: runs the layers in place of the plain loop.
-        self.partial_forward: PartialForward | None = None
-        # Likewise, where a CUDA graph does the step: replays it, its inputs being in place.
-        self.replay: Callable[[], torch.Tensor] | None = None
+        self.step = ModelStep()
 
     @staticmethod
     def tensor_shapes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
@@ -273,7 +288,7 @@ class DiffusionLM(nn.Module):
     @staticmethod
     def get_model_state_cls() -> type:
         """How vLLM's model runner finds the state class that conducts a step."""
-        from vllm_d2cache.model_state import D2CacheModelState
+        from vllm_d2cache.engine.model_state import D2CacheModelState
 
         return D2CacheModelState
 
@@ -289,12 +304,13 @@ class DiffusionLM(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[N] token ids at [N] absolute positions, in any order -> [N, d] final hidden states."""
-        if self.replay is not None:
-            return self.replay()
+        if self.step.replay is not None:
+            return self.step.replay()
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.partial_forward is None:
+        if self.step.partial_forward is None:
             return self.stack(positions, hidden)
-        hidden, residual = self.partial_forward.run(self.layers, positions, hidden)
+        # A ModuleList is no Sequence of its layers to a type checker.
+        hidden, residual = self.step.partial_forward.run(self.layers, positions, hidden)  # type: ignore[arg-type]
         hidden, _ = self.norm(hidden, residual)
         return hidden
 
@@ -303,8 +319,8 @@ class DiffusionLM(nn.Module):
         return self.logits_processor(self.lm_head, hidden)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, d] -> [n, vocab] logits, or ``hidden`` itself within a step (see ``head_in_sampler``)."""
-        return hidden if self.head_in_sampler else self.lm_logits(hidden)
+        """[n, d] -> [n, vocab] logits, or ``hidden`` itself within a step."""
+        return hidden if self.step.head_in_sampler else self.lm_logits(hidden)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint in the family's published layout.

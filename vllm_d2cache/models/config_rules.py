@@ -174,7 +174,7 @@ def token_problems(values: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
     for key in _TOKENS:
         value = values.get(key)
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if value is not None and not all(_is_whole(i) and 0 <= i < vocab_size for i in ids):
+        if value is not None and not all(_is_token(i, vocab_size) for i in ids):
             yield f"{key}={value!r} (not in the vocabulary: must be an id from 0 to {vocab_size - 1})"
         elif key != "mask_token_id" and mask is not None and mask in ids:
             yield f"mask_token_id={mask!r} (is the {key} too)"
@@ -218,6 +218,10 @@ def spelled_twice(given: Mapping[str, Any], other_names: Mapping[str, str]) -> l
         for name, key in other_names.items()
         if name in given and key in given and given[name] != given[key] and None not in (given[name], given[key])
     ]
+
+
+def _is_token(value: Any, vocab_size: int) -> bool:
+    return _is_whole(value) and 0 <= value < vocab_size
 
 
 def _is_whole(value: object) -> bool:

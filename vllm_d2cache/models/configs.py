@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.models import config_rules
 from vllm_d2cache.models.shape import Mixture, TransformerShape
-from vllm_d2cache.records import DepthCurve, FamilyTraits
 
 
 class DiffusionLMConfig(PretrainedConfig):
@@ -23,6 +23,8 @@ class DiffusionLMConfig(PretrainedConfig):
     """Key of config.json -> its value where it is absent or null."""
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Key of config.json -> the values the model class computes. Keys that are absent are not looked at."""
+
+    mask_token_id: Any  # None where config.json has none; refused by unsupported
 
     def __init__(self, **kwargs: Any) -> None:
         self.spelled_twice = config_rules.spelled_twice(kwargs, self.attribute_map)
@@ -84,8 +86,7 @@ class DiffusionLMConfig(PretrainedConfig):
         Every reason names the key and its value as config.json, or the operator, has them.
         """
         values = dict(vars(self))
-        quantised = values.get("quantization_config")
-        problem = config_rules.quantisation_problem(config_rules.quantisation_method(quantised), quantised)
+        problem = self.quantisation_problem(config_rules.quantisation_method(values.get("quantization_config")))
         reasons = [
             *([problem] if problem else []),
             *self.spelled_twice,
@@ -99,6 +100,10 @@ class DiffusionLMConfig(PretrainedConfig):
             return reasons
         shape = self.shape()
         return [*config_rules.token_problems(values, shape.vocab_size), *config_rules.shape_problems(shape)]
+
+    def quantisation_problem(self, method: str | None) -> str | None:
+        """Why weights quantised by ``method`` are refused, with the settings of config.json; None if they are not."""
+        return config_rules.quantisation_problem(method, getattr(self, "quantization_config", None))
 
     def notes(self) -> list[str]:
         """What is served otherwise than whoever made the checkpoint may expect; in the start's log and doctor's."""
@@ -114,7 +119,7 @@ class DiffusionLMConfig(PretrainedConfig):
 
 
 class LLaDAConfig(DiffusionLMConfig):
-    """LLaDA's config.json (d2cache.md, section 9) under the names vLLM looks for."""
+    """LLaDA's config.json (docs/methods/d2cache.md, section 9) under the names vLLM looks for."""
 
     model_type = "llada"
     attribute_map: ClassVar[dict[str, str]] = {
@@ -297,7 +302,7 @@ class LLaDAMoEConfig(HubConfig):
 
 
 class DreamConfig(HubConfig):
-    """Dream's config.json (d2cache.md, section 9): Qwen2.5's keys and a mask token."""
+    """Dream's config.json (docs/methods/d2cache.md, section 9): Qwen2.5's keys and a mask token."""
 
     model_type = "Dream"
     defaults: ClassVar[dict[str, Any]] = {
@@ -335,7 +340,7 @@ class DreamConfig(HubConfig):
             logit_shift=1,
             step_schedule="timestep",
             num_layers=self.num_hidden_layers,
-            drift_by_depth=DepthCurve(0.5, 1 / 6, 5 / 6),
+            family="dream",
         )
 
     def shape(self) -> TransformerShape:

@@ -32,7 +32,7 @@ class DreamModel(DiffusionLM):
 
     @staticmethod
     def tensor_shapes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
-        """The published list (d2cache.md, section 9): 3 + 12 a layer."""
+        """The published list (docs/methods/d2cache.md, section 9): 3 + 12 a layer."""
         d, q, kv, ff = shape.hidden_size, shape.q_size, shape.kv_size, shape.intermediate_size
         layer: dict[str, tuple[int, ...]] = {
             "input_layernorm.weight": (d,),

@@ -46,7 +46,7 @@ class LLaDAModelLM(DiffusionLM):
 
     @staticmethod
     def tensor_shapes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
-        """The published list (d2cache.md, section 9): 3 + 9 a layer."""
+        """The published list (docs/methods/d2cache.md, section 9): 3 + 9 a layer."""
         d, q, kv, ff = shape.hidden_size, shape.q_size, shape.kv_size, shape.intermediate_size
         block: dict[str, tuple[int, ...]] = {
             "attn_norm": (d,),

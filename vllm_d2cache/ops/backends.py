@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 
 import torch
 
 from vllm_d2cache.ops import dispatch
-from vllm_d2cache.ops.paged_attention import AttentionMaps, MapPlan, PagedLayout, paged_attention, write_kv
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """One rank's attention."""
-
-    heads: int
-    kv_heads: int
-    head_size: int
-    block_size: int  # positions of a KV block
-    dtype: torch.dtype
+from vllm_d2cache.ops.paged_attention import (
+    AttentionMaps,
+    AttentionShape,
+    MapPlan,
+    PagedLayout,
+    paged_attention,
+    write_kv,
+)
 
 
 class BackendError(RuntimeError):
@@ -82,9 +77,9 @@ def disagreement(backend: str, device: torch.device, shape: AttentionShape) -> l
     allowed = 1e-3 if shape.dtype == torch.float32 else 5e-2
     found = []
     for what, mine, other, limit in (("outputs", got, want, allowed), ("maps", got_maps, want_maps, 1e-3)):
-        error = float((mine.float() - other.float()).abs().max())
-        if not error <= limit:
-            found.append(f"its {what} of a small batch are off by {error:.2g}, more than {limit:g}")
+        off = float((mine.float() - other.float()).abs().max())
+        if not off <= limit:
+            found.append(f"its {what} of a small batch are off by {off:.2g}, more than {limit:g}")
     return found
 
 

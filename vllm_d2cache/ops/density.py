@@ -1,4 +1,4 @@
-"""Certainty density: how much known text lies around each canvas slot (d2cache.md, section 3.2)."""
+"""Certainty density: how much known text lies around each canvas slot (docs/methods/d2cache.md, section 3.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How far the hidden states of rows have moved since they were last remembered (rivals.md, section 9)."""
+"""How far the hidden states of rows have moved since they were last remembered.
+
+docs/methods/other-caches.md, section 9.
+"""
 
 from __future__ import annotations
 

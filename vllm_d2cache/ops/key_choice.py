@@ -1,4 +1,7 @@
-"""Which keys a layer keeps: scores under a mean query, and the best of them after pooling (rivals.md, section 2)."""
+"""Which keys a layer keeps: scores under a mean query, and the best of them after pooling.
+
+docs/methods/other-caches.md, section 2.
+"""
 
 from __future__ import annotations
 

@@ -26,6 +26,17 @@ _TILE_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True)
+class AttentionShape:
+    """One rank's attention."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    block_size: int  # positions of a KV block
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class PagedLayout:
     """Where each request's keys and values lie; the same for all layers. Built once a step."""
 

@@ -1,8 +1,8 @@
 """Attention rollout as a backward vector chain: importance of every position without a T x T matrix.
 
-d2cache.md, sections 3.4 and 12. With W_l the row-normalised (attention + identity) matrix of layer l, the importance
-c_j = sum_i (W_L ... W_1)_ij is the row vector of ones pushed through the layers from the last to the first; a
-position that was not refreshed has the identity row and keeps its share.
+docs/methods/d2cache.md, sections 3.4 and 12. With W_l the row-normalised (attention + identity) matrix of layer l, the
+importance c_j = sum_i (W_L ... W_1)_ij is the row vector of ones pushed through the layers from the last to the first;
+a position that was not refreshed has the identity row and keeps its share.
 """
 
 from __future__ import annotations
@@ -136,15 +136,3 @@ def push_back_map(attention_map: torch.Tensor) -> PushBack:
         v.addmv_(attention_map.t(), u)
 
     return push_back
-
-
-def rollout_dense(attention_maps: list[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    """The definition, with the full matrix product, first layer first. An oracle for tests: O(L T^3)."""
-    num_positions = attention_maps[0].shape[1]
-    product = torch.eye(num_positions, dtype=torch.float64)
-    for attention_map in attention_maps:
-        w = torch.eye(num_positions, dtype=torch.float64)
-        w[rows] += attention_map.double()
-        w = w / w.sum(1, keepdim=True)
-        product = w @ product
-    return product.sum(0)

@@ -1,6 +1,6 @@
 """Statistics of logits rows: which token a masked position would take, and how sure the model is of it.
 
-The spec is d2cache.md, section 2, step 4. Everything is computed in fp32, whatever the model's dtype.
+The spec is docs/methods/d2cache.md, section 2, step 4. Everything is computed in fp32, whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROWS_PER_TILE = 64
 # the logits as they come, so that this is not what takes the time.
 KERNEL_ROWS_PER_TILE = 256
 # Bytes that a logit takes at most in a tile of ROWS_PER_TILE rows: itself, and what filters, statistics, edits and
-# readers make of it (tests/unit/test_memory_plan.py).
+# readers make of it (tests/unit/engine/test_memory_plan.py).
 _BYTES_PER_LOGIT = 64
 
 TileReader = Callable[[int, int, torch.Tensor], None]
@@ -71,8 +71,6 @@ class RowStats:
     confidence: torch.Tensor  # [n] float32: probability of ``token``
     margin: torch.Tensor | None  # [n] float32: top probability minus the second
     entropy: torch.Tensor | None  # [n] float32, nats, >= 0
-    verified: torch.Tensor | None = None  # [v] float32: probability of the token of each verified slot
-    lead_token: torch.Tensor | None = None  # [m] int64: of the m requests with a grammar, what it allows their leads
 
 
 def row_stats(
@@ -114,8 +112,8 @@ def row_stats(
     return RowStats(
         torch.cat([t.token for t in tiles]),
         torch.cat([t.confidence for t in tiles]),
-        torch.cat([t.margin for t in tiles]) if want_margin else None,
-        torch.cat([t.entropy for t in tiles]) if want_entropy else None,
+        torch.cat([t.margin for t in tiles if t.margin is not None]) if want_margin else None,
+        torch.cat([t.entropy for t in tiles if t.entropy is not None]) if want_entropy else None,
     )
 
 

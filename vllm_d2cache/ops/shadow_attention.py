@@ -1,4 +1,6 @@
-"""Attention of shadow rows: masks in the place of text, to ask how probable that text is (d2cache.md, section 4, WINO).
+"""Attention of shadow rows: masks in the place of text, to ask how probable that text is.
+
+docs/methods/d2cache.md, section 4, WINO.
 
 A shadow has the place of one position of its request's text. It attends to the keys of all other positions and to
 those of all shadows of the request; nothing attends to a shadow but shadows, and its K and V are never cached.

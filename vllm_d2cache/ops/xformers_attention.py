@@ -15,7 +15,7 @@ import torch
 from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout
 
 if TYPE_CHECKING:
-    from vllm_d2cache.ops.backends import AttentionShape
+    from vllm_d2cache.ops.paged_attention import AttentionShape
 
 # Modules of xformers.ops.fmha with paged attention, in the order in which they are tried.
 _CANDIDATES = ("flash3", "flash", "triton_splitk")

@@ -1,21 +1,24 @@
-"""Cache policies: which positions to recompute. One class a policy, found by name (policy_registry)."""
+"""Cache policies: which positions to recompute. One class a policy, found by name (policies/registry.py).
 
-from __future__ import annotations
+What the author of a policy needs, in one place; decoders and mechanisms have the same (docs/policies.md).
+"""
 
-from vllm_d2cache.config import RequestOptions
-from vllm_d2cache.policies.base import CachePolicy
-from vllm_d2cache.policy_registry import POLICY_CLASSES
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions, positions_to_canvas
+from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.options.types import Choice, Number
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
+from vllm_d2cache.policies.registry import POLICY_CLASSES
 
-
-def row_budget(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-    """A bound on the rows of any step of a request after its first: its policy's, and what its decoding adds.
-
-    That is a row for the leftmost mask where tokens are committed from left to right, and the shadows of its decoder.
-    """
-    rows = POLICY_CLASSES[options.policy].max_rows(options, prompt_len, canvas_len, refresh_budget)
-    if options.ordered:
-        rows = min(rows + 1, prompt_len + canvas_len)
-    return rows + options.shadow_length(canvas_len)
-
-
-__all__ = ["POLICY_CLASSES", "CachePolicy", "row_budget"]
+__all__ = [
+    "POLICY_CLASSES",
+    "CachePolicy",
+    "CanvasView",
+    "Choice",
+    "Number",
+    "RequestOptions",
+    "StepOutcome",
+    "StepPlan",
+    "canvas_to_positions",
+    "nothing",
+    "positions_to_canvas",
+]

@@ -1,7 +1,7 @@
 """d2Cache's two-stage choice: masked positions about to be decided, and context that receives attention.
 
-d2cache.md, sections 3.3 to 3.7, as published but for the decisions recorded in docs/architecture.md: each request
-stands alone (no top-up, no batch-wide maxima), and the search window goes by the window's own length.
+docs/methods/d2cache.md, sections 3.3 to 3.7, as published but for the decisions recorded in docs/architecture.md: each
+request stands alone (no top-up, no batch-wide maxima), and the search window goes by the window's own length.
 """
 
 from __future__ import annotations
@@ -11,11 +11,18 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas import canvas_to_positions, positions_to_canvas
-from vllm_d2cache.config import REQUEST_FIELDS, RequestOptions
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions, positions_to_canvas
+from vllm_d2cache.mechanisms.base import Worker
+from vllm_d2cache.mechanisms.importance import Importance, ReadsImportance
 from vllm_d2cache.ops.density import certainty_density
-from vllm_d2cache.policies.base import CachePolicy
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.options.types import Choice, Number
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
+
+FIRST, LATEST = MEMORIES = ("first", "latest")
+
+# Wider than any gap in a text.
+_WIDEST_GAP = 1 << 20
 
 # Why a position waits for its refresh (D2CachePolicy.waiting).
 _OWED_CONTEXT, _OWED_COMMIT = 1, 2
@@ -26,20 +33,22 @@ class D2CachePolicy(CachePolicy):
 
     name = "d2cache"
     options: ClassVar = {
-        name: REQUEST_FIELDS[name]
-        for name in ("selection_sigma", "current_k", "rollout_p", "inflate_w", "confidence_memory")
+        "selection_sigma": Number(float, 0, note="positions; 0 = rank by confidence alone", default=10.0),
+        "current_k": Number(int, 1, note="masked positions", default=32),
+        "rollout_p": Number(float, 0, 1, note="share of the rollout's mass", default=0.1),
+        "inflate_w": Number(int, 0, note="positions; 0 = off", default=0),
+        "confidence_memory": Choice(MEMORIES, default=FIRST),
     }
-    reads_importance = True
+    parallel_defaults: ClassVar = {"inflate_w": 4}
+    uses = (ReadsImportance(),)
 
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
-        self.memory = torch.zeros(num_slots, max_len, device=device)  # confidence by canvas slot
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self.memory = torch.zeros(worker.num_slots, worker.max_len, device=worker.device)  # confidence by canvas slot
         # Positions chosen in an earlier step that the refresh budget put off, and why they had been chosen.
         self.waiting: torch.Tensor | None = None
-        if refresh_budget is not None:
-            self.waiting = torch.zeros(num_slots, max_len, dtype=torch.int8, device=device)
+        if self.refresh_budget is not None:
+            self.waiting = torch.zeros(worker.num_slots, worker.max_len, dtype=torch.int8, device=worker.device)
 
     @staticmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
@@ -48,10 +57,10 @@ class D2CachePolicy(CachePolicy):
         The share: a prefix of a descending list with mass at most p cannot be longer than p times the list.
         """
         total = prompt_len + canvas_len
-        chosen = min(options.current_k, canvas_len) + options.most_commits(canvas_len)
-        rows = min(total, chosen + max(1, math.ceil(options.rollout_p * total)))
-        if options.inflate_w > 1:
-            rows = min(total, rows * options.inflate_w)
+        chosen = min(options.value("current_k"), canvas_len) + options.most_commits(canvas_len)
+        rows = min(total, chosen + max(1, math.ceil(options.value("rollout_p") * total)))
+        if (width := options.value("inflate_w")) > 1:
+            rows = min(total, rows * width)
         return rows if refresh_budget is None else min(rows, refresh_budget)
 
     def first_plan(self, view: CanvasView) -> StepPlan:
@@ -62,39 +71,37 @@ class D2CachePolicy(CachePolicy):
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Stage 1, the commits of this step, stage 2, inflation, and the budget if there is one."""
-        assert outcome.importance is not None
         selected = self._select_masked(view, outcome)
         stage_1 = canvas_to_positions(selected, view, self.logit_shift)
         certain = stage_1 | canvas_to_positions(outcome.committed, view)
         # The last prompt position, which a shifted family may have in stage 1, is a candidate of stage 2 all the same.
-        share = _rollout_share(outcome.importance, view.in_text & ~(certain & _behind_prompt(view)))
-        chosen = certain | _head_of_mass(share, view.options.rollout_p)
+        share = _rollout_share(outcome.of(Importance).values, view.in_text & ~(certain & _behind_prompt(view)))
+        chosen = certain | _head_of_mass(share, self.option("rollout_p", view).float())
         if self.logit_shift:
             chosen = self._assign_last_prompt_position(chosen, selected, view)
-        refresh = _inflate(chosen, view.options.inflate_w)
+        refresh = _inflate(chosen, self.option("inflate_w", view).clamp(max=_WIDEST_GAP))
         if self.waiting is not None:
             refresh = self._fit_budget(refresh, chosen, stage_1, share, view, outcome)
         predictable = positions_to_canvas(refresh, view, self.logit_shift) & view.masked
-        observe = predictable & view.options.latest_memory.unsqueeze(1)
+        observe = predictable & self._latest(view).unsqueeze(1)
         return StepPlan(refresh, observe)
 
     def _select_masked(self, view: CanvasView, outcome: StepOutcome) -> torch.Tensor:
         """Stage 1 [R, G]: the current_k masked slots with the best confidence times density (section 3.3)."""
-        options = view.options
         width = view.masked.shape[1]
         memory = self._remember(view, outcome)
         known = ~view.masked & view.in_canvas
-        score = memory * certainty_density(known, view.canvas_len, options.selection_sigma)
+        score = memory * certainty_density(known, view.canvas_len, self.option("selection_sigma", view).float())
         score = score.masked_fill(~view.in_canvas, 0.0)
         start = outcome.window_start.unsqueeze(1)
-        length = options.window.unsqueeze(1)
+        length = view.options.window.unsqueeze(1)
         slot = view.slot_index
         # A bonus of the best score puts the current window's slots before all others.
         in_window = (slot >= start) & (slot < start + length)
         score = score + in_window * score.amax(1, keepdim=True)
 
-        remaining = view.masked & view.live
-        k = options.current_k.unsqueeze(1)
+        remaining = view.open
+        k = self.option("current_k", view).unsqueeze(1)
         # The search window ends with the window that holds the k-th remaining slot.
         kth = (remaining.cumsum(1) < k).sum(1, keepdim=True).clamp(max=width - 1)
         end = (kth // length + 1) * length - 1
@@ -103,10 +110,14 @@ class D2CachePolicy(CachePolicy):
         best = (slot < k).expand_as(index)
         return torch.zeros_like(eligible).scatter_(1, index, best) & eligible
 
+    def _latest(self, view: CanvasView) -> torch.Tensor:
+        """[R] bool: the memory follows the latest confidences."""
+        return self.option("confidence_memory", view) == MEMORIES.index(LATEST)
+
     def _remember(self, view: CanvasView, outcome: StepOutcome) -> torch.Tensor:
         """[R, G] float32: the confidence memory after this step (section 3.7)."""
         width = view.masked.shape[1]
-        update = outcome.predicted & (outcome.first | view.options.latest_memory).unsqueeze(1)
+        update = outcome.predicted & (outcome.first | self._latest(view)).unsqueeze(1)
         previous = self.memory[view.slots, :width].masked_fill(outcome.first.unsqueeze(1), 0.0)
         memory = torch.where(update, outcome.score, previous)
         self.memory[view.slots, :width] = memory
@@ -117,8 +128,7 @@ class D2CachePolicy(CachePolicy):
     ) -> torch.Tensor:
         """Shifted families: the last prompt position serves slot 0 alone (section 3.5, point 3)."""
         last = (view.prompt_len - 1).unsqueeze(1)
-        position = torch.arange(chosen.shape[1], device=chosen.device).unsqueeze(0)
-        return torch.where(position == last, selected[:, :1], chosen)
+        return torch.where(view.position == last, selected[:, :1], chosen)
 
     def _fit_budget(
         self,
@@ -183,5 +193,4 @@ def _inflate(chosen: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
 
 def _behind_prompt(view: CanvasView) -> torch.Tensor:
     """[R, T] bool: the position is at or behind the first canvas slot."""
-    position = torch.arange(view.num_positions, device=view.masked.device).unsqueeze(0)
-    return position >= view.prompt_len.unsqueeze(1)
+    return view.position >= view.prompt_len.unsqueeze(1)

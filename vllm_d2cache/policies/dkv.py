@@ -1,6 +1,6 @@
 """dKV-Cache: a token's K and V are cached one step after it was committed, when they have settled.
 
-rivals.md, section 1. What is left out of a step is what was known before the previous one.
+docs/methods/other-caches.md, section 1. What is left out of a step is what was known before the previous one.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas import canvas_to_positions
-from vllm_d2cache.config import RequestOptions
-from vllm_d2cache.option_types import Choice, Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
+from vllm_d2cache.options.request import RequestOptions
+from vllm_d2cache.options.types import Choice, Number
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 DECODE, PREFILL, PD = VARIANTS = ("decode", "prefill", "pd")
 
@@ -32,12 +31,6 @@ class DKVPolicy(CachePolicy):
     }
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
 
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
-        self.window_step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # of the step under way
-
     @staticmethod
     def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
         """All positions for ``decode``; else the canvas and, in a shifted family, the position before it."""
@@ -45,17 +38,11 @@ class DKVPolicy(CachePolicy):
             return prompt_len + canvas_len
         return min(prompt_len, 1) + canvas_len
 
-    def first_plan(self, view: CanvasView) -> StepPlan:
-        """Everything."""
-        self.window_step[view.slots] = 0
-        return super().first_plan(view)
-
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Masked positions, the last commits, and now and then all that may be refreshed."""
         variant = self.option("dkv_variant", view).unsqueeze(1)
         every = self.option("cache_steps", view)
-        step = torch.where(view.window_start != outcome.window_start, 0, self.window_step[view.slots] + 1)
-        self.window_step[view.slots] = step
+        step = view.window_step
         due = (step % every == 0).unsqueeze(1)
         decode = variant == VARIANTS.index(DECODE)
         due |= decode & (step == 1).unsqueeze(1)

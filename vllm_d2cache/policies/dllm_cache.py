@@ -1,6 +1,6 @@
 """dLLM-Cache: layers keep their outputs; a step computes the rows whose values have changed most.
 
-d2cache.md, section 6, and the exact cheaper forms of rivals.md, section 5.
+docs/methods/d2cache.md, section 6, and the exact cheaper forms of docs/methods/other-caches.md, section 5.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas import canvas_to_positions
-from vllm_d2cache.config import RequestOptions
-from vllm_d2cache.option_types import Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan, StoredOutputs
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
+from vllm_d2cache.mechanisms.stored_outputs import StoredOutputs, StoresOutputs
+from vllm_d2cache.options.types import Number
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 
 class DLLMCachePolicy(CachePolicy):
@@ -30,28 +29,15 @@ class DLLMCachePolicy(CachePolicy):
         "rou": Number(float, 0, 1, note="share of the canvas", default=0.25),
     }
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
-    stores_outputs = True
-
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
-        self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # number of the step under way
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, when the prompt is refreshed; a refresh budget does not apply."""
-        return prompt_len + canvas_len
+    uses = (StoresOutputs(),)
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything, in all layers."""
-        self.step[view.slots] = 0
-        return self._plan(view, torch.zeros_like(view.slots))
+        return self._plan(view, view.step)
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """The canvas, and the prompt where it is due."""
-        self.step[view.slots] += 1
-        return self._plan(view, self.step[view.slots])
+        return self._plan(view, view.step)
 
     def _plan(self, view: CanvasView, step: torch.Tensor) -> StepPlan:
         """Step number ``step`` [R]."""
@@ -66,7 +52,7 @@ class DLLMCachePolicy(CachePolicy):
             proxy_rank=self._proxy_rank(view),
         )
         refresh = torch.where(prompt_due, view.in_text, canvas | source)
-        return StepPlan(refresh, nothing(view), stored=stored)
+        return StepPlan(refresh, nothing(view), wishes=(stored,))
 
     def _due(self, view: CanvasView, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two of [R] bool: the prompt is refreshed; the canvas is."""

@@ -1,6 +1,7 @@
 """Elastic-Cache: the attention to the most attended tokens says whether the cache is still good.
 
-rivals.md, section 3. No code has been published; docs/policies.md has what had to be chosen, and how it differs.
+docs/methods/other-caches.md, section 3. No code has been published; docs/policies.md has what had to be chosen, and how
+it differs.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas import canvas_to_positions
-from vllm_d2cache.config import RequestOptions
-from vllm_d2cache.option_types import Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
+from vllm_d2cache.mechanisms.base import Worker
+from vllm_d2cache.mechanisms.drift import Drift, ReadsDrift
+from vllm_d2cache.options.types import Number
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 
 class ElasticPolicy(CachePolicy):
@@ -29,19 +30,12 @@ class ElasticPolicy(CachePolicy):
         "elastic_gamma": Number(float, 0, 1, note="cosine similarity", default=0.9),
     }
     defaults: ClassVar = {"window": 0, "sigma": 0.0}
-    reads_drift = True
+    uses = (ReadsDrift(),)
 
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
         # The step under way recomputes everything: its drift is that of the refresh, not of the text.
-        self.renewed = torch.zeros(num_slots, dtype=torch.bool, device=device)
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, after a drift; a refresh budget does not apply."""
-        return prompt_len + canvas_len
+        self.renewed = torch.zeros(worker.num_slots, dtype=torch.bool, device=worker.device)
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything."""
@@ -50,14 +44,14 @@ class ElasticPolicy(CachePolicy):
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Everything after a drift, else the masks at the left and what has changed."""
-        assert outcome.drift is not None
+        drift = outcome.of(Drift)
         gamma = self.option("elastic_gamma", view).float()  # as similarities are: 0.9 is not below 0.9
-        drifted = (outcome.drift.similarity < gamma) & ~self.renewed[view.slots]
+        drifted = (drift.similarity < gamma) & ~self.renewed[view.slots]
         renews = drifted | (gamma >= 1)
         self.renewed[view.slots] = renews
         masks = self._leftmost(view)
         partial = canvas_to_positions(masks | outcome.committed, view) | self.read_from(masks, view)
-        partial = partial | outcome.drift.attended
+        partial = partial | drift.attended
         return StepPlan(torch.where(renews.unsqueeze(1), view.in_text, partial), nothing(view), masks)
 
     def _leftmost(self, view: CanvasView) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """EntropyCache: the uncertainty of the tokens just committed says whether the cache is still good.
 
-rivals.md, section 7. No code has been published; docs/policies.md has what had to be chosen.
+docs/methods/other-caches.md, section 7. No code has been published; docs/policies.md has what had to be chosen.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas import canvas_to_positions
-from vllm_d2cache.config import RequestOptions
-from vllm_d2cache.option_types import Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
+from vllm_d2cache.mechanisms.base import Worker
+from vllm_d2cache.options.types import Number
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 
 class EntropyPolicy(CachePolicy):
@@ -31,22 +30,13 @@ class EntropyPolicy(CachePolicy):
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
     reads_entropy = True
 
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
-        self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # number of the step under way, from 1
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
         # By canvas slot: the number of the step that committed it, 0 for none.
-        self.committed_in = torch.zeros(num_slots, max_len, dtype=torch.int64, device=device)
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, after an uncertain commit; a refresh budget does not apply."""
-        return prompt_len + canvas_len
+        self.committed_in = torch.zeros(worker.num_slots, worker.max_len, dtype=torch.int64, device=worker.device)
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything."""
-        self.step[view.slots] = 1
         self.committed_in[view.slots] = 0
         return super().first_plan(view)
 
@@ -63,10 +53,9 @@ class EntropyPolicy(CachePolicy):
     def _latest(self, view: CanvasView, outcome: StepOutcome) -> torch.Tensor:
         """[R, G] bool: the last commits. Ties in the order of commitment go to the lower slot."""
         width = view.masked.shape[1]
-        step = self.step[view.slots].unsqueeze(1)
-        when = torch.where(outcome.committed, step, self.committed_in[view.slots, :width])
+        # The next step's number is the last one's, counted from 1.
+        when = torch.where(outcome.committed, view.step.unsqueeze(1), self.committed_in[view.slots, :width])
         self.committed_in[view.slots, :width] = when
-        self.step[view.slots] += 1
         index = when.argsort(dim=1, descending=True, stable=True)
         first_k = (view.slot_index < self.option("entropy_k", view).unsqueeze(1)).expand_as(index)
         recent = torch.zeros_like(outcome.committed).scatter_(1, index, first_k)

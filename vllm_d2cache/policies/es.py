@@ -1,4 +1,7 @@
-"""ES-dLLM: rows leave the network early where their hidden states hardly move. rivals.md, section 9."""
+"""ES-dLLM: rows leave the network early where their hidden states hardly move.
+
+docs/methods/other-caches.md, section 9.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas import canvas_to_positions
-from vllm_d2cache.config import RequestOptions
-from vllm_d2cache.option_types import Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
-from vllm_d2cache.records import CanvasView, RowExits, StepOutcome, StepPlan
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
+from vllm_d2cache.mechanisms.base import Worker
+from vllm_d2cache.mechanisms.row_exits import DropsRows, RowExits
+from vllm_d2cache.options.types import Number
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 # Behind the layer at this depth, that share of the rows stays.
 PROPORTION_STEPS = ((1 / 8, 0.5), (1 / 4, 0.25))
@@ -36,39 +39,27 @@ class ESPolicy(CachePolicy):
         "importance_score_alpha": Number(float, 0, 1, note="1 = confidence alone, 0 = change alone", default=0.5),
     }
     defaults: ClassVar = {"window": 64, "sigma": 0.0}
-    drops_rows = True
-    exit_layers = len(PROPORTION_STEPS)
+    uses = (DropsRows(layers=len(PROPORTION_STEPS)),)
 
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
-        self.window_step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # of the step under way
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
         # By canvas slot, as the step under way found or finds them.
-        self.confidence = torch.zeros(num_slots, max_len, device=device)
-        self.masked = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, when the prompt is refreshed in the last window; a refresh budget does not apply."""
-        return prompt_len + canvas_len
+        self.confidence = torch.zeros(worker.num_slots, worker.max_len, device=worker.device)
+        self.masked = torch.zeros(worker.num_slots, worker.max_len, dtype=torch.bool, device=worker.device)
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything, and nobody leaves."""
         width = view.masked.shape[1]
-        self.window_step[view.slots] = 0
         self.confidence[view.slots, :width] = 0
         self.masked[view.slots, :width] = view.masked
         stays = torch.ones_like(view.slots, dtype=torch.bool)
         exits = self._exits(view, view.in_text, torch.zeros_like(view.masked), stays)
-        return StepPlan(view.in_text, nothing(view), exits=exits)
+        return StepPlan(view.in_text, nothing(view), wishes=(exits,))
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """The window, and at its start all from the first of the last commits on."""
         slots, width = view.slots, view.masked.shape[1]
         entered = view.window_start != outcome.window_start
-        step = torch.where(entered, 0, self.window_step[slots] + 1)
-        self.window_step[slots] = step
         changed = view.masked ^ self.masked[slots, :width]
         self.masked[slots, :width] = view.masked
         confidence = torch.where(outcome.predicted, outcome.score, self.confidence[slots, :width]) * view.masked
@@ -76,16 +67,15 @@ class ESPolicy(CachePolicy):
 
         # As published: a window begins with the step number that it would have if those before it had taken a step a
         # slot, whenever they ended.
-        number = view.window_start + step
+        number = view.window_start + view.window_step
         prompt_due = number % self.option("prompt_update_freq", view) == 0
         stays = prompt_due | (number % self.option("block_update_freq", view) == 0)
         window_end = (view.window_start + view.options.window).unsqueeze(1)
         since_change = (changed.cumsum(1) > 0) & (view.slot_index < window_end) & entered.unsqueeze(1)
         window = canvas_to_positions(view.in_window | changed | since_change & view.in_canvas, view)
-        position = torch.arange(view.num_positions, device=slots.device).unsqueeze(0)
-        before_end = view.in_text & (position < view.prompt_len.unsqueeze(1) + window_end)
+        before_end = view.in_text & (view.position < view.prompt_len.unsqueeze(1) + window_end)
         refresh = window | self.read_from(view.in_window, view) | (before_end & prompt_due.unsqueeze(1))
-        return StepPlan(refresh, nothing(view), exits=self._exits(view, refresh, changed, stays))
+        return StepPlan(refresh, nothing(view), wishes=(self._exits(view, refresh, changed, stays),))
 
     def _exits(self, view: CanvasView, refresh: torch.Tensor, changed: torch.Tensor, stays: torch.Tensor) -> RowExits:
         """Who leaves, of the rows ``refresh`` [R, T]; nobody where ``stays`` [R]."""

@@ -1,6 +1,6 @@
 """Fast-dLLM: recompute everything at the start of a window, then only the window, or the window and all behind it.
 
-d2cache.md, section 5. A window is what the method calls a block.
+docs/methods/d2cache.md, section 5. A window is what the method calls a block.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.config import RequestOptions
-from vllm_d2cache.policies.base import CachePolicy, nothing
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.canvas.view import CanvasView
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 
 class PrefixPolicy(CachePolicy):
@@ -19,11 +18,6 @@ class PrefixPolicy(CachePolicy):
 
     name = "prefix"
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, in the first step of a window; a refresh budget does not apply."""
-        return prompt_len + canvas_len
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Everything where a window has been completed, else the slots that stay fresh."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from vllm_d2cache.config import RequestOptions
-from vllm_d2cache.policies.base import CachePolicy
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.canvas.view import CanvasView
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 
 
 class FullPolicy(CachePolicy):
@@ -17,11 +16,7 @@ class FullPolicy(CachePolicy):
 
     name = "full"
     takes_all_options = True
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions; a refresh budget does not apply, or the policy would not be what it says."""
-        return prompt_len + canvas_len
+    refreshes_all = True
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Everything again."""

@@ -1,19 +1,38 @@
 """SPA-Cache: dLLM-Cache with fresh K, rows compared by a few leading directions, and a budget for each layer.
 
-rivals.md, section 4, and the exact cheaper forms of section 5.
+docs/methods/other-caches.md, section 4, and the exact cheaper forms of section 5.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections import defaultdict
+from typing import ClassVar, NamedTuple
 
 import torch
 
-from vllm_d2cache.option_types import Choice, Number
+from vllm_d2cache.canvas.view import CanvasView
+from vllm_d2cache.mechanisms.stored_outputs import StoresOutputs
+from vllm_d2cache.mechanisms.value_directions import MOST_DIRECTIONS
+from vllm_d2cache.options.types import Choice, Number
 from vllm_d2cache.policies.dllm_cache import DLLMCachePolicy
-from vllm_d2cache.records import MOST_DIRECTIONS, CanvasView
 
 GAUSSIAN, UNIFORM = DISTRIBUTIONS = ("gaussian", "uniform")
+
+
+class DepthCurve(NamedTuple):
+    """Two half Gaussians that meet in a peak of height 1, over the depth of a network: from 0 to 1.
+
+    docs/methods/other-caches.md, 4.
+    """
+
+    peak: float  # depth
+    first: float  # height at depth 0
+    last: float  # height at depth 1
+
+
+# Where in the network of a family representations change most from step to step, as published; LLaDA's elsewhere.
+_LLADA = DepthCurve(0.75, 0.03 / 0.25, 0.13 / 0.25)
+_DRIFT = defaultdict(lambda: _LLADA, dream=DepthCurve(0.5, 1 / 6, 5 / 6))
 
 # Least share of the canvas that a layer before the peak computes (min_update_ratio of the published code).
 _LEAST_SHARE = 2**-5
@@ -35,7 +54,7 @@ class SPAPolicy(DLLMCachePolicy):
         "proxy_rank": Number(int, 1, MOST_DIRECTIONS, note="directions", default=128),
     }
     defaults: ClassVar = {"window": 8, "sigma": 0.0}
-    compares_proxies = True
+    uses = (StoresOutputs(proxies=True),)
 
     def _due(self, view: CanvasView, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         everything = (step % self.option("refresh_steps", view) == 0) | (step <= self.option("n_warmup_steps", view))
@@ -46,7 +65,7 @@ class SPAPolicy(DLLMCachePolicy):
 
     def _count(self, view: CanvasView) -> torch.Tensor:
         largest = self.option("max_update_ratio", view).unsqueeze(1)
-        curve = self.traits.drift_by_depth
+        curve = _DRIFT[self.traits.family]
         depth = torch.arange(1, self.traits.num_layers, dtype=torch.float64, device=largest.device)
         depth = depth / self.traits.num_layers
         before = depth < curve.peak

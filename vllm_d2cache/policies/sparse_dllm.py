@@ -1,6 +1,6 @@
 """Sparse-dLLM: behind the second step of a window, every layer keeps only the keys its queries score highest.
 
-rivals.md, section 2.
+docs/methods/other-caches.md, section 2.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas import canvas_to_positions
-from vllm_d2cache.config import RequestOptions
-from vllm_d2cache.option_types import Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
-from vllm_d2cache.records import CanvasView, KeptKeys, StepOutcome, StepPlan
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
+from vllm_d2cache.mechanisms.hidden_keys import HidesKeys, KeptKeys, VisibleKeys
+from vllm_d2cache.options.types import Number
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 
 class SparseDLLMPolicy(CachePolicy):
@@ -29,29 +28,15 @@ class SparseDLLMPolicy(CachePolicy):
         "kernel_size": Number(int, 1, note="positions; 1 = no pooling", default=3),
     }
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
-    hides_keys = True
-
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
-        self.window_step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # of the step under way
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, at the start of a window; a refresh budget does not apply."""
-        return prompt_len + canvas_len
+    uses = (HidesKeys(),)
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything, and all of it visible."""
-        self.window_step[view.slots] = 0
-        return self._plan(view, torch.zeros_like(view.slots))
+        return self._plan(view, view.window_step)
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Everything in the first two steps of a window, then the window."""
-        step = torch.where(view.window_start != outcome.window_start, 0, self.window_step[view.slots] + 1)
-        self.window_step[view.slots] = step
-        return self._plan(view, step)
+        return self._plan(view, view.window_step)
 
     def _plan(self, view: CanvasView, step: torch.Tensor) -> StepPlan:
         """Step number ``step`` [R] of the current windows."""
@@ -60,9 +45,9 @@ class SparseDLLMPolicy(CachePolicy):
         kept = KeptKeys(
             choose=step == 1,
             apply=step >= 2,
-            count=(self.option("keep_ratio", view) * outside).floor().long(),
+            number=(self.option("keep_ratio", view) * outside).floor().long(),
             pool=self.option("kernel_size", view),
         )
         refresh = torch.where((step <= 1).unsqueeze(1), view.in_text, fresh)
         visible = torch.where((step == 0).unsqueeze(1), view.in_text, fresh)
-        return StepPlan(refresh, nothing(view), None, visible, kept)
+        return StepPlan(refresh, nothing(view), wishes=(VisibleKeys(visible, kept),))

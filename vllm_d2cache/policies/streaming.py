@@ -1,6 +1,6 @@
 """Streaming-dLLM: prefix caching on a text whose far suffix is left out.
 
-rivals.md, section 11. Only the cache: the method's threshold schedule belongs to decoding.
+docs/methods/other-caches.md, section 11. Only the cache: the method's threshold schedule belongs to decoding.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas import canvas_to_positions
-from vllm_d2cache.config import RequestOptions
-from vllm_d2cache.option_types import Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
+from vllm_d2cache.mechanisms.hidden_keys import HidesKeys, VisibleKeys
+from vllm_d2cache.options.types import Number
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 
 class StreamingPolicy(CachePolicy):
@@ -25,17 +24,12 @@ class StreamingPolicy(CachePolicy):
     name = "streaming"
     options: ClassVar = {"suffix_window": Number(int, 0, note="positions", default=32)}
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
-    hides_keys = True
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, when a window begins near the end of the canvas; a refresh budget does not apply."""
-        return prompt_len + canvas_len
+    uses = (HidesKeys(),)
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """All that the first window sees."""
         visible = self._visible(view)
-        return StepPlan(visible, nothing(view), None, visible)
+        return StepPlan(visible, nothing(view), wishes=(VisibleKeys(visible),))
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """All that is seen where a window has been completed, else the window and what is seen behind it."""
@@ -43,12 +37,11 @@ class StreamingPolicy(CachePolicy):
         onwards = canvas_to_positions(view.slot_index >= view.window_start.unsqueeze(1), view)
         fresh = (visible & onwards) | self.read_from(view.in_window, view)
         entered = (view.window_start != outcome.window_start).unsqueeze(1)
-        return StepPlan(torch.where(entered, visible, fresh), nothing(view), None, visible)
+        return StepPlan(torch.where(entered, visible, fresh), nothing(view), wishes=(VisibleKeys(visible),))
 
     def _visible(self, view: CanvasView) -> torch.Tensor:
         """[R, T] bool."""
         start = view.prompt_len + view.window_start
         end = (start + view.options.window + self.option("suffix_window", view)).unsqueeze(1)
         last = (view.prompt_len + view.canvas_len - 1).unsqueeze(1)
-        position = torch.arange(view.num_positions, device=start.device).unsqueeze(0)
-        return ((position < end) | (position == last)) & view.in_text
+        return ((view.position < end) | (view.position == last)) & view.in_text

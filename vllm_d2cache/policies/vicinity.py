@@ -1,8 +1,8 @@
 """dInfer's vicinity refresh: the window and some positions on both sides of it.
 
-rivals.md, section 6.1. The published code does not write the recomputed K and V back. Nothing depends on that: the
-refresh set is the same in all steps of a window, so what a step leaves behind is overwritten before it is read again,
-and the next window begins with everything. Here they are written, like all others.
+docs/methods/other-caches.md, section 6.1. The published code does not write the recomputed K and V back. Nothing
+depends on that: the refresh set is the same in all steps of a window, so what a step leaves behind is overwritten
+before it is read again, and the next window begins with everything. Here they are written, like all others.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.config import RequestOptions
-from vllm_d2cache.option_types import Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.canvas.view import CanvasView
+from vllm_d2cache.options.types import Number
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 
 class VicinityPolicy(CachePolicy):
@@ -33,26 +32,9 @@ class VicinityPolicy(CachePolicy):
     }
     defaults: ClassVar = {"window": 32, "sigma": 0.0}
 
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
-        self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # number of the step under way
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, whenever everything is due; a refresh budget does not apply."""
-        return prompt_len + canvas_len
-
-    def first_plan(self, view: CanvasView) -> StepPlan:
-        """Everything."""
-        self.step[view.slots] = 0
-        return super().first_plan(view)
-
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Everything where it is due, else the vicinity of the window."""
-        step = self.step[view.slots] + 1
-        self.step[view.slots] = step
+        step = view.step
         every = self.option("cache_update_freq", view)
         again = (view.window_start != outcome.window_start) | ((every > 0) & (step % every.clamp(min=1) == 0))
         due = (step <= self.option("warmup_steps", view)) | ((view.window_start > 0) & again)
@@ -64,6 +46,5 @@ class VicinityPolicy(CachePolicy):
         end = torch.minimum(start + view.options.window, view.prompt_len + view.canvas_len)
         low = (start - self.option("prefix_look", view)).unsqueeze(1)
         high = (end + self.option("after_look", view)).unsqueeze(1)
-        position = torch.arange(view.num_positions, device=start.device).unsqueeze(0)
-        around = (position >= low) & (position < high) & view.in_text
+        around = (view.position >= low) & (view.position < high) & view.in_text
         return around | self.read_from(view.in_window, view)

@@ -1,6 +1,6 @@
 """Window-Diffusion: text behind an outer window of masks does not exist yet; only an inner window is recomputed.
 
-rivals.md, section 10. A phase is ``phase_steps`` steps with one set of visible keys.
+docs/methods/other-caches.md, section 10. A phase is ``phase_steps`` steps with one set of visible keys.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.canvas import canvas_to_positions
-from vllm_d2cache.config import RequestOptions
-from vllm_d2cache.option_types import Number
-from vllm_d2cache.policies.base import CachePolicy, nothing
-from vllm_d2cache.records import CanvasView, StepOutcome, StepPlan
+from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
+from vllm_d2cache.mechanisms.base import Worker
+from vllm_d2cache.mechanisms.hidden_keys import HidesKeys, VisibleKeys
+from vllm_d2cache.options.types import Number
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
 
 
 class WindowDiffusionPolicy(CachePolicy):
@@ -30,21 +30,18 @@ class WindowDiffusionPolicy(CachePolicy):
         "phase_steps": Number(int, 1, note="steps", default=32),
     }
     defaults: ClassVar = {"window": 0, "sigma": 0.0}
-    hides_keys = True
+    uses = (HidesKeys(),)
 
-    def __init__(
-        self, num_slots: int, max_len: int, device: torch.device, logit_shift: int, refresh_budget: int | None
-    ) -> None:
-        super().__init__(num_slots, max_len, device, logit_shift, refresh_budget)
-        self.phase_step = torch.zeros(num_slots, dtype=torch.int64, device=device)  # of the step under way
-        self.visible = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)  # by position
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self.phase_step = torch.zeros(
+            worker.num_slots, dtype=torch.int64, device=worker.device
+        )  # of the step under way
+        self.visible = torch.zeros(
+            worker.num_slots, worker.max_len, dtype=torch.bool, device=worker.device
+        )  # by position
         # By canvas slot: committed in this phase, but not by its first step.
-        self.active = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)
-
-    @staticmethod
-    def max_rows(options: RequestOptions, prompt_len: int, canvas_len: int, refresh_budget: int | None) -> int:
-        """All positions, when a phase begins near the end of the canvas; a refresh budget does not apply."""
-        return prompt_len + canvas_len
+        self.active = torch.zeros(worker.num_slots, worker.max_len, dtype=torch.bool, device=worker.device)
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """The first step of a phase."""
@@ -75,7 +72,7 @@ class WindowDiffusionPolicy(CachePolicy):
         inner = _first(_open(view) & in_sight, self.option("inner_window", view))
         refresh = canvas_to_positions(inner | again, view) | self.read_from(inner, view)
         refresh = torch.where((step == 0).unsqueeze(1), visible, refresh)
-        return StepPlan(refresh, nothing(view), inner, visible)
+        return StepPlan(refresh, nothing(view), inner, (VisibleKeys(visible),))
 
     def _outlook(self, view: CanvasView) -> torch.Tensor:
         """[R, T] bool: what a phase that begins now sees."""

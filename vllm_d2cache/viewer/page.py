@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any
 
-from vllm_d2cache.trace_reader import RecordedRequest
+from vllm_d2cache.observe.trace_reader import RecordedRequest
 
 
 def render_page(request: RecordedRequest, texts: Mapping[int, str]) -> str:

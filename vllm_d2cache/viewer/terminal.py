@@ -10,7 +10,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from vllm_d2cache.trace_reader import RecordedRequest
+from vllm_d2cache.observe.trace_reader import RecordedRequest
 
 _CONTROL = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "␍"})
 _SHADES = " ░▒▓█"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 
 def token_decoder(directory: Path) -> Callable[[int], str]:
@@ -19,11 +20,11 @@ def token_decoder(directory: Path) -> Callable[[int], str]:
         if file.is_file():
             from tokenizers import Tokenizer
 
-            fast = Tokenizer.from_file(str(file))
+            fast: Any = Tokenizer.from_file(str(file))
             return lambda token: fast.decode([token], skip_special_tokens=False)
         from transformers import AutoTokenizer
 
-        slow = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        slow: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         return lambda token: slow.decode([token])
     except Exception as error:  # the libraries raise plain Exceptions for a file they cannot read
         raise ValueError(f"{directory}: no tokenizer that can be read: {error}") from error

@@ -1,0 +1,116 @@
+"""The texts of a step as tensors, and the maps between canvas slots and positions.
+
+Shapes: R rows (requests in this step), T positions, G canvas slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from vllm_d2cache.canvas.lines import Lines
+
+
+class OptionColumns(NamedTuple):
+    """Per-request numbers of the rows in this step, each [R]; options.request has their meaning."""
+
+    window: torch.Tensor  # int64, already resolved to a length in 1..G
+    tokens_per_step: torch.Tensor  # int64
+    threshold: torch.Tensor  # float32, 0 = off
+    factor: torch.Tensor  # float32, 0 = off
+    score: torch.Tensor  # int64, index into options.request.SCORES
+    sigma: torch.Tensor  # float32
+    steps: torch.Tensor  # int64, 0 = tokens_per_step decides
+    longest_run: torch.Tensor  # int64, most tokens that a step commits from left to right; 0 = in any order
+
+
+@dataclass(frozen=True)
+class CanvasView(Lines):
+    """The texts of the rows in this step. Columns past a row's own T or G are padding and False."""
+
+    slots: torch.Tensor  # [R] int64, row -> slot
+    prompt_len: torch.Tensor  # [R] int64
+    canvas_len: torch.Tensor  # [R] int64
+    masked: torch.Tensor  # [R, G] bool, canvas slots that still hold the mask
+    live: torch.Tensor  # [R, G] bool, canvas slots before the first committed stop token
+    window_start: torch.Tensor  # [R] int64, first slot of the current window
+    step: torch.Tensor  # [R] int64, number of the step that is under way or, in a plan, of the next; from 0
+    window_step: torch.Tensor  # [R] int64, the same within the current window
+    num_positions: int  # T, the widest of the batch
+    options: OptionColumns
+
+    @cached_property
+    def length(self) -> torch.Tensor:
+        """[R] int64: positions of the row's own text."""
+        return self.prompt_len + self.canvas_len
+
+    @cached_property
+    def slot_index(self) -> torch.Tensor:
+        """[1, G] int64."""
+        return torch.arange(self.masked.shape[1], device=self.masked.device).unsqueeze(0)
+
+    @cached_property
+    def position(self) -> torch.Tensor:
+        """[1, T] int64."""
+        return torch.arange(self.num_positions, device=self.masked.device).unsqueeze(0)
+
+    @cached_property
+    def in_canvas(self) -> torch.Tensor:
+        """[R, G] bool: the column is one of the row's own slots."""
+        return self.slot_index < self.canvas_len.unsqueeze(1)
+
+    @cached_property
+    def in_text(self) -> torch.Tensor:
+        """[R, T] bool: the column is one of the row's own positions."""
+        return self.position < self.length.unsqueeze(1)
+
+    @cached_property
+    def in_window(self) -> torch.Tensor:
+        """[R, G] bool: the slot lies in the current window."""
+        start = self.window_start.unsqueeze(1)
+        inside = (self.slot_index >= start) & (self.slot_index < start + self.options.window.unsqueeze(1))
+        return inside & self.in_canvas
+
+    @cached_property
+    def open(self) -> torch.Tensor:
+        """[R, G] bool: masks that may still become tokens."""
+        return self.masked & self.live
+
+    @property
+    def lead(self) -> torch.Tensor:
+        """[R] int64: the leftmost mask that may still become a token; 0 where there is none."""
+        return self.open.to(torch.int8).argmax(1)
+
+
+def live_slots(terminal: torch.Tensor) -> torch.Tensor:
+    """[R, G] bool: slots before the first of ``terminal`` [R, G] bool, which hold committed stop tokens."""
+    return terminal.cumsum(1) == 0
+
+
+def first_window(masked: torch.Tensor, live: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+    """[R] int64: start of the window with the first masked live slot, as windows fill up from left to right.
+
+    Args:
+        masked, live: [R, G] bool.
+        window: [R] int64, its length.
+    """
+    first = (masked & live).to(torch.int8).argmax(1)
+    return first - first % window
+
+
+def canvas_to_positions(mask: torch.Tensor, view: CanvasView, shift: int = 0) -> torch.Tensor:
+    """[R, G] bool (or numbers) over canvas slots as [R, T] over positions, moved left by ``shift``; elsewhere 0."""
+    index = view.prompt_len.unsqueeze(1) + view.slot_index - shift
+    # Slots past a row's canvas land in a column that is cut off.
+    index = torch.where(view.in_canvas, index, view.num_positions)
+    out = mask.new_zeros(mask.shape[0], view.num_positions + 1)
+    return out.scatter_(1, index, mask)[:, : view.num_positions]
+
+
+def positions_to_canvas(mask: torch.Tensor, view: CanvasView, shift: int = 0) -> torch.Tensor:
+    """[R, T] bool over positions as [R, G] bool over the canvas slots that read them."""
+    index = view.prompt_len.unsqueeze(1) + view.slot_index - shift
+    return mask.gather(1, index.clamp(max=view.num_positions - 1)) & view.in_canvas

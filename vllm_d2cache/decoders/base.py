@@ -1,0 +1,141 @@
+"""The interface of a decoder: of the candidates of a step it says which are committed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vllm_d2cache.canvas.lines import Lines
+from vllm_d2cache.canvas.request import Request
+from vllm_d2cache.canvas.slot_options import SlotOptions
+from vllm_d2cache.canvas.view import CanvasView
+from vllm_d2cache.mechanisms.base import Finding, RequestSize, Use, Worker
+from vllm_d2cache.ops.row_stats import RowParams, RowStats, TileReader
+from vllm_d2cache.options.types import Choice, Number
+
+
+@dataclass(frozen=True)
+class PredictedRows:
+    """The predicted rows of a step, before their statistics are taken; ``mine`` are those of one decoder."""
+
+    view: CanvasView
+    predicted: torch.Tensor  # [R, G] bool, slots that have a row; the rows stand in row-major order
+    slots: torch.Tensor  # [n] int64, the request's slot
+    canvas_slot: torch.Tensor  # [n] int64
+    in_window: torch.Tensor  # [n] bool, the slot lies in the request's current window
+    mine: torch.Tensor  # [n] bool
+    members: list[int]  # rows of the batch that are this decoder's, on the host
+    hidden: torch.Tensor  # [n, d] final hidden states
+    lm_head: Callable[[torch.Tensor], torch.Tensor]  # [m, d] -> [m, vocab] logits
+    params: RowParams
+    mask_token_id: int
+
+
+@dataclass(frozen=True)
+class DecoderStep(Lines):
+    """What a decoder chooses from; R rows (requests), G canvas slots."""
+
+    view: CanvasView  # before this step's commits
+    candidates: torch.Tensor  # [R, G] bool, masked slots of the current window whose rows were computed
+    token: torch.Tensor  # [R, G] int32, the predicted token; any value where there is no candidate
+    score: torch.Tensor  # [R, G] float32, certainty prior included; any value where there is no candidate
+    least: torch.Tensor  # [R] int64, commit at least this many, if there are as many candidates
+    entropy: torch.Tensor | None  # [R, G] float32, nats; None where no decoder of the step reads it
+    found: tuple[Finding, ...] = ()  # by the mechanisms of the step
+
+
+@dataclass(frozen=True)
+class Commits:
+    """What a step writes."""
+
+    slots: torch.Tensor  # [R, G] bool, become tokens: a subset of the candidates, not empty where there are any
+    token: torch.Tensor | None = None  # [R, G] int32, where another token than the predicted one is written
+    revoked: torch.Tensor | None = None  # [R, G] bool, committed earlier and masked again, fewer than ``slots``
+
+
+class Decoder(ABC):
+    """Chooses the commits of each step for the requests that chose it.
+
+    A decoder works on all its requests of a step at once and must not let one influence another. What it remembers is
+    slot-indexed and overwritten in ``start``.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[Mapping[str, Number | Choice]] = {}
+    """What a request may set of this decoder alone, with defaults."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Of the options ``threshold``, ``factor`` and ``score``, which not every decoder reads, those that it does."""
+    commits_many: ClassVar[bool] = False
+    """Whether its rule says how many tokens a step commits, with or without a threshold."""
+    default_threshold: ClassVar[float] = 0.0
+    """The threshold of requests that set neither threshold nor factor, for rules that cannot do without; 0 = none."""
+    needs_server: ClassVar[tuple[str, ...]] = ()
+    """Settings of the server without which it cannot be chosen."""
+    ordered: ClassVar[type[Decoder] | None] = None
+    """What takes its place where tokens are committed from left to right; None = it cannot be had there."""
+    reads_entropy: ClassVar[bool] = False
+    """Whether it needs the entropy of every predicted row."""
+    observes_all: ClassVar[bool] = False
+    """Whether it needs the statistics of all masked slots that are computed, not of the window's alone."""
+    takes_padding: ClassVar[bool] = False
+    """Whether its part of a step waits for nothing and minds no padding among the predicted rows (slot G)."""
+    revokes: ClassVar[bool] = False
+    """Whether it may take back what it committed in the current window: nothing of that window is emitted before."""
+    uses: ClassVar[tuple[Use, ...]] = ()
+    """What it needs of the layers (mechanisms/)."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._options = SlotOptions(self.options, worker.num_slots, worker.device)
+
+    @classmethod
+    def request_bytes(cls, size: RequestSize) -> int:
+        """What it holds of a running request, beyond numbers for each slot."""
+        return 0
+
+    def start(self, slot: int, request: Request) -> None:
+        """A request begins, or starts over, in ``slot``: nothing of the last tenant remains."""
+        self._options.set(slot, request.options)
+
+    def stop(self, slot: int) -> None:  # noqa: B027
+        """The request in ``slot`` has ended."""
+
+    def number(self, name: str, slots: torch.Tensor) -> torch.Tensor:
+        """Option ``name`` of the requests in ``slots``: float32 of the same shape."""
+        return self._options.columns[name][slots].float()
+
+    def tile_reader(self, rows: PredictedRows) -> TileReader | None:
+        """What looks at (and may change) the logits of this decoder's rows before their statistics are taken.
+
+        Asked once in each step, so that a decoder may also look at the rows themselves.
+        """
+        return None
+
+    def rescore(self, stats: RowStats, score: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """[n] float32: what ranks candidates, from the statistic ``score`` [n] that the request asks for."""
+        return score
+
+    @abstractmethod
+    def choose(self, step: DecoderStep) -> Commits:
+        """The commits of its requests."""
+
+
+def rank_candidates(score: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Candidates from the best down; ties go to the lower slot.
+
+    Returns:
+        Scores in that order [R, G], -inf behind the candidates; their slots [R, G]; which of both are candidates.
+    """
+    ordered, index = score.masked_fill(~candidates, -torch.inf).sort(dim=1, descending=True, stable=True)
+    rank = torch.arange(score.shape[1], device=score.device).unsqueeze(0)
+    return ordered, index, rank < candidates.sum(1, keepdim=True)
+
+
+def take_best(index: torch.Tensor, candidates: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """[R, G] bool: the first ``count`` [R] slots of the ranking ``index``, of the candidates at most all."""
+    rank = torch.arange(index.shape[1], device=index.device).unsqueeze(0)
+    count = torch.minimum(count, candidates.sum(1))
+    return torch.zeros_like(candidates).scatter_(1, index, rank < count.unsqueeze(1))

@@ -1,0 +1,1 @@
+"""Inside vLLM: configuration, admission, scheduling, and the hooks of its model runner."""

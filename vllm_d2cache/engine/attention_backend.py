@@ -1,0 +1,167 @@
+"""vLLM attention backend: writes the refreshed K and V into the pages, attends both ways, leaves maps behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+)
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from vllm_d2cache.mechanisms.base import Hook
+from vllm_d2cache.ops.paged_attention import (
+    AttentionMaps,
+    AttentionShape,
+    MapPlan,
+    PagedLayout,
+    paged_attention,
+    write_kv,
+)
+
+
+@dataclass
+class D2CacheMetadata(AttentionMetadata):
+    """What the layers of one forward pass share; built by the model state."""
+
+    layout: PagedLayout
+    hooks: tuple[Hook, ...] = ()  # of the mechanisms of the step
+
+    @cached_property
+    def no_maps(self) -> AttentionMaps:
+        """Where attention leaves its maps if no mechanism wants them."""
+        plan = MapPlan.pack([None] * len(self.layout.counts))
+        return AttentionMaps(plan, torch.empty(0, device=self.layout.slots.device))
+
+    def use_layout(self, layout: PagedLayout) -> None:
+        """The next layer's rows are those of ``layout``, and those behind the text."""
+        self.layout = layout
+
+
+class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
+    """Attention of one layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        unsupported = {
+            "alibi_slopes": alibi_slopes,
+            "sliding_window": sliding_window,
+            "logits_soft_cap": logits_soft_cap,
+            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
+        }
+        given = [name for name, value in unsupported.items() if value]
+        if given or attn_type != AttentionType.DECODER:
+            raise NotImplementedError(f"d2cache attention does not support {', '.join(given) or attn_type}")
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: D2CacheMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend from [N, heads, head size] rows; ``output`` of that shape is written and returned."""
+        if attn_metadata is None:
+            # Memory profiling runs the model before there is a cache.
+            return output.zero_()
+        layout, hooks = attn_metadata.layout, attn_metadata.hooks
+        n = layout.slots.shape[0]  # K and V of rows behind the text go into no page
+        write_kv(kv_cache, key[:n], value[:n], layout.slots)
+        maps = attn_metadata.no_maps
+        for hook in hooks:
+            maps = hook.maps(query[:n], kv_cache, self.scale, layout) or maps
+        for hook in hooks:
+            layout = hook.before_attention(query[:n], kv_cache, self.scale, layout)
+        paged_attention(query[:n], kv_cache, layout, self.scale, output[:n], maps)
+        for hook in hooks:
+            if hook.extra is not None:
+                hook.attend(query[n:], key[n:], value[n:], kv_cache, layout, self.scale, output[n:])
+        return output
+
+
+class D2CacheMetadataBuilder(AttentionMetadataBuilder[D2CacheMetadata]):
+    """Never asked to build: the model state makes the metadata itself, as only it knows the refresh set."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> D2CacheMetadata:
+        """Not part of the design; see the class."""
+        raise NotImplementedError("d2cache attention metadata comes from D2CacheModelState.prepare_attn")
+
+
+class D2CacheAttentionBackend(AttentionBackend):
+    """Handed to vLLM's Attention layers directly; needs no registration."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", "float32"]
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        """Must be a name vLLM's enum knows; CUSTOM is the one for backends from outside."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[D2CacheAttentionImpl]:
+        """The layer's implementation."""
+        return D2CacheAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[D2CacheMetadataBuilder]:
+        """The metadata builder."""
+        return D2CacheMetadataBuilder
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        """Bidirectional is all it does."""
+        return True
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Heads outside blocks first: a request in consecutive blocks is then one strided matrix a head."""
+        return (KVCacheLayout.LHBNC, KVCacheLayout.LBHNC)
+
+
+def attention_shape(config: Any) -> AttentionShape:
+    """What a rank's attention looks like, from a VllmConfig."""
+    model, parallel = config.model_config, config.parallel_config
+    return AttentionShape(
+        model.get_num_attention_heads(parallel),
+        model.get_num_kv_heads(parallel),
+        model.get_head_size(),
+        config.cache_config.block_size,
+        model.dtype,
+    )

@@ -1,0 +1,1 @@
+"""What may be said: options of servers and requests, and their types."""

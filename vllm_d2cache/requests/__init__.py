@@ -1,0 +1,1 @@
+"""What a request asks, and whether it can be had."""

@@ -1,0 +1,55 @@
+"""What a checkpoint's generation_config.json asks for, in this package's options.
+
+vLLM reads the sampling parameters it knows (temperature, top_p, top_k, max_new_tokens) and the end-of-text tokens; the
+keys of the authors' own generation code (Dream's: alg, alg_temp, eps, steps, ...) are read here. Nothing is dropped in
+silence: what has no meaning here is named, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Dream's names of what ranks candidates (docs/methods/d2cache.md, section 2, step 4).
+_SCORE_OF_ALG = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
+_WHY_IGNORED = {
+    "alg": "candidates are never ranked at random; see the option score",
+    "alg_temp": "commits are not drawn at random",
+    "eps": "there is no schedule of noise levels",
+    "steps": "tokens_per_step, threshold and factor say how many tokens a step commits",
+    "output_history": "see the option trace_dir",
+}
+# Defaults that vLLM would give every request, and every request would then be refused for (requests/check.py).
+UNSUPPORTED_DEFAULTS = ("min_p",)
+
+
+@dataclass
+class GenerationDefaults:
+    """Outcome of :func:`read_generation_defaults`.
+
+    Attributes:
+        options: by plain option name.
+        ignored: key of the file -> value and reason, in words.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+
+
+def read_generation_defaults(raw: Mapping[str, Any]) -> GenerationDefaults:
+    """Translate the contents of a generation_config.json; keys with the value null or false say nothing."""
+    found = GenerationDefaults()
+    for key, value in raw.items():
+        if value is None or value is False:
+            continue
+        if key == "top_p":
+            # Dream cuts the distribution before it takes confidences, at temperature 0 as well.
+            found.options["confidence_top_p"] = value
+        elif key == "alg" and value in _SCORE_OF_ALG:
+            found.options["score"] = _SCORE_OF_ALG[value]
+        elif key in UNSUPPORTED_DEFAULTS:
+            found.ignored[key] = f"{value!r} (not supported for diffusion language models)"
+        elif key in _WHY_IGNORED:
+            found.ignored[key] = f"{value!r} ({_WHY_IGNORED[key]})"
+    return found

@@ -1,0 +1,202 @@
+"""The decoders' part of a step: what they need of the network, and what they make of it.
+
+Requests with different decoders share a step. What one of them needs is computed only where a request of the step has
+chosen it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from vllm_d2cache.canvas.request import Request
+from vllm_d2cache.canvas.rows import StepRows
+from vllm_d2cache.canvas.states import CanvasStates
+from vllm_d2cache.decoders.base import Commits, Decoder, DecoderStep, PredictedRows
+from vllm_d2cache.decoders.registry import DECODER_CLASSES
+from vllm_d2cache.decoders.schedule import least_commits
+from vllm_d2cache.decoders.scores import ranking_score
+from vllm_d2cache.mechanisms.base import Finding, Worker
+from vllm_d2cache.ops.density import certainty_density
+from vllm_d2cache.ops.host import upload
+from vllm_d2cache.ops.random import uniform
+from vllm_d2cache.ops.row_stats import RowParams, RowStats, row_stats, token_probability
+from vllm_d2cache.options.request import SCORES
+from vllm_d2cache.step.constraints import Constraints
+
+LMHead = Callable[[torch.Tensor], torch.Tensor]
+"""[m, d] final hidden states -> [m, vocab] logits."""
+
+
+def decoder_class(request: Request) -> type[Decoder]:
+    """What chooses the commits of a request."""
+    cls = DECODER_CLASSES[request.options.decoder]
+    return cls.ordered or cls if request.options.ordered else cls
+
+
+class _Part(NamedTuple):
+    """One decoder's share of a step."""
+
+    decoder: Decoder
+    members: list[int]  # rows of the batch
+    chosen: torch.Tensor | None  # the same [m] int64 on the device; None = all of the batch
+
+
+class Decoding:
+    """The decoders of all running requests.
+
+    Args:
+        canvas: of the requests; read only.
+        constraints: what the requests ask to be done to their logits; read only.
+    """
+
+    def __init__(self, worker: Worker, canvas: CanvasStates, constraints: Constraints) -> None:
+        self.worker = worker
+        self.canvas = canvas
+        self.constraints = constraints
+        self._decoders: dict[type[Decoder], Decoder] = {}
+
+    def decoder(self, cls: type[Decoder]) -> Decoder:
+        """The decoder of that class; made when the first request asks for it."""
+        if cls not in self._decoders:
+            self._decoders[cls] = cls(self.worker)
+        return self._decoders[cls]
+
+    def start(self, slot: int) -> None:
+        """The request in ``slot`` begins, or starts over."""
+        request = self.canvas.requests[slot]
+        self.decoder(decoder_class(request)).start(slot, request)
+
+    def stop(self, slot: int) -> None:
+        """The request in ``slot`` has ended."""
+        self.decoder(decoder_class(self.canvas.requests[slot])).stop(slot)
+
+    def takes_padding(self, slots: Sequence[int]) -> bool:
+        """Whether a step of these requests may have padding among its predicted slots."""
+        return all(decoder_class(r).takes_padding for r in self._requests(slots))
+
+    def observes_all(self, slots: Sequence[int]) -> list[bool]:
+        """Of each request, whether its decoder reads the statistics of all masked slots that are computed."""
+        return [decoder_class(r).observes_all for r in self._requests(slots)]
+
+    def provisional(self, slots: Sequence[int]) -> torch.Tensor | None:
+        """[R] bool: tokens of the current window may be taken back; None = nobody's."""
+        flags = [decoder_class(r).revokes for r in self._requests(slots)]
+        return upload(flags, torch.bool, self.canvas.device) if any(flags) else None
+
+    def row_stats(self, rows: StepRows, hidden: torch.Tensor, lm_head: LMHead, want_entropy: bool) -> RowStats:
+        """Statistics of the predicted slots: those that some request of the step reads.
+
+        Args:
+            hidden: [n, d] final hidden states, in the order of ``rows.predicted_index``.
+            want_entropy: somebody else reads the entropy, whatever scores and decoders do.
+        """
+        view, (who, slot) = rows.view, rows.predicted_index
+        params = self._row_params(rows, who, slot)
+        requests, parts = self._requests(rows.slots), self._parts(rows)
+        scores = {r.options.score for r in requests}
+        entropy = want_entropy or SCORES[2] in scores or any(part.decoder.reads_entropy for part in parts)
+        mask = self.canvas.traits.mask_token_id
+        in_window = view.in_window[who, slot.clamp(max=rows.predicted.shape[1] - 1)]
+        readers = []
+        for decoder, members, index in parts:
+            mine = torch.ones_like(who, dtype=torch.bool) if index is None else torch.isin(who, index)
+            seen = PredictedRows(
+                view, rows.predicted, view.slots[who], slot, in_window, mine, members, hidden, lm_head, params, mask
+            )
+            if (reader := decoder.tile_reader(seen)) is not None:
+                readers.append(reader)
+        return row_stats(hidden, lm_head, params, mask, SCORES[1] in scores, entropy, readers)
+
+    def probability(
+        self,
+        rows: StepRows,
+        lm_head: LMHead,
+        hidden: torch.Tensor,
+        who: torch.Tensor,
+        slot: torch.Tensor,
+        token: torch.Tensor,
+    ) -> torch.Tensor:
+        """[v] float32: of ``token`` [v] in slots ``slot`` [v] of requests ``who`` [v], from ``hidden`` [v, d]."""
+        params = self._row_params(rows, who, slot)
+        return token_probability(hidden, lm_head, params, self.canvas.traits.mask_token_id, token)
+
+    def _row_params(self, rows: StepRows, who: torch.Tensor, slot: torch.Tensor) -> RowParams:
+        """Sampling parameters of the rows of canvas slots ``slot`` of requests ``who``."""
+        slots = rows.view.slots[who]
+        temperature, top_p, top_k = self.canvas.sampling[slots].unbind(1)
+        position = rows.view.prompt_len[who] + slot
+        draw = uniform(self.canvas.seed[slots], self.canvas.step[slots], position)
+        requests = self._requests(rows.slots)
+        samples = any(r.sampling.temperature > 0 for r in requests)
+        filters = any(
+            r.options.confidence_top_p < 1
+            or (r.sampling.temperature > 0 and (r.sampling.top_p < 1 or r.sampling.top_k > 0))
+            for r in requests
+        )
+        edits = self.constraints.of_slots(rows, who, slot)
+        return RowParams(temperature, top_p, top_k.long(), draw, samples, filters, edits)
+
+    def choose(
+        self, rows: StepRows, stats: RowStats, found: tuple[Finding, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor, Commits]:
+        """Scores [R, G] of the predicted slots without the prior, predicted tokens [R, G] int32, and the commits."""
+        view, parts = rows.view, self._parts(rows)
+        who, _ = rows.predicted_index
+        flat = ranking_score(stats, view.options.score[who])
+        for decoder, _, index in parts:
+            changed = decoder.rescore(stats, flat, view.slots[who])
+            flat = changed if index is None else torch.where(torch.isin(who, index), changed, flat)
+        score, token = rows.by_slot(flat), rows.by_slot(stats.token.int())
+        step = DecoderStep(
+            view,
+            rows.candidates,
+            token,
+            self._with_prior(score, rows),
+            least_commits(view, self.canvas.traits.step_schedule),
+            None if stats.entropy is None else rows.by_slot(stats.entropy),
+            found,
+        )
+        if len(parts) == 1:
+            return score, token, parts[0].decoder.choose(step)
+        chosen = [(part.chosen, part.decoder.choose(step.select(part.chosen))) for part in parts]  # type: ignore[arg-type]
+        return score, token, _together(chosen, view.masked, token)
+
+    def _with_prior(self, score: torch.Tensor, rows: StepRows) -> torch.Tensor:
+        """Score times certainty density where a request asks for the prior.
+
+        docs/methods/d2cache.md, section 2, step 6.
+        """
+        if not any(r.options.sigma > 0 for r in self._requests(rows.slots)):
+            return score
+        view = rows.view
+        known = ~view.masked & view.in_canvas
+        return score * certainty_density(known, view.canvas_len, view.options.sigma)
+
+    def _requests(self, slots: Sequence[int]) -> list[Request]:
+        return [self.canvas.requests[s] for s in slots]
+
+    def _parts(self, rows: StepRows) -> list[_Part]:
+        members: dict[type[Decoder], list[int]] = {}
+        for i, request in enumerate(self._requests(rows.slots)):
+            members.setdefault(decoder_class(request), []).append(i)
+        if len(members) == 1:
+            return [_Part(self.decoder(cls), mine, None) for cls, mine in members.items()]
+        device = self.canvas.device
+        return [_Part(self.decoder(cls), m, upload(m, torch.int64, device)) for cls, m in members.items()]
+
+
+def _together(parts: list[tuple[torch.Tensor | None, Commits]], none: torch.Tensor, token: torch.Tensor) -> Commits:
+    """The commits of several decoders, each of its own rows, as those of the batch; ``none`` is [R, G] bool."""
+    slots = torch.zeros_like(none)
+    written = token.clone() if any(commits.token is not None for _, commits in parts) else None
+    revoked = torch.zeros_like(none) if any(commits.revoked is not None for _, commits in parts) else None
+    for index, commits in parts:
+        slots[index] = commits.slots
+        if written is not None and commits.token is not None:
+            written[index] = commits.token
+        if revoked is not None and commits.revoked is not None:
+            revoked[index] = commits.revoked
+    return Commits(slots, written, revoked)

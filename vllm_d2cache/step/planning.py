@@ -1,0 +1,69 @@
+"""The policies' part of a step: what each wants of the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_d2cache.canvas.states import CanvasStates
+from vllm_d2cache.canvas.view import CanvasView
+from vllm_d2cache.mechanisms.base import Mechanisms, Worker
+from vllm_d2cache.ops.host import upload
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
+from vllm_d2cache.policies.registry import POLICY_CLASSES
+
+
+class Planning:
+    """The policies of all running requests.
+
+    Args:
+        canvas: of the requests; plans are kept in it.
+        mechanisms: keep what else plans ask for.
+    """
+
+    def __init__(self, worker: Worker, canvas: CanvasStates, mechanisms: Mechanisms) -> None:
+        self.worker = worker
+        self.canvas = canvas
+        self.mechanisms = mechanisms
+        self._policies: dict[str, CachePolicy] = {}
+
+    def policy(self, name: str) -> CachePolicy:
+        """The policy of that name; made when the first request asks for it, as its state takes memory."""
+        if name not in self._policies:
+            self._policies[name] = POLICY_CLASSES[name](self.worker)
+        return self._policies[name]
+
+    def start(self, slot: int) -> None:
+        """The plan of the first step of the request in ``slot``."""
+        options = self.canvas.requests[slot].options
+        policy = self.policy(options.policy)
+        policy.start(slot, options)
+        view = self.canvas.view(torch.tensor([slot], device=self.canvas.device), [slot])
+        self._store(policy.first_plan(view), view)
+
+    def reads_entropy(self, slots: Sequence[int]) -> bool:
+        """Whether some policy of these requests reads the entropy of what was predicted."""
+        return any(POLICY_CLASSES[self.canvas.requests[s].options.policy].reads_entropy for s in slots)
+
+    def next(self, view: CanvasView, outcome: StepOutcome, slots: Sequence[int]) -> None:
+        """Ask each policy for the next plans of its requests.
+
+        Args:
+            view: after the step's commits.
+            slots: of the requests, on the host.
+        """
+        names = [self.canvas.requests[s].options.policy for s in slots]
+        for name in dict.fromkeys(names):
+            part, mine = view, outcome
+            if len(set(names)) > 1:
+                rows = upload([i for i, n in enumerate(names) if n == name], torch.int64, self.canvas.device)
+                part, mine = view.select(rows), outcome.select(rows)
+            self._store(self.policy(name).next_plan(part, mine), part)
+
+    def _store(self, plan: StepPlan, view: CanvasView) -> None:
+        canvas, slots, width = self.canvas, view.slots, plan.observe.shape[1]
+        canvas.refresh[slots, : plan.refresh.shape[1]] = plan.refresh
+        canvas.observe[slots, :width] = plan.observe
+        canvas.eligible[slots, :width] = True if plan.candidates is None else plan.candidates
+        self.mechanisms.store(view, plan.wishes)

@@ -1,0 +1,165 @@
+"""The life of a step: the file to read first. No vLLM; whatever runs the network calls three methods in turn.
+
+A scheduler says which requests have a step. ``open`` turns their plans into *rows*, ``place`` says where K and V of the
+rows go. Then the caller runs the *layers*, which call the hooks of mechanisms (attention *importance* is one).
+``close`` takes *statistics* of what was predicted, lets decoders *commit* and policies *plan* the next step, and says
+what to *emit*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from vllm_d2cache.canvas.request import Request
+from vllm_d2cache.canvas.rows import StepResult, StepRows
+from vllm_d2cache.canvas.states import CanvasStates
+from vllm_d2cache.graphs.step_graphs import GraphSize, GraphStep
+from vllm_d2cache.mechanisms.base import Hook, Mechanisms, Worker
+from vllm_d2cache.observe.counters import StepCounters
+from vllm_d2cache.ops.paged_attention import PagedLayout
+from vllm_d2cache.ops.row_stats import RowStats
+from vllm_d2cache.policies.base import StepOutcome
+from vllm_d2cache.policies.budget import uses_of
+from vllm_d2cache.step.constraints import Constraints
+from vllm_d2cache.step.decoding import Decoding, LMHead
+from vllm_d2cache.step.form import StepForms
+from vllm_d2cache.step.logprobs import EmittedLogprobs, LogprobRecorder
+from vllm_d2cache.step.pages import Pages
+from vllm_d2cache.step.planning import Planning
+from vllm_d2cache.step.rows import select_rows
+
+
+@dataclass
+class Step:
+    """A step under way."""
+
+    rows: StepRows
+    hooks: tuple[Hook, ...]  # of the mechanisms that its requests use; a graph in their place
+    size: GraphSize | None = None  # the graph that does it; None = eager
+    layout: PagedLayout | None = None  # once it is placed
+
+    @property
+    def graph(self) -> GraphStep | None:
+        """What is replayed in place of the forward pass."""
+        return next((hook for hook in self.hooks if isinstance(hook, GraphStep)), None)
+
+
+@dataclass(frozen=True)
+class Closed:
+    """What became of a step."""
+
+    rows: StepRows  # without the slots whose rows have left
+    stats: RowStats
+    result: StepResult
+    logprobs: EmittedLogprobs | None
+
+
+class StepRunner:
+    """Runs the steps of one worker: texts, decoders, policies and mechanisms of all its running requests.
+
+    Args:
+        may_graph: False while something reads steps on the host (traces).
+    """
+
+    def __init__(self, worker: Worker, may_graph: bool = True) -> None:
+        self.worker = worker
+        self.canvas = CanvasStates(worker.num_slots, worker.max_len, worker.device, worker.traits)
+        self.constraints = Constraints(self.canvas)
+        self.mechanisms = Mechanisms(worker, self.canvas)
+        self.planning = Planning(worker, self.canvas, self.mechanisms)
+        self.decoding = Decoding(worker, self.canvas, self.constraints)
+        self.logprobs = LogprobRecorder(self.canvas)
+        self.counters = StepCounters()
+        parts = (self.canvas, self.mechanisms, self.decoding, self.constraints, self.logprobs)
+        self.forms = StepForms(*parts, may_graph)
+
+    def add(self, slot: int, request: Request, prompt: np.ndarray, emitted: int = 0) -> None:
+        """Start a request in ``slot``, or start it over; see CanvasStates.add."""
+        self.canvas.add(slot, request, prompt, emitted)
+        self.mechanisms.enter(slot, uses_of(request.options))
+        self.constraints.add(slot, request)
+        self.planning.start(slot)
+        self.decoding.start(slot)
+        self.logprobs.add(slot, request)
+
+    def remove(self, slot: int) -> None:
+        """Forget the request in ``slot``."""
+        self.decoding.stop(slot)
+        self.constraints.remove(slot)
+        self.mechanisms.leave(slot)
+        self.logprobs.remove(slot)
+        self.canvas.remove(slot)
+
+    def open(self, slots: torch.Tensor, slots_host: Sequence[int], padded: bool = False) -> Step:
+        """The rows of a step of these requests: [R] int64 on the device, and the same on the host.
+
+        Args:
+            padded: give each request as many rows as it can need (step/rows.py), also where no graph wants it; only
+                where ``forms.can_pad``.
+        """
+        size = self.forms.fitting_graph(slots_host)
+        observes = self.decoding.observes_all(slots_host)
+        rows = select_rows(self.canvas, slots, slots_host, observes, padded or size is not None)
+        for slot in slots_host:
+            request = self.canvas.requests[slot]
+            request.computed = request.length
+        if size is not None:
+            return Step(rows, (), size)
+        hooks = self.mechanisms.open(rows)
+        return Step(rows.with_extra([hook.extra for hook in hooks if hook.extra is not None]), hooks)
+
+    def place(self, step: Step, pages: Pages) -> Step:
+        """Where K and V of the rows go, and what the layers are to leave behind."""
+        rows = step.rows
+        first_blocks = pages.first_blocks(rows.lengths)
+        layout = PagedLayout(rows.counts, rows.lengths, pages.table, first_blocks, pages.slots(rows))
+        step.layout = layout
+        if step.size is not None:
+            assert self.forms.graphs is not None
+            uses = [self.mechanisms.uses(slot) for slot in rows.slots]
+            step.hooks = (self.forms.graphs.step(step.size, rows, layout, uses),)
+        for hook in step.hooks:
+            hook.place(layout)
+        return step
+
+    def close(self, step: Step, hidden: torch.Tensor, lm_head: LMHead) -> Closed:
+        """Statistics, commits, the next plans, and what is emitted.
+
+        Args:
+            hidden: [n + v, d] final hidden states of ``rows.logits_rows``.
+        """
+        rows = step.rows
+        for present in (p for hook in step.hooks if (p := hook.present()) is not None):
+            rows, stayed = rows.without(present)
+            hidden = hidden[stayed]
+        hidden, behind = hidden.tensor_split([len(rows.predicted_index[0])])
+        for hook in step.hooks:
+            if hook.extra is not None:
+                hook.read(behind, partial(self.decoding.probability, rows, lm_head))
+        want_entropy = self.planning.reads_entropy(rows.slots)
+        stats = self.decoding.row_stats(rows, hidden, lm_head, want_entropy)
+        results = (hook.result(rows.view.num_positions) for hook in step.hooks)
+        found = tuple(result for result in results if result is not None)
+
+        score, token, commits = self.decoding.choose(rows, stats, found)
+        token = token if commits.token is None else commits.token
+        view = self.canvas.commit(rows.view, commits.slots, token, commits.revoked)
+        outcome = StepOutcome(
+            commits.slots,
+            rows.predicted,
+            score,
+            rows.view.window_start,
+            rows.view.step == 0,
+            rows.by_slot(stats.entropy) if want_entropy and stats.entropy is not None else None,
+            found,
+        )
+        self.planning.next(view, outcome, rows.slots)
+        provisional = self.decoding.provisional(rows.slots)
+        result = self.canvas.emit(view, commits.slots, commits.revoked, provisional)
+        self.counters.add(rows, step.hooks, commits.slots)
+        return Closed(rows, stats, result, self.logprobs.record(rows, result, hidden, lm_head))
