@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,9 +84,14 @@ def test_generation_config_is_mapped_and_the_operator_wins(checkpoint: Path) -> 
 def test_other_variants_of_dream_are_refused(checkpoint: Path, key: str, value: Any) -> None:
     path = checkpoint / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    named = "rope_type='yarn'" if key == "rope_scaling" else f"{key}={value!r}"
-    with pytest.raises(ValueError, match=named):
+    named = f"rope_parameters={value!r}" if key == "rope_scaling" else f"{key}={value!r}"
+    with pytest.raises(ValueError, match=re.escape(named)):
         configured(checkpoint)
+
+
+def test_quantisation_that_the_operator_asks_for_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="weights quantised by fp8"):
+        configured(checkpoint, quantization="fp8")
 
 
 def test_an_engine_has_one_grammar_backend(checkpoint: Path) -> None:

@@ -14,7 +14,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_d2cache.compat import front_end
 from vllm_d2cache.engine.admission import check_request
-from vllm_d2cache.engine.config_hook import _known_quantisation, _refusals
+from vllm_d2cache.engine.config_hook import _refusals
 from vllm_d2cache.models.shape import TransformerShape
 from vllm_d2cache.requests.check import check_sampling_params
 
@@ -100,28 +100,14 @@ def test_sleep_mode_is_refused_at_start_up() -> None:
         structured_outputs_config=SimpleNamespace(backend="xgrammar"),
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=None, max_cudagraph_capture_size=None, mode=None),
         model_config=SimpleNamespace(
-            enable_sleep_mode=True, dtype="torch.bfloat16", logprobs_mode="raw_logprobs", quantization=None
+            enable_sleep_mode=True,
+            dtype="torch.bfloat16",
+            logprobs_mode="raw_logprobs",
+            quantization=None,
+            hf_config=SimpleNamespace(quantisation_problem=lambda method: None),
         ),
     )
     (reason,) = _refusals(config)
     assert reason.startswith("--enable-sleep-mode (")
     config.model_config.enable_sleep_mode = False
     assert _refusals(config) == []
-
-
-@pytest.mark.parametrize(
-    ("method", "weights", "known"),
-    [
-        (None, None, True),
-        ("compressed-tensors", {"type": "int", "num_bits": 8}, True),
-        ("compressed-tensors", {"type": "int", "num_bits": 4}, False),
-        ("compressed-tensors", {"type": "float", "num_bits": 8}, False),
-        ("compressed-tensors", None, False),
-        ("fp8", None, False),
-        ("awq", {"type": "int", "num_bits": 8}, False),
-    ],
-)
-def test_quantisation_that_was_never_tried_is_refused(method: str | None, weights: Any, known: bool) -> None:
-    groups = {} if weights is None else {"group_0": {"weights": weights}}
-    hf_config = SimpleNamespace(quantization_config={"config_groups": groups}) if method else SimpleNamespace()
-    assert _known_quantisation(SimpleNamespace(quantization=method, hf_config=hf_config)) is known

@@ -6,7 +6,7 @@ they touch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,24 @@ def register_config_class(model_type: str, cls: type) -> None:
     AutoConfig.register(model_type, cls, exist_ok=True)
     # Membership here is what makes vLLM ignore the checkpoint's auto_map.
     _CONFIG_REGISTRY[model_type] = cls
+
+
+def register_config_check(model_type: str, check: Callable[[Any], None]) -> None:
+    """Have vLLM call ``check`` with a configuration of this type before it computes anything from it.
+
+    By then it is what the operator makes of config.json: ``--hf-overrides`` have been applied.
+    """
+    from vllm.transformers_utils.model_arch_config_convertor import (
+        MODEL_ARCH_CONFIG_CONVERTORS,
+        ModelArchConfigConvertorBase,
+    )
+
+    class Checked(ModelArchConfigConvertorBase):
+        def convert(self, *args: Any, **kwargs: Any) -> Any:
+            check(self.hf_config)
+            return super().convert(*args, **kwargs)
+
+    MODEL_ARCH_CONFIG_CONVERTORS[model_type] = Checked
 
 
 def register_config_hook(architecture: str, hook: type) -> None:

@@ -51,12 +51,7 @@ class DiffusionConfigHook:
         if problem:
             raise RuntimeError(problem)
         cpu_runner.check()
-        unsupported = [*model_config.hf_config.unsupported(), *_mask_problems(model_config)]
-        if unsupported:
-            raise ValueError("this checkpoint is not supported by vllm-d2cache: " + "; ".join(unsupported))
-        unserved = model_config.hf_config.unserved()
-        if unserved is not None:
-            raise ValueError(f"vllm-d2cache cannot serve {unserved}")
+        _check_checkpoint(model_config)
         if model_config.original_max_model_len is None and model_config.max_model_len > DEFAULT_MAX_MODEL_LEN:
             logger.info(
                 "max_model_len is %d instead of the checkpoint's %d: a request's first step computes all of its "
@@ -92,11 +87,18 @@ class DiffusionConfigHook:
         _configure(vllm_config)
 
 
-def _mask_problems(model_config: ModelConfig) -> list[str]:
-    """Nothing, or what tokenizer_config.json says otherwise than config.json."""
-    found = model_file(model_config.tokenizer, "tokenizer_config.json", model_config.tokenizer_revision)
-    problem = model_config.hf_config.mask_contradiction(found)
-    return [] if problem is None else [problem]
+def _check_checkpoint(model_config: ModelConfig) -> None:
+    """Refuse what the network does not compute; vLLM asked before, where its type of configuration is one of ours."""
+    config = model_config.hf_config
+    if not hasattr(config, "supported_values"):  # another's: --hf-overrides may change the architecture alone
+        raise ValueError(f"vllm-d2cache cannot read a config.json with model_type={config.model_type!r}")
+    config.check()
+    tokenizer = model_file(model_config.tokenizer, "tokenizer_config.json", model_config.tokenizer_revision)
+    problem = config.mask_contradiction(tokenizer) or config.unserved_problem()
+    if problem is not None:
+        raise ValueError(problem)
+    for note in config.notes():
+        logger.info("config.json: %s", note)
 
 
 def _refusals(config: VllmConfig) -> list[str]:
@@ -124,9 +126,6 @@ def _refusals(config: VllmConfig) -> list[str]:
         "--enable-sleep-mode (K and V of running requests would be dropped while their canvases stay)": (
             config.model_config.enable_sleep_mode
         ),
-        f"weights quantised by {config.model_config.quantization} (tested is compressed-tensors with 8-bit integers)": (
-            not _known_quantisation(config.model_config)
-        ),
         f"--load-format {config.load_config.load_format} (damaged weights would not be noticed; supported: "
         f"{', '.join(LOAD_FORMATS)})": config.load_config.load_format not in LOAD_FORMATS,
         f"--kv-cache-dtype {config.cache_config.cache_dtype} (only the model's own dtype yet)": (
@@ -149,18 +148,8 @@ def _refusals(config: VllmConfig) -> list[str]:
         ),
         "VLLM_USE_V2_MODEL_RUNNER=0 (the plugin lives in Model Runner V2)": envs.VLLM_USE_V2_MODEL_RUNNER is False,
     }
-    return [reason for reason, present in checks.items() if present]
-
-
-def _known_quantisation(model_config: ModelConfig) -> bool:
-    """Whether the weights are unquantised or quantised in the one way that tests/e2e/test_quantised.py tries."""
-    if model_config.quantization is None:
-        return True
-    if model_config.quantization != "compressed-tensors":
-        return False
-    groups = getattr(model_config.hf_config, "quantization_config", {}).get("config_groups", {}).values()
-    weights = [group.get("weights") or {} for group in groups]
-    return bool(weights) and all(w.get("type") == "int" and w.get("num_bits") == 8 for w in weights)
+    quantised = config.model_config.hf_config.quantisation_problem(config.model_config.quantization)
+    return [*([quantised] if quantised else []), *(reason for reason, present in checks.items() if present)]
 
 
 def _generation_defaults(model_config: ModelConfig) -> dict[str, Any]:

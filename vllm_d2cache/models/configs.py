@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -10,37 +11,73 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from vllm_d2cache.canvas.traits import FamilyTraits
-from vllm_d2cache.models.families import FAMILIES
-from vllm_d2cache.models.mask_token import mask_contradiction
+from vllm_d2cache.models import config_rules
 from vllm_d2cache.models.shape import Mixture, TransformerShape
 
 
 class DiffusionLMConfig(PretrainedConfig):
-    """What the plugin asks of every family's configuration."""
+    """A config.json, under the names its family gives the keys; keys that nobody names are kept as attributes.
+
+    What it asks is judged by :meth:`unsupported`, not while it is read: ``--hf-overrides`` come in between.
+    """
 
     alias_of: ClassVar[type | None] = None
-    """The class that this one is under another model_type (see ``under``)."""
-
+    """The class that this one is under another model_type (see :meth:`under`)."""
+    defaults: ClassVar[dict[str, Any]] = {}
+    """Key of config.json -> its value where it is absent or null."""
+    required: ClassVar[tuple[str, ...]] = ()
+    """Keys of ``defaults`` that a file must name all the same, as published checkpoints differ in them."""
+    null_is_absent: ClassVar[bool] = True
+    """False: null for a key of ``defaults`` is refused."""
+    other_vocabularies: ClassVar[tuple[int, ...]] = ()
+    """Sizes, besides the default one, of vocabularies in which the family's own tokens are what they are."""
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Key of config.json -> the values the model class computes. Keys that are absent are not looked at."""
 
+    mask_token_id: Any  # None where config.json has none; refused by unsupported
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.spelled_twice = config_rules.spelled_twice(kwargs, self.attribute_map)
+        # Keys that would replace what this class is made of, or that transformers would act on.
+        fields = {field.name for field in dataclasses.fields(PretrainedConfig)}
+        own = {key for key in kwargs if hasattr(type(self), key) and key not in {*fields, "name_or_path"}}
+        acted_on = {*config_rules.ACTED_ON, *own} - config_rules.IGNORED
+        self.asked = {key: kwargs.pop(key) for key in acted_on & kwargs.keys()}
+        dtype = self.asked.get("dtype") or self.asked.get("torch_dtype")
+        judged = {key: kwargs[key] for key in kwargs if self.attribute_map.get(key, key) in config_rules.JUDGED}
+        super().__init__(
+            **{key: value for key, value in kwargs.items() if key not in {*judged, *config_rules.IGNORED}},
+            architectures=config_rules.names_of(self.asked.get("architectures")) or None,
+            dtype=config_rules.dtype_name(dtype),
+        )
+        for key, value in judged.items():
+            setattr(self, key, value)
+        rope, older = self.asked.pop("rope_parameters", None), self.asked.pop("rope_scaling", None)
+        self.rope_parameters = rope or older
+        if rope and older and rope != older:
+            self.asked["rope_scaling"] = older
+        if not self.null_is_absent:  # else settle does it
+            for key in [key for key in self.defaults if key not in {*kwargs, *config_rules.TOKENS}]:
+                if not (kwargs and key in self.required):
+                    setattr(self, key, self.defaults[key])
+        if "mask_token_id" not in kwargs:  # null is another thing: a checkpoint that has lost it
+            self.mask_token_id = self._own_token("mask_token_id")
+        if getattr(self, "eos_token_id", None) is None:
+            self.eos_token_id = self._own_token("eos_token_id")
+        self.settle()
+
+    def _own_token(self, key: str) -> Any:
+        """The family's, in its vocabularies; in any other it would be another token."""
+        known = (None, self.defaults.get("vocab_size"), *self.other_vocabularies)
+        return self.defaults.get(key) if getattr(self, "vocab_size", None) in known else None
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read config.json. Files of one family may have another's model_type: their architecture tells.
-
-        Raises:
-            ValueError: see ``check_fields``.
-        """
-        names = [name for name in config_dict.get("architectures") or () if isinstance(name, str) and name in FAMILIES]
-        owner = FAMILIES[names[0]].config_class() if names else cls
-        if owner not in (cls, cls.alias_of):
-            return owner.from_dict(config_dict, **kwargs)
-        cls.check_fields(config_dict)
+        """Read config.json. Files of one family may have another's model_type: their architecture tells."""
+        owner = config_rules.owner(config_dict.get("architectures"))
+        if owner is not None and owner.config_class() not in (cls, cls.alias_of):
+            return owner.config_class().from_dict(config_dict, **kwargs)
         return super().from_dict(config_dict, **kwargs)
-
-    @classmethod
-    def check_fields(cls, config_dict: dict[str, Any]) -> None:
-        """Where a family's files are checked field by field: raises ValueError for what no reader could take."""
 
     @classmethod
     @cache
@@ -52,22 +89,81 @@ class DiffusionLMConfig(PretrainedConfig):
         namespace = {"model_type": model_type, "alias_of": cls, "__init__": cls.__init__, "__module__": cls.__module__}
         return type(cls.__name__, (cls,), namespace)
 
+    def __repr__(self) -> str:
+        """Short: transformers' own writes out everything, and fails where values are not what it expects."""
+        return f"{type(self).__name__}(architectures={self.architectures!r})"
+
+    def standardize_rope_params(self) -> None:
+        """Nothing: transformers' own view of RoPE would come back under its names; see :meth:`settle`."""
+
+    def settle(self) -> None:
+        """Bring what was read, or overridden since, into one form: defaults, and RoPE's settings as plain keys."""
+        if self.null_is_absent:
+            for key, default in self.defaults.items():
+                if getattr(self, key, None) is None and key not in config_rules.TOKENS:
+                    setattr(self, key, default)
+        # Files written by newer versions of transformers hold theta and type in one entry.
+        named, refused = config_rules.read_rope(vars(self).pop("rope_parameters", None))
+        if refused is not None:
+            self.asked["rope_parameters"] = refused
+        for key, value in named.items():
+            setattr(self, key, value)
+        if getattr(self, "use_sliding_window", True) is False:
+            self.sliding_window = None  # it says how long a window would be; vLLM would have one
+
+    def check(self) -> None:
+        """Settle, and raise ValueError if anything is unsupported: the architecture included."""
+        self.settle()
+        problem = config_rules.architecture_problem(self.architectures, self.model_type)
+        if reasons := [problem] if problem else self.unsupported():
+            raise ValueError(config_rules.refusal(reasons))
+
     def unsupported(self) -> list[str]:
-        """Settings of the checkpoint that ask for something the model class does not do."""
+        """Settings that ask for something the model class does not do, or are none at all; empty if there are none.
+
+        Every reason names the key and its value as config.json, or the operator, has them.
+        """
+        values = dict(vars(self))
+        problem = self.quantisation_problem(config_rules.quantisation_method(values.get("quantization_config")))
+        reasons = [
+            *([problem] if problem else []),
+            *self.spelled_twice,
+            *config_rules.asked_problems(self.asked),
+            *config_rules.type_problems(values),
+            *config_rules.absent_problems(values, () if self.null_is_absent else self.defaults),
+        ]
+        if not reasons:  # some of these are worked out from others
+            values |= {key: getattr(self, key) for key in self.supported_values if hasattr(self, key)}
+        reasons += config_rules.choice_problems(values, self.supported_values)
+        if reasons:
+            return reasons
+        shape = self.shape()
         return [
-            f"{key}={getattr(self, key)!r} (supported: {', '.join(map(repr, values))})"
-            for key, values in self.supported_values.items()
-            if hasattr(self, key) and getattr(self, key) not in values
+            *config_rules.token_problems(values, shape.vocab_size),
+            *config_rules.shape_problems(shape),
+            *self.disagreements(),
         ]
 
-    def unserved(self) -> str | None:
-        """The architecture and why no checkpoint of it can be served yet; None if they are."""
-        named = [(name, FAMILIES[name].unserved) for name in self.architectures or () if name in FAMILIES]
-        return next((f"{name} yet: {reason}" for name, reason in named if reason is not None), None)
+    def disagreements(self) -> list[str]:
+        """Settings that are fine one by one, and that only this family has."""
+        return []
+
+    def quantisation_problem(self, method: str | None) -> str | None:
+        """Why weights quantised by ``method`` are refused, with the settings of config.json; None if they are not."""
+        return config_rules.quantisation_problem(method, getattr(self, "quantization_config", None))
+
+    def notes(self) -> list[str]:
+        """What is served otherwise than whoever made the checkpoint may expect; in the start's log and doctor's."""
+        return []
+
+    def unserved_problem(self) -> str | None:
+        """Why no checkpoint of this architecture can be served yet; None if they are."""
+        return config_rules.unserved_problem(self.architectures)
 
     def mask_contradiction(self, tokenizer_config: Mapping[str, Any]) -> str | None:
-        """What tokenizer_config.json says otherwise of the mask token, or None."""
-        return mask_contradiction(tokenizer_config, self.mask_token_id)
+        """What tokenizer_config.json says otherwise of the mask token, with the words of a refusal; or None."""
+        problem = config_rules.mask_contradiction(tokenizer_config, self.mask_token_id)
+        return None if problem is None else config_rules.refusal([problem])
 
     def traits(self) -> FamilyTraits:
         """What the decoding loop must know of the family."""
@@ -79,10 +175,7 @@ class DiffusionLMConfig(PretrainedConfig):
 
 
 class LLaDAConfig(DiffusionLMConfig):
-    """LLaDA's config.json (docs/methods/d2cache.md, section 9) under the names vLLM looks for.
-
-    Keys this class does not name are kept as attributes.
-    """
+    """LLaDA's config.json (docs/methods/d2cache.md, section 9) under the names vLLM looks for."""
 
     model_type = "llada"
     attribute_map: ClassVar[dict[str, str]] = {
@@ -93,6 +186,18 @@ class LLaDAConfig(DiffusionLMConfig):
         "intermediate_size": "mlp_hidden_size",
         "max_position_embeddings": "max_sequence_length",
         "tie_word_embeddings": "weight_tying",
+    }
+    defaults: ClassVar[dict[str, Any]] = {
+        "d_model": 4096,
+        "n_heads": 32,
+        "n_layers": 32,
+        "mlp_ratio": 4,
+        "max_sequence_length": 4096,
+        "vocab_size": 126464,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "mask_token_id": 126336,
+        "weight_tying": False,
     }
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
         "activation_type": ("silu",),
@@ -111,37 +216,24 @@ class LLaDAConfig(DiffusionLMConfig):
         "clip_qkv": (None,),
     }
 
-    def __init__(
-        self,
-        d_model: int = 4096,
-        n_heads: int = 32,
-        n_kv_heads: int | None = None,
-        n_layers: int = 32,
-        mlp_hidden_size: int | None = None,
-        mlp_ratio: int = 4,
-        max_sequence_length: int = 4096,
-        vocab_size: int = 126464,
-        embedding_size: int | None = None,
-        rms_norm_eps: float = 1e-5,
-        rope_theta: float = 500000.0,
-        mask_token_id: int = 126336,
-        weight_tying: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.d_model = d_model
-        self.n_heads = n_heads
-        self.n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        self.n_layers = n_layers
-        self.mlp_hidden_size = mlp_ratio * d_model if mlp_hidden_size is None else mlp_hidden_size
-        self.mlp_ratio = mlp_ratio
-        self.max_sequence_length = max_sequence_length
-        self.vocab_size = vocab_size
-        self.embedding_size = vocab_size if embedding_size is None else embedding_size
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        self.mask_token_id = mask_token_id
-        self.weight_tying = weight_tying
-        super().__init__(**{**kwargs, "tie_word_embeddings": weight_tying})
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.pop("tie_word_embeddings", None)  # the authors' code reads weight_tying alone
+        super().__init__(**kwargs)
+
+    def settle(self) -> None:
+        """As for all families; what null means for sizes that follow from others."""
+        super().settle()
+        for key, default in {
+            "n_kv_heads": self.n_heads,
+            "embedding_size": self.vocab_size,
+            "mlp_hidden_size": self._mlp_width(),
+        }.items():
+            if getattr(self, key, None) is None:
+                setattr(self, key, default)
+
+    def _mlp_width(self) -> Any:
+        sizes = (self.mlp_ratio, self.d_model)
+        return self.mlp_ratio * self.d_model if all(isinstance(size, int) for size in sizes) else None
 
     def traits(self) -> FamilyTraits:
         """A canvas slot reads the logits of its own position."""
@@ -166,36 +258,17 @@ class LLaDAConfig(DiffusionLMConfig):
 
 
 class HubConfig(DiffusionLMConfig):
-    """A config.json under transformers' own names. Keys a checkpoint lacks, or has as null, come from ``defaults``."""
+    """A config.json under transformers' own names."""
 
-    defaults: ClassVar[dict[str, Any]] = {}
-
+    # transformers gives a subclass without an __init__ of its own a generated one.
     def __init__(self, **kwargs: Any) -> None:
-        kwargs.pop("model_type", None)
-        given = {key: value for key, value in kwargs.items() if value is not None or key not in self.defaults}
-        settings = {**self.defaults, **given}
-        if settings.get("num_key_value_heads") is None:
-            settings["num_key_value_heads"] = settings["num_attention_heads"]
-        # Files written by newer versions of transformers hold theta and type in one entry.
-        scaling = settings.pop("rope_scaling", None)
-        rope = settings.pop("rope_parameters", None) or scaling or {}
-        settings["rope_theta"] = rope.get("rope_theta", settings["rope_theta"])
-        settings["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-        if "partial_rotary_factor" in rope:
-            settings["partial_rotary_factor"] = rope["partial_rotary_factor"]
-        super().__init__(**settings)
+        super().__init__(**kwargs)
 
-    def unsupported(self) -> list[str]:
-        """As for all families, and what ``--hf-overrides`` may have changed of RoPE after the file was read."""
-        rope = getattr(self, "rope_parameters", None)
-        rope = rope if isinstance(rope, dict) else {}
-        # vLLM puts "default" there where the file's own entry has been taken out: that is not the operator's word.
-        changed = rope.get("rope_type", rope.get("type", "default"))
-        problems = [] if changed == "default" else [f"rope_type={changed!r} (supported: 'default')"]
-        theta = rope.get("rope_theta", self.rope_theta)
-        if theta != self.rope_theta:
-            problems.append(f"rope_theta={self.rope_theta} but rope_parameters has {theta} (must agree)")
-        return [*super().unsupported(), *problems]
+    def settle(self) -> None:
+        """As for all families; null heads of keys and values are as many as all heads."""
+        super().settle()
+        if self.null_is_absent and getattr(self, "num_key_value_heads", None) is None:
+            self.num_key_value_heads = self.num_attention_heads
 
     def shape(self) -> TransformerShape:
         """What all families under these names have in common."""
@@ -241,7 +314,6 @@ class LLaDAMoEConfig(HubConfig):
         "attention_bias": (False,),
         "qk_layernorm": (True,),
         "partial_rotary_factor": (1, None),
-        "rope_type": ("default",),
         "norm_topk_prob": (False, None),
         "shared_expert_intermediate_size": (None, 0),
         "routed_scaling_factor": (1, None),
@@ -297,13 +369,17 @@ class DreamConfig(HubConfig):
         "hidden_act": ("silu",),
         "use_sliding_window": (False,),
         "use_mrope": (False,),
-        "rope_type": ("default",),
-        "partial_rotary_factor": (1, None),
     }
 
     # transformers gives a subclass without an __init__ of its own a generated one.
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+
+    def notes(self) -> list[str]:
+        """Variants that infill texts of any length mark where a mask may become more than one."""
+        if getattr(self, "expand_token_id", None) is None:
+            return []
+        return [f"expand_token_id={self.expand_token_id!r} has no effect: a canvas keeps its length"]
 
     def traits(self) -> FamilyTraits:
         """Made from an autoregressive model: a position predicts the token to its right."""
