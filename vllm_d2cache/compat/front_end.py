@@ -167,7 +167,7 @@ def _without_echoed_logprobs(request: Any, params: Any) -> Any:
     """vLLM takes ``echo`` for a wish to see the prompt's log-probabilities, in a chat even without ``logprobs``."""
     if not getattr(request, "echo", False) or params.prompt_logprobs is None or request.prompt_logprobs is not None:
         return params
-    if request.logprobs not in (None, False):
+    if request.logprobs is not None and request.logprobs is not False:  # 0 asks for them
         as_validation_error(_refuse_echo)
     params.prompt_logprobs = None
     return params
