@@ -68,9 +68,28 @@ def test_generation_config_is_mapped_and_the_operator_wins(checkpoint: Path) -> 
     assert options(configured(checkpoint, generation_config="vllm")) == {}
     overridden = configured(checkpoint, override_generation_config={"top_p": 0.5})
     assert options(overridden)["confidence_top_p"] == 0.5
-    # What the operator asks for himself is not dropped: requests are then refused by its name.
-    penalised = configured(checkpoint, override_generation_config={"min_p": 0.1})
-    assert penalised.model_config.get_diff_sampling_param()["min_p"] == 0.1
+    assert configured(checkpoint, override_generation_config={"min_p": 0.0, "alg": "entropy"})
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ({"temperature": 0.7, "min_p": 0.05}, r"min_p=0\.05 \(every request would be refused for it\)"),
+        ({"eos_token_id": 5}, r"eos_token_id=5 \(it would have no effect\)"),
+        ({"alg_temp": 0.5}, r"alg_temp=0\.5 \(commits are not drawn at random\)"),
+        ({"max_new_tokens": 0}, r"max_new_tokens=0 \(must be an integer >= 1\)"),
+        ({"top_p": "x"}, r"top_p='x' \(must be a number > 0 and <= 1\)"),
+    ],
+)
+def test_defaults_that_no_request_could_have_are_refused(checkpoint: Path, override: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"--override-generation-config {said}"):
+        configured(checkpoint, override_generation_config=override)
+
+
+def test_a_files_defaults_are_judged_too(checkpoint: Path) -> None:
+    (checkpoint / "generation_config.json").write_text(json.dumps({"top_p": 2, "min_p": 0.1, "eos_token_id": [1, 2]}))
+    with pytest.raises(ValueError, match=r"with: generation_config\.json top_p=2 \(must be .*<= 1\)$"):
+        configured(checkpoint)
 
 
 @pytest.mark.parametrize(

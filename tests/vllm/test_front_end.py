@@ -67,13 +67,21 @@ def test_defaults_are_ours_for_our_architectures_alone() -> None:
 def test_the_operators_defaults_win() -> None:
     front_end.install(OURS, CHECKS)
     config = model_config("LLaDAModelLM", temperature=0.7, max_new_tokens=64)
-    assert ModelConfig.get_diff_sampling_param(config) == {"max_tokens": 64, "temperature": 0.7}
+    defaults = ModelConfig.get_diff_sampling_param(config)
+    assert defaults == {"max_tokens": 64, "temperature": 0.7}
+    assert defaults.get("max_tokens") == defaults.cap == 64
+    plain = ModelConfig.get_diff_sampling_param(model_config("LLaDAModelLM"))
+    assert plain.get("max_tokens") is plain.cap is None, "nothing that vLLM would cut a canvas to"
 
 
 def test_protocol_patches_refuse_what_does_not_fit() -> None:
     front_end.install(OURS, CHECKS)
     defaults = ModelConfig.get_diff_sampling_param(model_config("LLaDAModelLM"))
-    assert CompletionRequest(prompt="x").max_tokens == 256
+    absent = CompletionRequest(prompt="x")
+    assert absent.max_tokens is None, "as in a chat"
+    with pytest.raises(VLLMValidationError, match="max_tokens: the default canvas of 256 positions does not fit"):
+        absent.to_sampling_params(99, defaults)
+    assert absent.to_sampling_params(300, defaults).max_tokens == absent.max_tokens == 256
     cases = [
         (CompletionRequest(prompt="x", max_tokens=100), "max_tokens"),
         (ChatCompletionRequest(messages=[], max_tokens=100), "max_tokens"),

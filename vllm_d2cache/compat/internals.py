@@ -6,6 +6,7 @@ they touch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from vllm_d2cache.options.request import SNAPSHOTS
+from vllm_d2cache.options.types import OptionError
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import ModelRunnerOutput
@@ -89,6 +91,35 @@ def model_file(model: str, name: str, revision: str | None) -> dict[str, Any]:
     from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
     return get_hf_file_to_dict(name, model, revision) or {}
+
+
+def loaded(path: str) -> Any:
+    """The class of that dotted name, None while its module is not loaded."""
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
+
+
+def as_validation_error(check: Callable[..., None], *args: Any) -> None:
+    """Let vLLM answer with HTTP 400 what ``check`` refuses."""
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        check(*args)
+    except OptionError as error:
+        raise VLLMValidationError(str(error), parameter=str(error).partition(":")[0]) from error
+
+
+def stop_at_pad(params: SamplingParams, hf_config: Any, tokenizer: Any) -> None:
+    """End a text at the tokenizer's pad token, as at another end-of-text token, where the family's models write it.
+
+    Nothing is changed where that is the end-of-text token itself, or where a request ignores it.
+    """
+    pad = getattr(hf_config if tokenizer is None else tokenizer, "pad_token_id", None)
+    if not getattr(hf_config, "pads_behind_text", False) or params.ignore_eos or pad in (None, hf_config.mask_token_id):
+        return
+    if pad not in params._all_stop_token_ids:
+        params._all_stop_token_ids.add(pad)
+        params.stop_token_ids = [*(params.stop_token_ids or ()), pad]
 
 
 def append_canvas(request: Request, mask_token_id: int, length: int) -> None:

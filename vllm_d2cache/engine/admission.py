@@ -17,6 +17,7 @@ from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.requests.asked import Asked
 from vllm_d2cache.requests.fit import check_fit, check_options_fit, check_room
 from vllm_d2cache.requests.resolve import server_options
+from vllm_d2cache.requests.satisfiable import check_satisfiable
 from vllm_d2cache.requests.schema import check_schema, without_spare_whitespace
 
 
@@ -57,6 +58,7 @@ def _check_grammar(wanted: Any, config: Any) -> None:
     """Refuse a grammar that its backend would read otherwise; takes spare whitespace out of structural tags."""
     if wanted.json is not None:
         check_schema(wanted.json, config.backend)
+    check_satisfiable(wanted, config.backend)
     if wanted.structural_tag is not None and config.backend == "xgrammar":
         # disable_any_whitespace, which the config hook sets, does not reach it.
         wanted.structural_tag = without_spare_whitespace(wanted.structural_tag)

@@ -18,7 +18,7 @@ from vllm_d2cache.options.request import SECTION
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.requests.fields import check_fields
 from vllm_d2cache.requests.fit import check_room
-from vllm_d2cache.requests.generation_defaults import read_generation_defaults
+from vllm_d2cache.requests.generation_defaults import default_problems, read_generation_defaults
 from vllm_d2cache.requests.resolve import parse_server_options
 
 if TYPE_CHECKING:
@@ -159,6 +159,9 @@ def _generation_defaults(model_config: ModelConfig) -> dict[str, Any]:
     if source != "vllm":
         directory = (model_config.hf_config_path or model_config.model) if source == "auto" else source
         raw = model_file(directory, "generation_config.json", model_config.revision)
+    problems = default_problems(raw, model_config.override_generation_config)
+    if problems:
+        raise ValueError("vllm-d2cache cannot serve this model with: " + "; ".join(problems))
     found = read_generation_defaults({**raw, **model_config.override_generation_config})
     if found.options:
         logger.info("Defaults from generation_config.json: %s", found.options)

@@ -34,6 +34,8 @@ class DiffusionLMConfig(PretrainedConfig):
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Key of config.json -> the values the model class computes. Keys that are absent are not looked at."""
 
+    pads_behind_text: ClassVar[bool] = False
+    """Models of the family write the tokenizer's pad token behind the end of a text, or in its place."""
     mask_token_id: Any  # None where config.json has none; refused by unsupported
 
     def __init__(self, **kwargs: Any) -> None:
@@ -370,6 +372,8 @@ class DreamConfig(HubConfig):
         "use_sliding_window": (False,),
         "use_mrope": (False,),
     }
+
+    pads_behind_text = True
 
     # transformers gives a subclass without an __init__ of its own a generated one.
     def __init__(self, **kwargs: Any) -> None:

@@ -14,16 +14,26 @@ from vllm_d2cache.requests.asked import HOLE
 LONGEST_LIST = 1024
 
 
-def check_room(field: str, asked: int, room: int) -> None:
-    """Refuse a canvas of ``asked`` positions where ``room`` are left behind the prompt; ``field`` asked for it.
+def check_room(field: str, asked: int, room: int, default: bool = False, cap: int | None = None) -> None:
+    """Refuse a canvas of ``asked`` positions where ``room`` are left for it; ``field`` asks for it, or could.
+
+    Args:
+        default: the request says nothing: ``asked`` is the server's default.
+        cap: the longest canvas that the operator allows; None = no such limit.
 
     Raises:
         OptionError: names the field and the valid values.
     """
-    if asked > room:
-        raise OptionError(
-            f"{field}: a canvas of {asked} positions does not fit behind this prompt; valid values are 1 to {room}"
-        )
+    if asked <= room:
+        return
+    if room < 1:
+        raise OptionError(f"{field}: the prompt leaves no room for a canvas; shorten it by at least {1 - room} tokens")
+    what = f"the default canvas of {asked}" if default else f"a canvas of {asked}"
+    if cap is not None and room == cap:
+        limit = f"is longer than the operator's max_new_tokens; valid values are 1 to {room}"
+    else:
+        limit = f"does not fit behind this prompt; valid values are 1 to {room}"
+    raise OptionError(f"{field}: {what} positions {limit}")
 
 
 def check_options_fit(options: RequestOptions, canvas_length: int, room: int, given: bool) -> None:
