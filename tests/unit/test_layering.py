@@ -55,7 +55,14 @@ PURE = (
 # Of the folders that import vLLM, modules that do not, and are tested in seconds.
 PURE_MODULES = (
     *("engine.admission", "engine.memory_plan", "engine.startup_log", "engine.weight_check"),
-    *("models.block_configs", "models.config_rules", "models.configs", "models.families", "models.shape"),
+    *(
+        "models.base_configs",
+        "models.block_configs",
+        "models.config_rules",
+        "models.configs",
+        "models.families",
+        "models.shape",
+    ),
     *("models.tensor_rules", "registration"),
 )
 TYPED_ONLY = ("engine.startup_log",)  # vLLM's types, for the checker alone

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from vllm_d2cache.canvas.traits import FamilyTraits
-from vllm_d2cache.models.configs import HubConfig
+from vllm_d2cache.models.base_configs import HubConfig
 from vllm_d2cache.models.shape import Mixture, TransformerShape
 
 # Whatever word a file has for the block length.

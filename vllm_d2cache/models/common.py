@@ -27,7 +27,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm_d2cache.engine.attention_backend import D2CacheAttentionBackend
 from vllm_d2cache.engine.weight_check import finite_weights
 from vllm_d2cache.mechanisms.partial_forward import PartialForward
-from vllm_d2cache.models.configs import DiffusionLMConfig
+from vllm_d2cache.models.base_configs import DiffusionLMConfig
 from vllm_d2cache.models.experts import SparseMLP
 from vllm_d2cache.models.mlp import GatedMLP
 from vllm_d2cache.models.shape import TransformerShape
