@@ -36,7 +36,7 @@ def _register(architecture: str, family: Family) -> None:
     others = [name for name in family.other_types if name not in {f.model_type for f in FAMILIES.values()}]
     for model_type in (family.model_type, *others):
         register_config_class(model_type, config.under(model_type))
-        register_config_check(model_type, config.check)
+        register_config_check(model_type, config.check, config.scaled_positions)
         if family.chat_template is not None:
             register_chat_template(model_type, family.chat_template)
     ModelRegistry.register_model(architecture, family.model)

@@ -61,6 +61,7 @@ PURE_MODULES = (
         "models.config_rules",
         "models.configs",
         "models.families",
+        "models.rope",
         "models.shape",
     ),
     *("models.tensor_rules", "registration"),

@@ -44,9 +44,11 @@ def problems(model: Path) -> list[str]:
 
 AUTO_MAP = {"auto_map": {"AutoConfig": "configuration_foo.FooConfig", "AutoModel": "modeling_foo.FooModel"}}
 FILES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "linear": ("llada", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_parameters={'type': 'linear'"),
-    "ntk": ("llada", {"rope_parameters": {"rope_type": "ntk", "factor": 4}}, "rope_parameters={'rope_type': 'ntk'"),
-    "yarn": ("dream", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters={'rope_type': 'yarn'"),
+    "linear": ("llada", {"rope_scaling": {"type": "linear"}}, "rope_parameters.factor=None (must be a number of at"),
+    "ntk": ("llada", {"rope_parameters": {"rope_type": "ntk", "factor": 0.5}}, "rope_parameters.factor=0.5 (must be a"),
+    "yarn": ("dream", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "alpha": 1}},
+             "rope_parameters.alpha=1 (no setting of yarn; it has factor, original_max_position_embeddings, "),
+    "dynamic": ("llada", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_parameters={'type': 'dynamic'"),
     "mrope": ("dream", {"rope_scaling": {"type": "mrope"}}, "rope_parameters={'type': 'mrope'}"),
     "no object": ("dream", {"rope_scaling": [4]}, "rope_parameters=[4]"),
     "theta": ("llada", {"rope_theta": "10000"}, "rope_theta='10000' (must be a number above 0)"),
@@ -56,9 +58,8 @@ FILES: dict[str, tuple[str, dict[str, Any], str]] = {
     "no mask": ("dream", {"mask_token_id": ...}, "mask_token_id=None (config.json must name it"),
     "other mask": ("dream", {"mask_token_id": 384}, "mask_token_id=384 (not in the vocabulary"),
     "null vocabulary": ("llada", {"vocab_size": None}, "an embedding of 384 rows for a vocabulary of 126464"),
-    "gptq": ("llada", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "weights quantised by gptq"),
-    "fp8": ("dream", {"quantization_config": {"quant_method": "fp8"}}, "weights quantised by fp8"),
-    "bnb": ("llada", {"quantization_config": {"quant_method": "bitsandbytes"}}, "weights quantised by bitsandbytes"),
+    "quip": ("llada", {"quantization_config": {"quant_method": "quip"}}, "weights quantised by quip (supported: compr"),
+    "no method": ("dream", {"quantization_config": {}}, "weights quantised by None (supported: compressed-tensors, "),
     "quantised how": ("llada", {"quantization_config": "gptq"}, "weights quantised by 'gptq'"),
     "dtype": ("llada", {"torch_dtype": "int4"}, "torch_dtype='int4' (must be bfloat16, float16, float32)"),
     "nobody's": ("llada", {"architectures": ["FooDiffusion"], "model_type": "foo", **AUTO_MAP},
@@ -109,8 +110,8 @@ def test_both_accept_it(family: str, changes: dict[str, Any], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("family", "overrides", "said"),
     [
-        ("llada", {"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "rope_parameters={'rope_type': 'yarn'"),
-        ("dream", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "rope_parameters={'rope_type': 'linear'"),
+        ("llada", {"rope_parameters": {"rope_type": "yarn", "factor": "8"}}, "rope_parameters.factor='8'"),
+        ("dream", {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "rope_parameters={'rope_type': 'dynamic'"),
         ("dream", {"rope_parameters": {"factor": 8.0}}, "rope_parameters={'factor': 8.0}"),
         ("llada", {"rope_theta": "x"}, "rope_theta='x'"),
         ("llada", {"n_heads": 3}, "3 attention heads do not divide"),

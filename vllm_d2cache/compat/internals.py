@@ -49,10 +49,11 @@ def register_config_class(model_type: str, cls: type) -> None:
     _CONFIG_REGISTRY[model_type] = cls
 
 
-def register_config_check(model_type: str, check: Callable[[Any], None]) -> None:
+def register_config_check(model_type: str, check: Callable[[Any], None], longest: Callable[[Any], int | None]) -> None:
     """Have vLLM call ``check`` with a configuration of this type before it computes anything from it.
 
-    By then it is what the operator makes of config.json: ``--hf-overrides`` have been applied.
+    By then it is what the operator makes of config.json: ``--hf-overrides`` have been applied. ``longest`` is asked how
+    many positions a checked one has by its RoPE's scaling, of which vLLM's releases make different things; None: none.
     """
     from vllm.transformers_utils.model_arch_config_convertor import (
         MODEL_ARCH_CONFIG_CONVERTORS,
@@ -63,6 +64,11 @@ def register_config_check(model_type: str, check: Callable[[Any], None]) -> None
         def convert(self, *args: Any, **kwargs: Any) -> Any:
             check(self.hf_config)
             return super().convert(*args, **kwargs)
+
+        def derive_max_model_len_and_key(self) -> tuple[float, str | None]:
+            found, key = super().derive_max_model_len_and_key()
+            scaled = longest(self.hf_config)
+            return (found, key) if scaled is None else (scaled, key)
 
     MODEL_ARCH_CONFIG_CONVERTORS[model_type] = Checked
 

@@ -17,6 +17,7 @@ from vllm_d2cache.models.config_rules import (
     refusal,
     unserved_problem,
 )
+from vllm_d2cache.models.quantisation import method_of
 from vllm_d2cache.models.tensor_rules import REDUNDANT, missing_modules, missing_problem, tensor_problem
 
 # What a tokenizer can be made of: each group of files will do.
@@ -85,11 +86,12 @@ def _settings(config: Any, given: dict[str, Any]) -> Iterator[Finding]:
     if reasons:
         yield _problem("settings", refusal(reasons))
         return
-    layers, longest = config.num_hidden_layers, config.max_position_embeddings
+    layers, longest = config.num_hidden_layers, config.shape().longest
     yield _ok("settings", f"{layers} layers, width {config.hidden_size}, at most {longest} positions")
     where = "" if "mask_token_id" in given else "; not in config.json: the family's own"
     yield _ok("mask token", f"id {config.mask_token_id}{where}")
-    yield from (_note("settings", text) for text in config.notes())
+    quantised = config.quantisation_note(method_of(getattr(config, "quantization_config", None)))
+    yield from (_note("settings", text) for text in (*config.notes(), *([quantised] if quantised else [])))
 
 
 def _weights(directory: Path, memory: int | None, given: dict[str, Any], config: Any) -> Iterator[Finding]:

@@ -31,7 +31,8 @@ SCHEDULER = "vllm_d2cache.engine.scheduler.D2CacheScheduler"
 # Those that hand a checkpoint's tensors to the model class, which looks for NaN among them; the others fill vLLM's own
 # layers past it.
 LOAD_FORMATS = (
-    *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt", "runai_streamer"),
+    *("auto", "bitsandbytes", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt"),
+    "runai_streamer",
     "dummy",  # no checkpoint at all
 )
 # The engines of structured output that are tested.
@@ -73,6 +74,9 @@ class DiffusionConfigHook:
         reasons = _refusals(vllm_config)
         if reasons:
             raise ValueError("vllm-d2cache cannot serve this model with: " + "; ".join(reasons))
+        model = vllm_config.model_config
+        if note := model.hf_config.quantisation_note(model.quantization):
+            logger.info("vllm-d2cache: %s", note)
         additional = vllm_config.additional_config
         section = additional.get(SECTION) if isinstance(additional, dict) else None
         options = parse_server_options(section)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from vllm_d2cache.canvas.traits import FamilyTraits
-from vllm_d2cache.models import config_rules
+from vllm_d2cache.models import config_rules, quantisation, rope
 from vllm_d2cache.models.shape import TransformerShape
 
 
@@ -33,8 +33,11 @@ class DiffusionLMConfig(PretrainedConfig):
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Key of config.json -> the values the model class computes. Keys that are absent are not looked at."""
 
+    scales_rope: ClassVar[bool] = False
+    """Rotations for more positions than the model was trained on are computed (rope.py)."""
     pads_behind_text: ClassVar[bool] = False
     """Models of the family write the tokenizer's pad token behind the end of a text, or in its place."""
+    scaled_rope: Any = None  # rope_parameters of a file that asks for more than a rope_theta
     mask_token_id: Any  # None where config.json has none; refused by unsupported
 
     def __init__(self, **kwargs: Any) -> None:
@@ -53,9 +56,9 @@ class DiffusionLMConfig(PretrainedConfig):
         )
         for key, value in judged.items():
             setattr(self, key, value)
-        rope, older = self.asked.pop("rope_parameters", None), self.asked.pop("rope_scaling", None)
-        self.rope_parameters = rope or older
-        if rope and older and rope != older:
+        newer, older = self.asked.pop("rope_parameters", None), self.asked.pop("rope_scaling", None)
+        self.rope_parameters = newer or older or self.asked.pop("scaled_rope", None)
+        if newer and older and newer != older:
             self.asked["rope_scaling"] = older
         if not self.null_is_absent:  # else settle does it
             for key in [key for key in self.defaults if key not in {*kwargs, *config_rules.TOKENS}]:
@@ -104,9 +107,13 @@ class DiffusionLMConfig(PretrainedConfig):
                 if getattr(self, key, None) is None and key not in config_rules.TOKENS:
                     setattr(self, key, default)
         # Files written by newer versions of transformers hold theta and type in one entry.
-        named, refused = config_rules.read_rope(vars(self).pop("rope_parameters", None))
-        if refused is not None:
-            self.asked["rope_parameters"] = refused
+        entry = vars(self).pop("rope_parameters", None)
+        named, more = config_rules.read_rope(entry)
+        if entry:  # not what vLLM or transformers would look for: they would act on it
+            is_scaled = self.scales_rope and isinstance(more, Mapping) and rope.kind_of(more) in rope.KINDS
+            self.scaled_rope = more if is_scaled else None
+            if more is not None and not is_scaled:
+                self.asked["rope_parameters"] = more
         for key, value in named.items():
             setattr(self, key, value)
         if getattr(self, "use_sliding_window", True) is False:
@@ -125,11 +132,11 @@ class DiffusionLMConfig(PretrainedConfig):
         Every reason names the key and its value as config.json, or the operator, has them.
         """
         values = dict(vars(self))
-        problem = self.quantisation_problem(config_rules.quantisation_method(values.get("quantization_config")))
+        problem = self.quantisation_problem(quantisation.method_of(values.get("quantization_config")))
         reasons = [
             *([problem] if problem else []),
             *self.spelled_twice,
-            *config_rules.asked_problems(self.asked),
+            *config_rules.asked_problems(self.asked, rope.KINDS if self.scales_rope else ()),
             *config_rules.type_problems(values),
             *config_rules.absent_problems(values, () if self.null_is_absent else self.defaults),
         ]
@@ -138,6 +145,10 @@ class DiffusionLMConfig(PretrainedConfig):
         reasons += config_rules.choice_problems(values, self.supported_values)
         if reasons:
             return reasons
+        if self.scaled_rope is not None:
+            trained: int = self.max_position_embeddings  # noqa: B009: attribute_map knows the name
+            if reasons := list(rope.problems(self.scaled_rope, trained)):
+                return reasons
         shape = self.shape()
         return [
             *config_rules.token_problems(values, shape.vocab_size),
@@ -151,7 +162,11 @@ class DiffusionLMConfig(PretrainedConfig):
 
     def quantisation_problem(self, method: str | None) -> str | None:
         """Why weights quantised by ``method`` are refused, with the settings of config.json; None if they are not."""
-        return config_rules.quantisation_problem(method, getattr(self, "quantization_config", None))
+        return quantisation.problem(method, getattr(self, "quantization_config", None))
+
+    def quantisation_note(self, method: str | None) -> str | None:
+        """What an operator should know of weights quantised by ``method``; None if nothing."""
+        return quantisation.note(method, getattr(self, "quantization_config", None))
 
     def notes(self) -> list[str]:
         """What is served otherwise than whoever made the checkpoint may expect; in the start's log and doctor's."""
@@ -165,6 +180,14 @@ class DiffusionLMConfig(PretrainedConfig):
         """What tokenizer_config.json says otherwise of the mask token, with the words of a refusal; or None."""
         problem = config_rules.mask_contradiction(tokenizer_config, self.mask_token_id)
         return None if problem is None else config_rules.refusal([problem])
+
+    def rope_scaling_of(self, trained: int) -> rope.RopeScaling | None:
+        """How positions beyond the ``trained`` ones are rotated; None if there are none."""
+        return None if self.scaled_rope is None else rope.read(self.scaled_rope, trained)
+
+    def scaled_positions(self) -> int | None:
+        """Positions of a file that asks for more than the model was trained on; None of any other."""
+        return None if self.scaled_rope is None else self.shape().longest
 
     def traits(self) -> FamilyTraits:
         """What the decoding loop must know of the family."""
@@ -202,5 +225,6 @@ class HubConfig(DiffusionLMConfig):
             norm_eps=self.rms_norm_eps,
             rope_theta=self.rope_theta,
             tied_head=self.tie_word_embeddings,
+            rope_scaling=self.rope_scaling_of(self.max_position_embeddings),
             head_dim=getattr(self, "head_dim", None),
         )

@@ -71,11 +71,14 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(head_size, eps=shape.norm_eps) if shape.qk_norm else None
         self.rope_in_fp32 = shape.rope_in_fp32
         rotary_dim = head_size if shape.rotary_dim is None else shape.rotary_dim
+        positions, scaled = shape.max_positions, {"rope_type": "default"}
+        if shape.rope_scaling is not None:
+            positions, scaled = shape.rope_scaling.for_vllm()
         self.rotary_emb = get_rope(
             head_size,
-            max_position=shape.max_positions,
+            max_position=positions,
             rope_parameters={
-                "rope_type": "default",
+                **scaled,
                 "rope_theta": shape.rope_theta,
                 "partial_rotary_factor": rotary_dim / head_size,
             },

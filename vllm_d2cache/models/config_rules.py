@@ -42,7 +42,7 @@ JUDGED = frozenset(
 # Keys of config.json that transformers would act on while it reads the file, or that vLLM must not see as they are.
 ACTED_ON = frozenset({
     "architectures", "dtype", "is_encoder_decoder", "per_layer_config", "rope_parameters", "rope_scaling",
-    "torch_dtype",
+    "scaled_rope", "torch_dtype",
 })  # fmt: skip
 # Keys that say nothing of the network: of classifiers, and switches of transformers' own implementation.
 IGNORED = frozenset({
@@ -103,8 +103,12 @@ def dtype_name(value: object) -> str | None:
     return name if name in DTYPES else None
 
 
-def asked_problems(asked: Mapping[str, Any]) -> Iterator[str]:
-    """Keys of ACTED_ON with values that are not computed, and keys that are no settings at all."""
+def asked_problems(asked: Mapping[str, Any], scaled: tuple[str, ...] = ()) -> Iterator[str]:
+    """Keys of ACTED_ON with values that are not computed, and keys that are no settings at all.
+
+    Args:
+        scaled: the kinds of RoPE that the family computes besides the plain one.
+    """
     for key, value in asked.items():
         if value is None or key == "architectures":
             continue
@@ -114,7 +118,7 @@ def asked_problems(asked: Mapping[str, Any]) -> Iterator[str]:
         elif key == "rope_scaling":
             yield f"{key}={value!r} (but there are rope_parameters, which say something else)"
         elif key == "rope_parameters":
-            yield f"{key}={value!r} (supported: rope_type 'default' with a rope_theta; scaled RoPE is not computed)"
+            yield f"{key}={value!r} (supported: rope_type {', '.join(map(repr, ('default', *scaled)))})"
         elif key == "is_encoder_decoder":
             if value is not False:
                 yield f"{key}={value!r} (supported: False)"
@@ -122,34 +126,9 @@ def asked_problems(asked: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}={value!r} (no setting of these models)"
 
 
-def quantisation_problem(method: object, settings: object) -> str | None:
-    """Why weights quantised like this are refused; None if they are not quantised, or in the one way that is tested.
-
-    Args:
-        method: vLLM's name of it, or None.
-        settings: the quantization_config of config.json.
-    """
-    if method is None:
-        return None
-    if method == "compressed-tensors" and isinstance(settings, Mapping):
-        groups = settings.get("config_groups")
-        groups = list(groups.values()) if isinstance(groups, Mapping) else []
-        weights = [(group.get("weights") if isinstance(group, Mapping) else None) or {} for group in groups]
-        if weights and all(w.get("type") == "int" and w.get("num_bits") == 8 for w in weights):
-            return None
-    return f"weights quantised by {method} (tested is compressed-tensors with 8-bit integers)"
-
-
 def refusal(reasons: list[str]) -> str:
     """What the start says where there are any."""
     return "this checkpoint is not supported by vllm-d2cache: " + "; ".join(reasons)
-
-
-def quantisation_method(settings: object) -> str | None:
-    """The method that a quantization_config names; None without one."""
-    if settings is None:
-        return None
-    return str(settings.get("quant_method")) if isinstance(settings, Mapping) else f"{settings!r}"
 
 
 def type_problems(values: Mapping[str, Any]) -> Iterator[str]:

@@ -14,6 +14,7 @@ class LLaDAConfig(DiffusionLMConfig):
     """LLaDA's config.json (docs/methods/d2cache.md, section 9) under the names vLLM looks for."""
 
     model_type = "llada"
+    scales_rope = True
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "num_attention_heads": "n_heads",
@@ -90,6 +91,7 @@ class LLaDAConfig(DiffusionLMConfig):
             rope_theta=self.rope_theta,
             rope_in_fp32=True,
             tied_head=self.weight_tying,
+            rope_scaling=self.rope_scaling_of(self.max_sequence_length),
         )
 
 
@@ -176,6 +178,7 @@ class DreamConfig(HubConfig):
         "use_mrope": (False,),
     }
 
+    scales_rope = True
     pads_behind_text = True
 
     # transformers gives a subclass without an __init__ of its own a generated one.

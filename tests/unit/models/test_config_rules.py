@@ -14,7 +14,7 @@ from tests.reference.blocks import BLOCK_ORACLE
 from tests.reference.llada_moe import CONFIG as MOE
 from tests.reference.oracle import ORACLE
 from vllm_d2cache.doctor import model_directory
-from vllm_d2cache.models.config_rules import quantisation_problem, read_rope
+from vllm_d2cache.models.config_rules import read_rope
 from vllm_d2cache.models.families import FAMILIES
 
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -80,26 +80,33 @@ def test_what_cannot_be_computed_is_refused_by_name(architecture: str, changes: 
     assert any(reason.startswith(said) for reason in reasons), reasons
 
 
-@pytest.mark.parametrize("architecture", ALL)
+OTHER_ROPE = [
+    {"rope_type": "dynamic", "factor": 1.0},
+    {"rope_type": "longrope", "factor": 4.0, "long_factor": [1.0], "short_factor": [1.0]},
+    {"rope_type": "default", "factor": 4.0},
+    {"rope_type": "default", "type": "yarn"},
+    {"factor": 4.0},
+    {"rope_type": ["default"]},
+    {"mrope_section": [1, 2, 3]},
+    "linear",
+    [4.0],
+]
+SCALED_ROPE = [{"type": "linear", "factor": 4.0}, {"rope_type": "ntk", "factor": 4}, {"rope_type": "yarn", "factor": 2}]
+SCALES = [name for name in ALL if FAMILIES[name].config_class().scales_rope]
+
+
 @pytest.mark.parametrize(
-    "entry",
+    ("architecture", "entry"),
     [
-        {"type": "linear", "factor": 4.0},
-        {"rope_type": "ntk", "factor": 4.0},
-        {"rope_type": "dynamic", "factor": 1.0},
-        {"rope_type": "default", "factor": 4.0},
-        {"rope_type": "default", "type": "yarn"},
-        {"factor": 4.0},
-        {"rope_type": ["default"]},
-        {"mrope_section": [1, 2, 3]},
-        "linear",
-        [4.0],
+        *((name, entry) for name in ALL for entry in OTHER_ROPE),
+        *((name, entry) for name in ALL if name not in SCALES for entry in SCALED_ROPE),
     ],
 )
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
-def test_scaled_rope_is_refused_by_every_family(architecture: str, entry: Any, key: str) -> None:
+def test_rope_that_a_family_does_not_compute_is_refused(architecture: str, entry: Any, key: str) -> None:
     (reason,) = unsupported(architecture, **{key: entry})
-    assert reason.startswith(f"rope_parameters={entry!r} (supported: rope_type 'default'")
+    kinds = "'default', 'linear', 'ntk', 'yarn'" if architecture in SCALES else "'default'"
+    assert reason == f"rope_parameters={entry!r} (supported: rope_type {kinds})"
 
 
 def test_rope_in_both_places() -> None:
@@ -179,28 +186,6 @@ def test_infilling_of_any_length_is_noted() -> None:
     config = FAMILIES["DreamModel"].config_class().from_dict({**PUBLISHED["DreamModel"], "expand_token_id": 3})
     assert config.unsupported() == []
     assert config.notes() == ["expand_token_id=3 has no effect: a canvas keeps its length"]
-
-
-@pytest.mark.parametrize(
-    ("method", "weights", "known"),
-    [
-        (None, None, True),
-        ("compressed-tensors", {"type": "int", "num_bits": 8}, True),
-        ("compressed-tensors", {"type": "int", "num_bits": 4}, False),
-        ("compressed-tensors", {"type": "float", "num_bits": 8}, False),
-        ("compressed-tensors", None, False),
-        ("fp8", None, False),
-        ("awq", {"type": "int", "num_bits": 8}, False),
-    ],
-)
-def test_quantisation_that_was_never_tried_is_refused(method: str | None, weights: Any, known: bool) -> None:
-    groups = {} if weights is None else {"group_0": {"weights": weights}}
-    assert (quantisation_problem(method, {"config_groups": groups}) is None) is known
-
-
-@pytest.mark.parametrize("settings", [None, 3, {}, {"config_groups": 3}, {"config_groups": {"g": 3}}])
-def test_quantisation_that_makes_no_sense_is_refused(settings: Any) -> None:
-    assert quantisation_problem("compressed-tensors", settings)
 
 
 # --- whatever a file holds ------------------------------------------------------------------------------------------
