@@ -71,6 +71,17 @@ def check_resources(launch: Launch) -> None:
     assert launch.grid[0] < 1 << 31 and all(n < 1 << 16 for n in launch.grid[1:]), launch.name
 
 
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_attention_of_rows_that_end_at_different_keys(shape: Shape) -> None:
+    batch = make_batch([33, 40, 5], [40, 400, 20], shape, CPU)
+    layout = replace(batch.layout, limits=torch.ones(78, dtype=torch.int32))
+    with launches() as found:
+        attention.paged_attention(batch.query, batch.cache, layout, 0.1, batch.query.clone(), batch.maps([False] * 3))
+    assert {launch.name for launch in found} == {"_attention_kernel"}
+    for launch in found:
+        check_resources(launch)
+
+
 @pytest.mark.parametrize("parts", [False, True], ids=["all-keys", "some-keys"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_maps_and_rollout(shape: Shape, parts: bool) -> None:

@@ -196,20 +196,20 @@ def _patch_beam_search(cls: Any, checks: FieldChecks) -> None:
 
 
 def install_beam_search_check(architectures: frozenset[str], checks: FieldChecks) -> None:
-    """Wrap ``LLM.beam_search`` where it is loaded; idempotent. Called from the config hook."""
+    """Wrap ``LLM.beam_search`` where it is loaded, once, for these and those of earlier calls. By the config hook."""
     # Why, and remove when: as for the requests.
     cls = getattr(sys.modules.get("vllm.entrypoints.generate.beam_search.offline"), "BeamSearchOfflineMixin", None)
-    if cls is None or hasattr(cls.beam_search, _MARK):
+    if cls is None or _widened(cls.beam_search, architectures):
         return
-    original = cls.beam_search
+    original, ours = cls.beam_search, set(architectures)
 
     @functools.wraps(original)
     def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not architectures.isdisjoint(self.model_config.architectures):
+        if not ours.isdisjoint(self.model_config.architectures):
             as_validation_error(checks.fields, {"use_beam_search": True}, {"use_beam_search": False}, {})
         return original(self, *args, **kwargs)
 
-    setattr(beam_search, _MARK, True)
+    setattr(beam_search, _MARK, ours)
     cls.beam_search = beam_search
 
 
@@ -225,15 +225,18 @@ def _check_fields(request: Any, checks: FieldChecks) -> None:
 
 
 def install_request_check(architectures: frozenset[str], check: Callable[[Any, Any], None]) -> None:
-    """Wrap ``InputProcessor.process_inputs``; idempotent. Called from the config hook, in the front end alone."""
+    """Wrap ``InputProcessor.process_inputs``, once, for these and those of earlier calls.
+
+    Called from the config hook, in the front end alone. A process may have models of several families in turn.
+    """
     # Without it: LLM.generate accepts a canvas that does not fit; text models just stop at max_model_len, but a canvas
     # has its length from the start; and options that do not go with the server's fail in the scheduler, which ends the
     # engine. No hook: validators see sampling parameters without the prompt and without the configuration. Remove
     # when: a validator sees all of them.
     from vllm.v1.engine.input_processor import InputProcessor
 
-    original = InputProcessor.process_inputs
-    if hasattr(original, _MARK):
+    original, ours = InputProcessor.process_inputs, set(architectures)
+    if _widened(original, architectures):
         return
 
     @functools.wraps(original)
@@ -242,11 +245,20 @@ def install_request_check(architectures: frozenset[str], check: Callable[[Any, A
             return prepared
         request = original(self, *args, **kwargs)
         params = request.sampling_params
-        if params is not None and not architectures.isdisjoint(self.model_config.architectures):
+        if params is not None and not ours.isdisjoint(self.model_config.architectures):
             stop_at_pad(params, self.model_config.hf_config, getattr(self, "tokenizer", None))
             as_validation_error(check, request, self.vllm_config)
             as_validation_error(snapshot_stream.check_listener, params.extra_args)
         return request
 
-    setattr(process_inputs, _MARK, True)
+    setattr(process_inputs, _MARK, ours)
     InputProcessor.process_inputs = process_inputs
+
+
+def _widened(wrapped: Any, architectures: frozenset[str]) -> bool:
+    """Whether it is wrapped already; from now on it is for these architectures, too."""
+    ours: set[str] | None = getattr(wrapped, _MARK, None)
+    if ours is None:
+        return False
+    ours |= architectures
+    return True

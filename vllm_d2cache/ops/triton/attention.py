@@ -33,6 +33,7 @@ def _attention_kernel(
     slots,  # [N] int64, -1 = padding row
     key_positions,  # flat int32
     key_starts,  # [R] int64 into key_positions, -1 = key j is position j
+    limits,  # [N] int32, a row attends to positions before this one
     num_requests,
     scale,  # times log2(e)
     stride_qn,
@@ -53,6 +54,7 @@ def _attention_kernel(
     DOT: tl.constexpr,
     WRITE_OUTPUT: tl.constexpr,  # False: log-sum-exp alone
     HAS_KEYS: tl.constexpr,  # some request attends to a part of its positions
+    HAS_LIMITS: tl.constexpr,  # rows end at different keys; not with HAS_KEYS
 ):
     rows_per_tile: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(1).to(tl.int64)  # a head's pages may lie more than 2^31 numbers behind the first's
@@ -78,6 +80,11 @@ def _attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # A tile of padding rows alone reads no key.
     end = tl.where(tl.max(live.to(tl.int32), 0) > 0, length, 0)
+    if HAS_LIMITS:
+        limit = tl.load(limits + row, mask=live, other=length)
+        # No key behind the last row's: it may never have been written.
+        length = tl.minimum(length, tl.max(tl.where(live, limit, 0), 0))
+        end = length
     for start in range(0, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         in_text = j < length
@@ -89,7 +96,10 @@ def _attention_kernel(
         at = block * stride_kb + kv_head * stride_kh + (j % BLOCK_SIZE) * stride_kn
         k = tl.load(kv_cache + at[None, :] + d[:, None], mask=in_text[None, :] & in_head[:, None], other=0.0).to(DOT)
         s = tl.dot(q, k, input_precision="ieee") * scale
-        s = tl.where(in_text[None, :], s, float("-inf"))
+        seen = in_text[None, :]
+        if HAS_LIMITS:
+            seen = seen & (j[None, :] < limit[:, None])
+        s = tl.where(seen, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
@@ -213,6 +223,7 @@ def attend(
     assert out.stride(2) == 1
     grid = (num_tiles(num_rows, len(layout.counts), pairs // group), kv_heads)
     visible = layout.visible_keys
+    assert visible is None or layout.limits is None
     _attention_kernel[grid](
         query,
         out,
@@ -224,6 +235,7 @@ def attend(
         layout.slots,
         layout.text_lengths if visible is None else visible.positions,
         layout.text_lengths if visible is None else visible.starts,
+        layout.text_lengths if layout.limits is None else layout.limits,
         len(layout.counts),
         scale * _LOG2_E,
         *query.stride()[:2],
@@ -240,6 +252,7 @@ def attend(
         DOT=dot_type(query.dtype),
         WRITE_OUTPUT=output is not None,
         HAS_KEYS=visible is not None,
+        HAS_LIMITS=layout.limits is not None,
         # Tiles of K and V in flight; in fp32 three of them exceed the shared memory of many cards.
         num_stages=2 if query.dtype == torch.float32 else 3,
     )
@@ -263,6 +276,7 @@ def attention_maps(
     kv_heads, block_size = kv_cache.shape[1:3]
     if num_rows == 0 or not maps.plan.elements:
         return
+    assert layout.limits is None
     rows, keys = tile or tile_shape(query.dtype)
     grid = (num_tiles(num_rows, len(layout.counts), rows), triton.cdiv(max(layout.lengths), keys))
     _map_kernel[grid](
