@@ -15,6 +15,7 @@ import torch
 from tests.triton.hopper import ARCHITECTURES, TARGETS, Launch, launches
 from tests.triton.model_kernels import MODELS, every_kernel, row_params
 from tests.triton.paged import Shape, make_batch
+from tests.triton.step_launches import KERNELS, step_kernels
 from vllm_d2cache.ops.rollout import LayerRecord
 from vllm_d2cache.ops.row_stats import RowParams
 from vllm_d2cache.ops.triton import attention, density, packing, pages, rollout, row_stats
@@ -157,3 +158,20 @@ def test_no_register_spills_in_bf16(model: str, architecture: int) -> None:
     for launch in found:
         assert launch.local_memory == 0, launch.name
         assert launch.shared_memory <= SHARED_MEMORY, launch.name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_outside_the_layers_spill_nothing(architecture: int) -> None:
+    found = step_kernels(target=TARGETS[architecture])
+    assert {launch.name for launch in found} == KERNELS
+    for launch in {launch.kernel.hash: launch for launch in found}.values():
+        assert launch.architecture == architecture
+        assert launch.local_memory == 0, launch.name
+        assert launch.shared_memory <= SHARED_MEMORY, launch.name
+
+
+def test_no_kernel_outside_the_layers_is_compiled_again_for_another_batch() -> None:
+    first = {launch.kernel.hash for launch in step_kernels()}
+    for rows, prompt, canvas in ((1, 1, 1), (2, 15, 16), (8, 33, 33), (4, 1024, 1024)):
+        for launch in step_kernels(rows, prompt, canvas):
+            assert launch.kernel.hash in first, launch.name

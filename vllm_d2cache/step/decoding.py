@@ -21,8 +21,9 @@ from vllm_d2cache.decoders.scores import ranking_score
 from vllm_d2cache.mechanisms.base import Finding, Worker
 from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.ops.host import upload
-from vllm_d2cache.ops.random import uniform
+from vllm_d2cache.ops.row_sampling import sampling_of_nobody, sampling_of_rows
 from vllm_d2cache.ops.row_stats import RowParams, RowStats, row_stats, token_probability
+from vllm_d2cache.ops.step_rows import spread
 from vllm_d2cache.options.request import SCORES
 from vllm_d2cache.step.constraints import Constraints
 
@@ -43,6 +44,14 @@ class Part(NamedTuple):
     members: list[int]  # rows of the batch
     chosen: torch.Tensor | None  # the same [m] int64 on the device
     mine: torch.Tensor | None  # [n] bool, predicted slots that are of these
+
+
+class Choice(NamedTuple):
+    """What was predicted, by canvas slot; 0 where nothing was."""
+
+    score: torch.Tensor  # [R, G] float32, the ranking statistic without prior
+    token: torch.Tensor  # [R, G] int32
+    entropy: torch.Tensor | None  # [R, G] float32, nats
 
 
 class Decoding:
@@ -124,45 +133,46 @@ class Decoding:
 
     def _row_params(self, rows: StepRows, who: torch.Tensor, slot: torch.Tensor) -> RowParams:
         """Sampling parameters of the rows of canvas slots ``slot`` of requests ``who``."""
-        slots = rows.view.slots[who]
-        temperature, top_p, top_k = self.canvas.sampling[slots].unbind(1)
         requests = self._requests(rows.slots)
         samples = any(r.sampling.temperature > 0 for r in requests)
-        draw = None
-        if samples:
-            position = rows.view.prompt_len[who] + slot
-            draw = uniform(self.canvas.seed[slots], self.canvas.step[slots], position)
         filters = any(
             r.options.confidence_top_p < 1
             or (r.sampling.temperature > 0 and (r.sampling.top_p < 1 or r.sampling.top_k > 0))
             for r in requests
         )
+        canvas, view = self.canvas, rows.view
+        if samples or filters:
+            seeds = (canvas.seed, canvas.step) if samples else None
+            found = sampling_of_rows(who, slot, view.slots, view.prompt_len, canvas.sampling, seeds)
+        else:
+            found = sampling_of_nobody(canvas.device)
         edits = self.constraints.of_slots(rows, who, slot)
-        return RowParams(temperature, top_p, top_k.long(), draw, samples, filters, edits)
+        return RowParams(*found, samples, filters, edits)
 
     def choose(
         self, rows: StepRows, parts: Sequence[Part], stats: RowStats, found: tuple[Finding, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor, Commits]:
-        """Scores [R, G] of the predicted slots without the prior, predicted tokens [R, G] int32, and the commits."""
+    ) -> tuple[Choice, Commits]:
+        """What the decoders choose from, and what they choose."""
         view, (who, _) = rows.view, rows.predicted_index
-        flat = ranking_score(stats, view.options.score[who])
+        flat = ranking_score(stats, view.options.score, who)
         for decoder, _, _, mine in parts:
-            changed = decoder.rescore(stats, flat, view.slots[who])
+            changed = decoder.rescore(stats, flat, view.slots, who)
             flat = changed if mine is None else torch.where(mine, changed, flat)
-        score, token = rows.by_slot(flat), rows.by_slot(stats.token.int())
+        score, token, entropy = spread(rows.predicted, rows.place, flat, stats.token, stats.entropy)
         step = DecoderStep(
             view,
             rows.candidates,
             token,
             self._with_prior(score, rows),
             least_commits(view, self.canvas.traits.step_schedule),
-            None if stats.entropy is None else rows.by_slot(stats.entropy),
+            entropy,
             found,
         )
+        seen = Choice(score, token, entropy)
         if len(parts) == 1:
-            return score, token, parts[0].decoder.choose(step)
+            return seen, parts[0].decoder.choose(step)
         chosen = [(part.chosen, part.decoder.choose(step.select(part.chosen))) for part in parts]  # type: ignore[arg-type]
-        return score, token, _together(chosen, view.masked, token)
+        return seen, _together(chosen, view.masked, token)
 
     def _with_prior(self, score: torch.Tensor, rows: StepRows) -> torch.Tensor:
         """Score times certainty density where a request asks for the prior.
@@ -172,8 +182,7 @@ class Decoding:
         view = rows.view
         if "sigma" not in view.used:
             return score
-        known = ~view.masked & view.in_canvas
-        return score * certainty_density(known, view.canvas_len, view.options.sigma)
+        return score * certainty_density(view.masked, view.canvas_len, view.options.sigma, masks=True)
 
     def _requests(self, slots: Sequence[int]) -> list[Request]:
         return [self.canvas.requests[s] for s in slots]

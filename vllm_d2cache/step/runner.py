@@ -147,20 +147,20 @@ class StepRunner:
         results = (hook.result(rows.view.num_positions) for hook in step.hooks)
         found = tuple(result for result in results if result is not None)
 
-        score, token, commits = self.decoding.choose(rows, parts, stats, found)
-        token = token if commits.token is None else commits.token
-        view = self.canvas.commit(rows.view, commits.slots, token, commits.revoked)
+        predicted, commits = self.decoding.choose(rows, parts, stats, found)
+        token = predicted.token if commits.token is None else commits.token
+        view, changes = self.canvas.commit(rows.view, commits.slots, token, commits.revoked)
         outcome = StepOutcome(
             commits.slots,
             rows.predicted,
-            score,
+            predicted.score,
             rows.view.window_start,
             rows.view.step == 0,
-            rows.by_slot(stats.entropy) if want_entropy and stats.entropy is not None else None,
+            predicted.entropy if want_entropy else None,
             found,
         )
         self.planning.next(view, outcome, rows.slots)
-        provisional = self.decoding.provisional(rows.slots)
-        result = self.canvas.emit(view, commits.slots, commits.revoked, provisional)
-        self.counters.add(rows, step.hooks, commits.slots)
+        tokens, num_tokens = self.canvas.emit(view, self.decoding.provisional(rows.slots))
+        result = StepResult(tokens, num_tokens, commits.slots, view.masked, commits.revoked, changes)
+        self.counters.add(rows, step.hooks, changes)
         return Closed(rows, stats, result, self.logprobs.record(rows, result, hidden, lm_head))

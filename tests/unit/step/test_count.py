@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.count.__main__ import SETTINGS, measure, release
+from vllm_d2cache.canvas.view import OptionColumns
+from vllm_d2cache.ops import texts
 
 ROOT = Path(__file__).parents[3]
 COUNTED = json.loads((ROOT / "benchmarks" / "results" / "count.json").read_text())
@@ -37,3 +39,9 @@ def test_the_document_shows_the_figures_of_the_command() -> None:
     shown = [line for line in section.splitlines() if line.startswith("|")]
     assert len(shown) > 2
     assert set(shown) <= printed
+
+
+def test_tables_have_the_columns_that_kernels_read_by_number() -> None:
+    assert OptionColumns._fields == texts.OPTIONS
+    assert set(texts.FLOATS) < set(texts.OPTIONS)
+    assert texts.INTEGERS[5:] == ("window", "tokens_per_step", "score", "steps", "longest_run")

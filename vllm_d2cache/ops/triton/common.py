@@ -9,6 +9,9 @@ import triton.language as tl
 # Triton's interpreter runs kernels on CPU tensors with NumPy (TRITON_INTERPRET=1 before Triton is imported).
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
+# Columns of a line that a program looks at at a time, where it walks along the line.
+STRETCH = 1024
+
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -27,6 +30,11 @@ def tile_shape(dtype: torch.dtype) -> tuple[int, int]:
     (tests/triton/test_compiles_for_hopper.py). Not measured on a GPU yet; benchmarks/gpu times other sizes.
     """
     return (16, 16) if dtype == torch.float32 else (32, 64)
+
+
+def as_bytes(flags: torch.Tensor) -> torch.Tensor:
+    """Bools as a kernel sees them, without gaps."""
+    return flags.contiguous().view(torch.uint8)
 
 
 @triton.jit
