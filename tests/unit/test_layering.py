@@ -61,6 +61,7 @@ PURE_MODULES = (
         "models.config_rules",
         "models.configs",
         "models.families",
+        "models.quantisation",
         "models.rope",
         "models.shape",
     ),

@@ -143,7 +143,6 @@ def test_an_engine_has_one_grammar_backend(checkpoint: Path) -> None:
     ("settings", "named"),
     [
         ({"pipeline_parallel_size": 2}, "pipeline-parallel-size"),
-        ({"enable_lora": True}, "enable-lora"),
         ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype"),
         ({"load_format": "sharded_state"}, r"--load-format sharded_state \(damaged weights would not be noticed"),
         ({"structured_outputs_config": {"backend": "outlines"}}, "structured output backend outlines"),

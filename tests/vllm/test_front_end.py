@@ -116,6 +116,7 @@ def admitted(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> tuple[SimpleName
         scheduler_config=SimpleNamespace(policy="fcfs"),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
         additional_config={},
+        lora_config=None,
     )
     return request, SimpleNamespace(model_config=model, vllm_config=engine)
 
@@ -173,7 +174,7 @@ def test_wino_needs_room_and_a_canvas_of_holes(monkeypatch: pytest.MonkeyPatch) 
 def test_a_grammar_does_not_wait_for_reasoning(monkeypatch: pytest.MonkeyPatch) -> None:
     grammar = StructuredOutputsParams(regex="a+")
     request, processor = admitted(monkeypatch, params={"structured_outputs": grammar})
-    config = SimpleNamespace(reasoning_parser="", enable_in_reasoning=False)
+    config = SimpleNamespace(reasoning_parser="", enable_in_reasoning=False, backend="xgrammar")
     processor.vllm_config.structured_outputs_config = config
     assert InputProcessor.process_inputs(processor) is request
     config.reasoning_parser = "qwen3"
@@ -202,7 +203,9 @@ def test_json_is_what_the_backend_makes_of_it(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_decoder_of_a_grammar_may_be_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     request, processor = admitted(monkeypatch, params={"structured_outputs": StructuredOutputsParams(regex="a+")})
-    processor.vllm_config.structured_outputs_config = SimpleNamespace(reasoning_parser="", enable_in_reasoning=False)
+    processor.vllm_config.structured_outputs_config = SimpleNamespace(
+        reasoning_parser="", enable_in_reasoning=False, backend="xgrammar"
+    )
     processor.vllm_config.additional_config = {"d2cache": {"decoder": "eb"}}
     with pytest.raises(VLLMValidationError, match=r"d2cache_decoder: with structured output.* got 'eb'"):
         InputProcessor.process_inputs(processor)

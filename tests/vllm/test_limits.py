@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_d2cache.compat import front_end
 from vllm_d2cache.engine.admission import check_request
 from vllm_d2cache.engine.config_hook import _refusals
-from vllm_d2cache.models.shape import TransformerShape
+from vllm_d2cache.models.shape import Mixture, TransformerShape
 from vllm_d2cache.requests.check import check_sampling_params
 
 pytestmark = pytest.mark.vllm
@@ -52,6 +53,7 @@ def admit(monkeypatch: pytest.MonkeyPatch, canvas: int, additional: Any) -> Any:
     )
     config = SimpleNamespace(
         additional_config=additional,
+        lora_config=None,
         scheduler_config=SimpleNamespace(policy="fcfs"),
         model_config=model,
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
@@ -111,3 +113,8 @@ def test_sleep_mode_is_refused_at_start_up() -> None:
     assert reason.startswith("--enable-sleep-mode (")
     config.model_config.enable_sleep_mode = False
     assert _refusals(config) == []
+    config.lora_config, config.model_config.hf_config.shape = object(), lambda: SHAPE
+    assert _refusals(config) == []
+    config.model_config.hf_config.shape = lambda: replace(SHAPE, mixture=Mixture(4, 2, 16))
+    (reason,) = _refusals(config)
+    assert reason.startswith("--enable-lora (")

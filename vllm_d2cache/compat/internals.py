@@ -7,7 +7,7 @@ they touch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from vllm_d2cache.options.types import OptionError
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
+    from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import ModelRunnerOutput
@@ -194,19 +195,45 @@ def take_snapshot(output: EngineCoreOutput) -> dict[str, Any] | None:
     return None if params is None else params.get(SNAPSHOTS)
 
 
+# Before what are no names of adapters; none of those can begin so.
+_OURS = "\0d2cache/"
+
+
 def attach_totals(stats: SchedulerStats, totals: Mapping[tuple[str, str], int]) -> None:
     """Send totals by (policy, name) to the front ends.
 
-    They travel in the counts of running LoRA adapters, which are empty: the config hook refuses LoRA. No field of the
-    statistics is free, and a field more would not survive the way between the processes.
+    They travel in the counts of running LoRA adapters, which the front end fills in behind us and :func:`take_totals`
+    leaves to vLLM. No field of the statistics is free, and one more would not survive the way between the processes.
     """
-    stats.running_lora_adapters.update({f"{policy}/{name}": value for (policy, name), value in totals.items()})
+    stats.running_lora_adapters.update({f"{_OURS}{policy}/{name}": value for (policy, name), value in totals.items()})
 
 
 def take_totals(stats: SchedulerStats) -> dict[tuple[str, str], int]:
-    """What :func:`attach_totals` sent; read once for each logger."""
+    """What :func:`attach_totals` sent, taken out: vLLM's own logger, which comes later, sees adapters alone."""
+    carried = stats.running_lora_adapters
+    found = {key: carried.pop(key) for key in list(carried) if key.startswith(_OURS)}
     return {
         (policy, name): value
-        for key, value in stats.running_lora_adapters.items()
-        for policy, _, name in [key.partition("/")]
+        for key, value in found.items()
+        for policy, _, name in [key.removeprefix(_OURS).partition("/")]
     }
+
+
+def adapter_of(new_request: NewRequestData) -> int:
+    """The number of a new request's LoRA adapter, 0 for none."""
+    return 0 if new_request.lora_request is None else int(new_request.lora_request.lora_int_id)
+
+
+def set_row_adapters(model: Any, requests: Sequence[int], rows: Sequence[int]) -> None:
+    """Tell vLLM's LoRA layers whose rows the next forward pass has.
+
+    vLLM's runner has told them of the rows that it reserved; the adapters themselves are in place by then.
+
+    Args:
+        requests: the adapter of each request of the batch, 0 for none.
+        rows: the same of each row.
+    """
+    from vllm.lora.layers import LoRAMapping
+
+    # is_prefill as the runner sets it: requests have any number of rows.
+    model.lora_manager.set_adapter_mapping(LoRAMapping(tuple(rows), tuple(requests), is_prefill=True))

@@ -15,7 +15,7 @@ from typing import Any
 from vllm_d2cache.engine.memory_plan import check_memory
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.requests.asked import Asked
-from vllm_d2cache.requests.fit import check_fit, check_options_fit, check_room
+from vllm_d2cache.requests.fit import check_adapters_fit, check_fit, check_options_fit, check_room
 from vllm_d2cache.requests.resolve import server_options
 from vllm_d2cache.requests.satisfiable import check_satisfiable
 from vllm_d2cache.requests.schema import check_schema, without_spare_whitespace
@@ -40,6 +40,8 @@ def check_request(request: Any, config: Any) -> None:
     check_room("max_tokens", params.max_tokens, room)
     server.check_canvas_length(params.max_tokens)
     options = asked.options(server)
+    if config.lora_config is not None:
+        check_adapters_fit(options)
     check_options_fit(options, params.max_tokens, room, bool(asked.canvas))
     check_fit(params, asked.canvas, model.get_vocab_size(), model.hf_config.mask_token_id)
     check_memory(options, server, config, len(request.prompt_token_ids), params.max_tokens)

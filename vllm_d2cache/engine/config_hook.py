@@ -126,7 +126,9 @@ def _refusals(config: VllmConfig) -> list[str]:
             config.kv_transfer_config is not None
         ),
         "--speculative-config (every step decodes anywhere already)": config.speculative_config is not None,
-        "--enable-lora (not supported yet)": config.lora_config is not None,
+        "--enable-lora (adapters of mixtures of experts are not tried)": (
+            config.lora_config is not None and config.model_config.hf_config.shape().mixture is not None
+        ),
         "--enable-sleep-mode (K and V of running requests would be dropped while their canvases stay)": (
             config.model_config.enable_sleep_mode
         ),
@@ -243,6 +245,7 @@ def _without_graphs(config: VllmConfig, options: ServerOptions) -> dict[str, int
         "-cc.cudagraph_mode=none": config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE and not ours,
         "-O0: nothing is made faster at the cost of the start": config.optimization_level == OptimizationLevel.O0,
         f"attention_backend {backend} reads the batch on the host": backend != "triton",
+        "--enable-lora: graphs know no adapters": config.lora_config is not None,
         "--data-parallel-size > 1: the ranks agree on every step": config.parallel_config.data_parallel_size > 1,
     }
     found = [reason for reason, present in reasons.items() if present]

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
 from vllm_d2cache.engine.attention_backend import D2CacheAttentionBackend
@@ -243,7 +244,7 @@ class ModelStep:
         self.head_in_sampler, self.partial_forward, self.replay = False, None, None
 
 
-class DiffusionLM(nn.Module):
+class DiffusionLM(nn.Module, SupportsLoRA):
     """A masked diffusion language model; subclasses name the tensors of their checkpoints."""
 
     hf_to_vllm_mapper: ClassVar[WeightsMapper]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_d2cache.decoders.registry import DECODER_CLASSES
+from vllm_d2cache.mechanisms.base import ROWS
 from vllm_d2cache.options.request import CANVAS, PREFIX, RequestOptions
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.policies.budget import extra_rows
+from vllm_d2cache.policies.registry import POLICY_CLASSES
 from vllm_d2cache.requests.asked import HOLE
 
 # Entries a request may list; the tables of all running requests are as wide as the longest list.
@@ -63,6 +65,20 @@ def check_options_fit(options: RequestOptions, canvas_length: int, room: int, gi
         raise OptionError(
             f"{PREFIX}steps: must be a multiple of {windows}, the windows of {window} positions in a canvas of "
             f"{canvas_length}, got {options.steps}"
+        )
+
+
+def check_adapters_fit(options: RequestOptions) -> None:
+    """Refuse what a server with adapters cannot do, for requests without one too: they may share a batch.
+
+    Raises:
+        OptionError: the policy has layers leave rows out; vLLM's adapters are told the rows of a step, not of a layer.
+    """
+    policy = POLICY_CLASSES[options.policy]
+    if ROWS in policy.takes().union(*(use.takes for use in policy.uses)):
+        raise OptionError(
+            f"{PREFIX}policy: {options.policy!r} leaves rows out of layers, which adapters do not follow; on a server "
+            "with --enable-lora choose another"
         )
 
 
