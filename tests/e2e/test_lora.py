@@ -137,7 +137,7 @@ def test_base_and_adapters_in_one_batch_give_what_each_gives_alone(engine: Engin
 
 @pytest.mark.parametrize("policy", ["dllm_cache", "spa", "es"])
 def test_policies_whose_layers_leave_rows_out_are_refused(engine: Engine, policy: str) -> None:
-    with pytest.raises(
-        ValueError, match=f"d2cache_policy: '{policy}' leaves rows out of layers, which adapters do not"
-    ):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match=f"d2cache_policy: '{policy}' leaves rows out of layers, which ad"):
         run(engine, [(list(range(9)), 16, {"policy": policy}, None)])

@@ -7,7 +7,7 @@ they touch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ from vllm_d2cache.options.types import OptionError
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
-    from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import ModelRunnerOutput
@@ -217,23 +216,3 @@ def take_totals(stats: SchedulerStats) -> dict[tuple[str, str], int]:
         for key, value in found.items()
         for policy, _, name in [key.removeprefix(_OURS).partition("/")]
     }
-
-
-def adapter_of(new_request: NewRequestData) -> int:
-    """The number of a new request's LoRA adapter, 0 for none."""
-    return 0 if new_request.lora_request is None else int(new_request.lora_request.lora_int_id)
-
-
-def set_row_adapters(model: Any, requests: Sequence[int], rows: Sequence[int]) -> None:
-    """Tell vLLM's LoRA layers whose rows the next forward pass has.
-
-    vLLM's runner has told them of the rows that it reserved; the adapters themselves are in place by then.
-
-    Args:
-        requests: the adapter of each request of the batch, 0 for none.
-        rows: the same of each row.
-    """
-    from vllm.lora.layers import LoRAMapping
-
-    # is_prefill as the runner sets it: requests have any number of rows.
-    model.lora_manager.set_adapter_mapping(LoRAMapping(tuple(rows), tuple(requests), is_prefill=True))

@@ -22,8 +22,9 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.rows import StepRows
+from vllm_d2cache.compat.adapters import adapter_of, leave_base_rows_alone, set_row_adapters
 from vllm_d2cache.compat.grammars import Grammars
-from vllm_d2cache.compat.internals import adapter_of, set_logits_rows, set_row_adapters, settle_request_state
+from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
 from vllm_d2cache.engine.attention_backend import D2CacheMetadata, attention_shape
 from vllm_d2cache.engine.cuda_graphs import record_graphs
 from vllm_d2cache.engine.memory_plan import Rehearsal, plan_memory
@@ -66,7 +67,10 @@ class D2CacheModelState(ModelState):
         self.rehearsal = Rehearsal(plan_memory(vllm_config, self.options), device)
         self.watched: set[int] = set()  # slots of requests that want snapshots
         self._slots: dict[str, int] = {}
-        self._adapters: dict[int, int] | None = {} if vllm_config.lora_config is not None else None  # by slot; 0 = none
+        self._adapters: dict[int, int] | None = None  # of each slot, 0 for none; on a server with adapters
+        if vllm_config.lora_config is not None:
+            self._adapters = {}
+            leave_base_rows_alone(model)
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
         self._grammars: Grammars | None = None  # made for the first request that has one
         wants_graphs = self.options.graph_rows > 0 and not vllm_config.model_config.enforce_eager

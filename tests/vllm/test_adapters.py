@@ -1,14 +1,19 @@
-"""Adapters name modules as their checkpoint does: vLLM must find ours by these names."""
+"""Adapters: vLLM finds our modules by the checkpoint's names, and rows without one are left alone."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.models import supports_lora
 
 from tests.reference.oracle import ORACLE
+from vllm_d2cache.compat.adapters import leave_base_rows_alone, set_row_adapters
 
 pytestmark = pytest.mark.vllm
 
@@ -48,3 +53,45 @@ def test_every_module_of_an_adapter_is_found(family: str, load: Any) -> None:
             assert name == (module if part is None else f"{parent}.{part}")
         assert module in ours
         assert part is None or part in model.packed_modules_mapping[last]
+
+
+PLACES = [7, 3]  # the adapters in vLLM's two places
+
+
+def layers() -> tuple[Any, PunicaWrapperCPU]:
+    """A model with adapters, as far as we look at it, and what applies them."""
+    wrapper = PunicaWrapperCPU(16, 4, "cpu")
+    manager = SimpleNamespace(
+        punica_wrapper_mapping={"language_model": wrapper},
+        set_adapter_mapping=lambda mapping: wrapper.update_metadata(mapping, PLACES, 3, 100),
+    )
+    return SimpleNamespace(lora_manager=manager), wrapper
+
+
+def added(wrapper: PunicaWrapperCPU, rows: int) -> torch.Tensor:
+    """[rows, 5] what adapters of ones, and of twos in the second place, add to a layer's output."""
+    low = torch.stack([torch.ones(1, 2, 4), torch.full((1, 2, 4), 2.0)])
+    high = torch.stack([torch.ones(1, 5, 2), torch.full((1, 5, 2), 2.0)])
+    out, between = torch.zeros(rows, 5), torch.zeros(1, rows, 2)
+    wrapper.add_shrink(between, torch.ones(rows, 4), (low,), 1.0)
+    wrapper.add_expand(out, between, (high,), (5,), add_inputs=True)
+    return out
+
+
+def test_rows_without_an_adapter_are_left_alone() -> None:
+    model, wrapper = layers()
+    leave_base_rows_alone(model)
+    leave_base_rows_alone(model)
+    set_row_adapters(model, [0, 7, 3, 0], [0, 0, 7, 3, 3, 0])
+    assert added(wrapper, 6)[:, 0].tolist() == [0, 0, 8, 32, 32, 0]
+    set_row_adapters(model, [0, 0], [0, 0, 0])
+    assert added(wrapper, 3).count_nonzero() == 0
+    set_row_adapters(model, [7], [7])
+    assert added(wrapper, 1)[0].tolist() == [8] * 5
+
+
+def test_vllm_still_needs_the_patch() -> None:
+    """Fails when the layers for CPUs leave such rows alone themselves, so that the patch can go."""
+    _, wrapper = layers()
+    wrapper.update_metadata(LoRAMapping((0, 7), (0, 7), is_prefill=True), PLACES, 3, 100)
+    assert added(wrapper, 2)[:, 0].tolist() == [32, 8]
