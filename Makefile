@@ -48,7 +48,8 @@ properties: env  ## the long ones of these: property tests and many runs (minute
 	$(pytest) -n auto tests/unit tests/ops -m "(hypothesis or slow) and not vllm and not gpu"
 
 engine: env  ## tests inside vLLM, and end to end in an engine and a server (many minutes)
-	$(pytest) tests/vllm tests/e2e
+	$(pytest) -n auto --dist loadfile tests/vllm
+	$(pytest) tests/e2e
 
 kernels: env  ## Triton kernels against their PyTorch twins in Triton's interpreter, and compiled for an H100 (minutes)
 	TRITON_INTERPRET=1 $(pytest) -n auto tests/triton --deselect tests/triton/test_compiles_for_hopper.py

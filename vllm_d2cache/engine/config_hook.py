@@ -134,7 +134,7 @@ def _refusals(config: VllmConfig) -> list[str]:
         ),
         f"--load-format {config.load_config.load_format} (damaged weights would not be noticed; supported: "
         f"{', '.join(LOAD_FORMATS)})": config.load_config.load_format not in LOAD_FORMATS,
-        f"--kv-cache-dtype {config.cache_config.cache_dtype} (only the model's own dtype yet)": (
+        f"--kv-cache-dtype {config.cache_config.cache_dtype} (attention reads pages of the model's own dtype)": (
             config.cache_config.cache_dtype not in ("auto", str(config.model_config.dtype).removeprefix("torch."))
         ),
         "--cudagraph-capture-sizes, --max-cudagraph-capture-size (refresh steps have graphs of their own sizes: set "
