@@ -13,6 +13,7 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.models import supports_lora
 
 from tests.reference.oracle import ORACLE
+from tests.vllm.front_end_server import TINY, front_end
 from vllm_d2cache.compat.adapters import leave_base_rows_alone, set_row_adapters
 
 pytestmark = pytest.mark.vllm
@@ -95,3 +96,18 @@ def test_vllm_still_needs_the_patch() -> None:
     _, wrapper = layers()
     wrapper.update_metadata(LoRAMapping((0, 7), (0, 7), is_prefill=True), PLACES, 3, 100)
     assert added(wrapper, 2)[:, 0].tolist() == [32, 8]
+
+
+def test_a_server_hands_the_adapter_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with front_end(monkeypatch, TINY, "--enable-lora", "--lora-modules", "mine=/an/adapter") as server:
+        base = {"prompt": "a", "max_tokens": 8}
+        for stream in (False, True):
+            assert server.post("/v1/completions", {**base, "model": "mine", "stream": stream}).status_code == 200
+            assert server.core.requests[-1].lora_request.lora_name == "mine"
+            assert server.post("/v1/completions", {**base, "stream": stream}).status_code == 200
+            assert server.core.requests[-1].lora_request is None
+            for model in ("mine", TINY):
+                body = {**base, "model": model, "stream": stream, "vllm_xargs": {"d2cache_policy": "dllm_cache"}}
+                refused = server.post("/v1/completions", body)
+                assert refused.status_code == 400
+                assert "d2cache_policy: 'dllm_cache' leaves rows out" in refused.json()["error"]["message"]

@@ -10,9 +10,9 @@ The kinds are vLLM's. With base b, rotated elements d and factor s, pair i turns
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -112,4 +112,4 @@ def read(entry: Mapping[str, Any], trained: int) -> RopeScaling:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max

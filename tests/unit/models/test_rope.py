@@ -60,6 +60,7 @@ def test_only_ntk_is_told_the_longest_text() -> None:
         ({"type": "linear", "factor": "4"}, "rope_parameters.factor='4' (must be a number above 0)"),
         ({"type": "ntk", "factor": True}, "rope_parameters.factor=True (must be a number above 0)"),
         ({"type": "yarn", "factor": 0.5}, "rope_parameters.factor=0.5 (must be a number of at least 1)"),
+        ({"type": "ntk", "factor": 10**400}, "rope_parameters.factor=1000"),
         ({"type": "ntk", "factor": float("inf")}, "rope_parameters.factor=inf (must be a number above 0)"),
         ({"type": "linear", "factor": 5000}, "rope_parameters.factor=5000 (of 4096 positions: more than 16777216)"),
         (
