@@ -16,8 +16,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 WORDS = ("abcdefgh", "qwertyui", "stream", "zyxwv")
 
 
+@pytest.mark.timeout(1000)
 def test_requests_are_spread_over_two_engines_and_answered_as_by_one(tmp_path: Path) -> None:
-    with serve(tmp_path / "log", "--data-parallel-size", "2", "--max-num-seqs", "4") as server:
+    with serve(tmp_path / "log", "--data-parallel-size", "2", "--max-num-seqs", "4", patience=800) as server:
 
         def ask(word: str) -> str:
             body = {"messages": [{"role": "user", "content": f"Reverse: {word}"}], "max_tokens": 32}
