@@ -9,12 +9,13 @@ def register_all() -> None:
     """Register all families (models/families.py) and the patches of patches/README.md."""
     from vllm_d2cache.compat import config_files, cpu_runner, front_end
     from vllm_d2cache.models.config_rules import architecture_problem
+    from vllm_d2cache.models.quantisation import of_separate_file
     from vllm_d2cache.requests.fields import check_fields
     from vllm_d2cache.requests.fit import check_room
 
     for architecture, family in FAMILIES.items():
         _register(architecture, family)
-    config_files.install(frozenset(FAMILIES), architecture_problem)
+    config_files.install(frozenset(FAMILIES), architecture_problem, of_separate_file)
     cpu_runner.install(frozenset(FAMILIES))
     front_end.install(frozenset(FAMILIES), front_end.FieldChecks(check_fields, check_room))
 

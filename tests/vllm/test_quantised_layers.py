@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,19 @@ def test_four_bits(layout: str, family: str, tmp_path: Path, load: Any) -> None:
             got, _ = module(x)
             # Products of bf16 numbers, added up in fp32, and one rounding of the sum.
             torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=2e-2 * float(want.std()))
+
+
+def test_a_file_of_its_own_says_how_older_checkpoints_are_quantised(tmp_path: Path, load: Any) -> None:
+    checkpoint = write_int4(ORACLE / "dream", tmp_path / "model", "gptq")
+    config = json.loads((checkpoint / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    del settings["quant_method"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "quantize_config.json").write_text(json.dumps(settings))
+    assert problems(checkpoint) == []
+    loaded = load(checkpoint, dtype="bfloat16")
+    assert "gptq" in loaded.config.model_config.quantization
+    assert loaded.config.model_config.hf_config.quantization_config["bits"] == 4
 
 
 @pytest.mark.parametrize("family", PARTS)

@@ -10,13 +10,16 @@ from vllm_d2cache.compat.internals import model_file
 
 _MARK = "_vllm_d2cache"
 Problem = Callable[[object, object], str | None]
+Quantised = Callable[[Callable[[str], dict[str, Any]]], dict[str, Any] | None]
 
 
-def install(ours: frozenset[str], problem: Problem) -> None:
+def install(ours: frozenset[str], problem: Problem, quantised: Quantised) -> None:
     """Wrap ``HFConfigParser.parse``; idempotent. Called in every process.
 
     Args:
         ours: the architectures of this package.
+        quantised: given what reads a JSON file of the checkpoint by its name, the quantization_config that another file
+            than config.json stands for, or None.
         problem: why a checkpoint with these ``architectures`` and this ``model_type`` is none of ours, or None.
     """
     # Without it: a checkpoint whose family neither vLLM nor this package has ends in pages of tracebacks, the last of
@@ -40,6 +43,11 @@ def install(ours: frozenset[str], problem: Problem) -> None:
             if not _named(content) & ours:
                 return content, config
             reason = problem(content["architectures"], content.get("model_type"))
+            if content.get("quantization_config") is None:
+                # vLLM looks there only where the operator names the method.
+                found = quantised(lambda name: model_file(str(model), name, kwargs.get("revision")))
+                if found is not None:
+                    content["quantization_config"] = config.quantization_config = found
             if reason is None and not isinstance(content.get("quantization_config"), dict | None):
                 config.check()  # vLLM takes it for an object before it asks anybody
             if reason is None or kwargs.get("hf_overrides"):

@@ -17,7 +17,7 @@ from vllm_d2cache.models.config_rules import (
     refusal,
     unserved_problem,
 )
-from vllm_d2cache.models.quantisation import method_of
+from vllm_d2cache.models.quantisation import method_of, of_separate_file
 from vllm_d2cache.models.tensor_rules import REDUNDANT, missing_modules, missing_problem, tensor_problem
 
 # What a tokenizer can be made of: each group of files will do.
@@ -38,6 +38,8 @@ def check_model(directory: Path, memory: int | None) -> Iterator[Finding]:
         yield _problem("config.json", given)
         given = {}
     else:
+        if given.get("quantization_config") is None:
+            given["quantization_config"] = of_separate_file(lambda name: _object(directory / name))
         yield from _architecture(given)
     config = _read(given)
     if config is not None:
@@ -66,6 +68,12 @@ def _json(path: Path) -> dict[str, Any] | str:
     except (OSError, ValueError) as error:
         return f"{path.name} cannot be read: {error}"
     return content if isinstance(content, dict) else f"{path.name} is not a JSON object"
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is none."""
+    content = _json(path)
+    return content if isinstance(content, dict) else {}
 
 
 def _architecture(config: dict[str, Any]) -> Iterator[Finding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # vLLM's names of a method, by what its checkpoints are made with; some of vLLM's releases lack some of them.
@@ -10,6 +10,20 @@ _FP8 = ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
 _AWQ = ("awq", "awq_marlin", "auto_awq")
 _GPTQ = ("gptq", "gptq_marlin", "auto_gptq")
 METHODS = ("compressed-tensors", *_AWQ, *_GPTQ, *_FP8, "bitsandbytes")
+
+
+# Where older GPTQ checkpoints say how they are quantised, in the place of config.json.
+SEPARATE_FILE = "quantize_config.json"
+
+
+def of_separate_file(read: Callable[[str], Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The quantization_config that the file stands for; None where there is none.
+
+    Args:
+        read: a JSON file of the checkpoint, by its name; empty if there is none.
+    """
+    content = read(SEPARATE_FILE)
+    return {"quant_method": "gptq", **content} if content else None
 
 
 def method_of(settings: object) -> str | None:
