@@ -10,7 +10,7 @@ def register_all() -> None:
     from vllm_d2cache.compat import config_files, cpu_runner, front_end
     from vllm_d2cache.models.config_rules import architecture_problem
     from vllm_d2cache.models.quantisation import of_separate_file
-    from vllm_d2cache.requests.fields import check_fields
+    from vllm_d2cache.requests.dropped_fields import check_fields
     from vllm_d2cache.requests.fit import check_room
 
     for architecture, family in FAMILIES.items():

@@ -18,9 +18,9 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_d2cache.compat import front_end
-from vllm_d2cache.engine.admission import check_request
+from vllm_d2cache.engine.refusals import check_request
 from vllm_d2cache.models.configs import LLaDAConfig
-from vllm_d2cache.requests.fields import check_fields
+from vllm_d2cache.requests.dropped_fields import check_fields
 from vllm_d2cache.requests.fit import check_room
 
 CHECKS = front_end.FieldChecks(check_fields, check_room)

@@ -69,7 +69,9 @@ class StepRows:
         """The same with rows behind the text; of one mechanism at most, as nobody attends to those of another."""
         if not behind:
             return self
-        (added,) = behind
+        if len(behind) > 1:
+            raise RuntimeError("two mechanisms of a step put rows behind its text; one can")
+        added = behind[0]
         return replace(
             self,
             positions=torch.cat([self.positions, added.positions]),

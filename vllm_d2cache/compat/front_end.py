@@ -1,6 +1,6 @@
 """Patches of vLLM's front end, for our architectures only: the default canvas, and where requests are checked.
 
-What is refused, and in which order, others say (engine/admission.py): the checks are handed in. The patches start from
+What is refused, and in which order, others say (engine/refusals.py): the checks are handed in. The patches start from
 the dictionary of default sampling parameters that vLLM asks the model configuration for: for our models it is a
 :class:`CanvasDefaults`, and what is wrapped further down looks for that type. A server of another model in the same
 environment never sees one.
@@ -19,7 +19,7 @@ from vllm_d2cache.compat.internals import as_validation_error, loaded, stop_at_p
 from vllm_d2cache.options.request import CANVAS
 from vllm_d2cache.options.server import DEFAULT_CANVAS_LENGTH
 from vllm_d2cache.options.types import OptionError
-from vllm_d2cache.requests.fields import WITHOUT_EFFECT
+from vllm_d2cache.requests.dropped_fields import WITHOUT_EFFECT
 from vllm_d2cache.requests.generation_defaults import UNSUPPORTED_DEFAULTS
 
 _MARK = "_vllm_d2cache"

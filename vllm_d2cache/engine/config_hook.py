@@ -13,10 +13,10 @@ from vllm.logger import init_logger
 from vllm_d2cache.compat import cpu_runner, front_end
 from vllm_d2cache.compat.internals import model_file, unsupported_version
 from vllm_d2cache.decoders.frequencies import load_frequencies
-from vllm_d2cache.engine.admission import check_request
+from vllm_d2cache.engine.refusals import check_request
 from vllm_d2cache.options.request import SECTION
 from vllm_d2cache.options.server import ServerOptions
-from vllm_d2cache.requests.fields import check_fields
+from vllm_d2cache.requests.dropped_fields import check_fields
 from vllm_d2cache.requests.fit import check_room
 from vllm_d2cache.requests.generation_defaults import default_problems, read_generation_defaults
 from vllm_d2cache.requests.resolve import parse_server_options

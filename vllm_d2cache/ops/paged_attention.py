@@ -60,7 +60,12 @@ class PagedLayout:
             row_starts: [R + 1] int32.
             text_lengths: [R] int32.
         """
-        self.__dict__.update(row_starts=row_starts, text_lengths=text_lengths)
+        self.__dict__.update(row_starts=row_starts, text_lengths=text_lengths, capacities=True)
+
+    @cached_property
+    def capacities(self) -> bool:
+        """Whether ``counts`` and ``lengths`` are capacities; else they are those of the batch."""
+        return False
 
     @cached_property
     def limits_host(self) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_d2cache.options.request import REPORT, SNAPSHOTS
 from vllm_d2cache.options.types import OptionError
-from vllm_d2cache.requests.fields import refuse_unknown
+from vllm_d2cache.requests.dropped_fields import refuse_unknown
 
 # A JSON escape of half a character: most bodies have none, and need not be read a second time.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")

@@ -31,12 +31,6 @@ LMHead = Callable[[torch.Tensor], torch.Tensor]
 """[m, d] final hidden states -> [m, vocab] logits."""
 
 
-def decoder_class(request: Request) -> type[Decoder]:
-    """What chooses the commits of a request."""
-    cls = DECODER_CLASSES[request.options.decoder]
-    return cls.ordered or cls if request.options.ordered else cls
-
-
 class Part(NamedTuple):
     """One decoder's share of a step. Where it is the only one, the tensors are None: all is its own."""
 
@@ -67,6 +61,7 @@ class Decoding:
         self.canvas = canvas
         self.constraints = constraints
         self._decoders: dict[type[Decoder], Decoder] = {}
+        self._of_slot: dict[int, Decoder] = {}
 
     def decoder(self, cls: type[Decoder]) -> Decoder:
         """The decoder of that class; made when the first request asks for it."""
@@ -77,23 +72,25 @@ class Decoding:
     def start(self, slot: int) -> None:
         """The request in ``slot`` begins, or starts over."""
         request = self.canvas.requests[slot]
-        self.decoder(decoder_class(request)).start(slot, request)
+        cls = DECODER_CLASSES[request.options.decoder]
+        decoder = self._of_slot[slot] = self.decoder(cls.ordered or cls if request.options.ordered else cls)
+        decoder.start(slot, request)
 
     def stop(self, slot: int) -> None:
         """The request in ``slot`` has ended."""
-        self.decoder(decoder_class(self.canvas.requests[slot])).stop(slot)
+        self._of_slot.pop(slot).stop(slot)
 
     def takes_padding(self, slots: Sequence[int]) -> bool:
         """Whether a step of these requests may have padding among its predicted slots."""
-        return all(decoder_class(r).takes_padding for r in self._requests(slots))
+        return all(self._of_slot[s].takes_padding for s in slots)
 
     def observes_all(self, slots: Sequence[int]) -> list[bool]:
         """Of each request, whether its decoder reads the statistics of all masked slots that are computed."""
-        return [decoder_class(r).observes_all for r in self._requests(slots)]
+        return [self._of_slot[s].observes_all for s in slots]
 
     def provisional(self, slots: Sequence[int]) -> torch.Tensor | None:
         """[R] bool: tokens of the current window may be taken back; None = nobody's."""
-        flags = [decoder_class(r).revokes for r in self._requests(slots)]
+        flags = [self._of_slot[s].revokes for s in slots]
         return upload(flags, torch.bool, self.canvas.device) if any(flags) else None
 
     def row_stats(
@@ -189,15 +186,15 @@ class Decoding:
 
     def parts(self, rows: StepRows) -> list[Part]:
         """The decoders of a step, each with its share."""
-        members: dict[type[Decoder], list[int]] = {}
-        for i, request in enumerate(self._requests(rows.slots)):
-            members.setdefault(decoder_class(request), []).append(i)
+        members: dict[Decoder, list[int]] = {}
+        for i, slot in enumerate(rows.slots):
+            members.setdefault(self._of_slot[slot], []).append(i)
         if len(members) == 1:
-            return [Part(self.decoder(cls), mine, None, None) for cls, mine in members.items()]
+            return [Part(decoder, mine, None, None) for decoder, mine in members.items()]
         found, (who, _) = [], rows.predicted_index
-        for cls, mine in members.items():
+        for decoder, mine in members.items():
             chosen = upload(mine, torch.int64, self.canvas.device)
-            found.append(Part(self.decoder(cls), mine, chosen, torch.isin(who, chosen)))
+            found.append(Part(decoder, mine, chosen, torch.isin(who, chosen)))
         return found
 
 
