@@ -76,7 +76,7 @@ class D2CacheModelState(ModelState):
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
         wants_graphs = self.options.graph_rows > 0 and not vllm_config.model_config.enforce_eager
         self._records_graphs = device.type == "cuda" and wants_graphs  # they are still to be recorded
-        # Kernels are still to be compiled; synthetic steps would go past the adapters, which know only rows of requests.
+        # Kernels are still to be compiled. Not by synthetic steps where adapters know the rows of requests alone.
         self._cold = backend != "torch" and self._adapters is None
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
