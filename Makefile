@@ -22,7 +22,7 @@ pytest := $(test_env) OMP_NUM_THREADS=1 $(bin)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-matrix unit properties engine kernels test-gpu lint docs format clients fuzz bench bench-gpu
-.PHONY: count load eval train clean
+.PHONY: count load eval train dist clean
 
 help:  ## show this list
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv] [BACKEND=auto|cpu|cuda] [VLLM=0.31.0]'
@@ -48,7 +48,8 @@ properties: env  ## the long ones of these: property tests and many runs (minute
 	$(pytest) -n auto tests/unit tests/ops -m "(hypothesis or slow) and not vllm and not gpu"
 
 engine: env  ## tests inside vLLM, and end to end in an engine and a server (many minutes)
-	$(pytest) tests/vllm tests/e2e
+	$(pytest) -n auto --dist loadfile tests/vllm
+	$(pytest) tests/e2e
 
 kernels: env  ## Triton kernels against their PyTorch twins in the interpreter, and compiled for sm_80 to sm_120 (minutes)
 	TRITON_INTERPRET=1 $(pytest) -n auto tests/triton --deselect tests/triton/test_compiles_for_hopper.py
@@ -90,6 +91,9 @@ clients: clients-env  ## clients that others wrote and requests that nobody woul
 
 fuzz: clients-env  ## other such requests each time, and more of them (half an hour)
 	HYPOTHESIS_PROFILE=fuzz $(clients) tests/clients/test_server_fuzz.py
+
+dist: env  ## wheel and sdist into dist/, installed into an empty environment and served from there (a minute or two)
+	DO_NOT_TRACK=1 $(bin)/python tools/dist.py $(ARGS)
 
 eval: clients-env  ## lm-evaluation-harness over the server: scores and costs (ARGS='--help' lists options)
 	DO_NOT_TRACK=1 VLLM_NO_USAGE_STATS=1 $(bin)/python -m benchmarks.quality $(ARGS)

@@ -202,11 +202,17 @@ def ensure_uv(venv: Path, uv: str | None) -> str:
 
 def install(venv: Path, backend: str, vllm: str | None, uv: str) -> None:
     """One resolve of the package with its extras, and with this release of vLLM if one is named."""
+    release = [f"{DISTRIBUTIONS[backend]}=={vllm}"] if vllm else []
+    install_packages(venv, backend, ["--editable", f"{ROOT}[{backend},dev]", *release], uv)
+
+
+def install_packages(venv: Path, backend: str, wanted: list[str], uv: str) -> None:
+    """One resolve of these words of a command line, with PyTorch from where this kind of vLLM's build has it."""
     command = [uv, "pip", "install", "--quiet", "--python", str(venv / "bin" / "python")]
     links = pip_settings("find-links")
     for link in links:
         command += ["--find-links", link]
-    hint = f"This is {this_python()}, backend {backend}, vLLM {vllm or 'of any supported release'}. "
+    hint = f"This is {this_python()}, backend {backend}, wanted {' '.join(wanted)}. "
     with tempfile.TemporaryDirectory() as scratch:
         # The GPU wheels of vLLM on the registry are built for the registry's own PyTorch: nothing to choose there.
         if backend == "cpu":
@@ -222,10 +228,7 @@ def install(venv: Path, backend: str, vllm: str | None, uv: str) -> None:
                 if wheels:
                     hint += f" as pip's find-links have it for another Python ({', '.join(wheels)}): set PYTHON"
                 hint += "; a uv older than 0.7 does not know that index."
-        command += ["--editable", f"{ROOT}[{backend},dev]"]
-        if vllm:
-            command.append(f"{DISTRIBUTIONS[backend]}=={vllm}")
-        run(command, "installing the packages", hint, uv_environment())
+        run([*command, *wanted], "installing the packages", hint, uv_environment())
 
 
 # --- the `vllm` distribution beside the CPU build -----------------------------------------------------------------

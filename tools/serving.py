@@ -96,14 +96,32 @@ def print_log(log: Path, console: Console) -> None:
         console.print("\n".join(part), markup=False, highlight=False, soft_wrap=True)
 
 
+def ask(url: str, question: str) -> str:
+    """The answer to a chat question, from a server at ``url``."""
+    body = {"messages": [{"role": "user", "content": question}], "max_tokens": 32}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return str(json.load(response)["choices"][0]["message"]["content"])
+
+
 @contextlib.contextmanager
-def server(model: str, traces: Path, console: Console, arguments: tuple[str, ...] = ()) -> Iterator[str]:
+def server(
+    model: str,
+    traces: Path,
+    console: Console,
+    arguments: tuple[str, ...] = (),
+    executable: Path | None = None,
+    cwd: Path = ROOT,
+) -> Iterator[str]:
     """A running server; yields its base URL. Prints the end of its log if anything fails.
 
     Args:
-        model: checkpoint, relative to the repository's root or absolute.
+        model: checkpoint, relative to ``cwd`` or absolute.
         traces: directory for traces and the server's log.
         arguments: further words of the command line.
+        executable: the command `vllm`; None = that of the running Python's environment.
     """
     port = free_port()
     command, env = serve_command(model, port, traces, arguments), settings()
@@ -112,14 +130,14 @@ def server(model: str, traces: Path, console: Console, arguments: tuple[str, ...
     console.print(Rule("server", align="left"))
     console.print(f"$ [bold]{escape(shown)}[/bold]")
     console.print("[dim](plus a trace directory, from which the tables take steps and rows)[/dim]")
-    executable = Path(sys.executable).parent / command[0]
+    executable = executable or Path(sys.executable).parent / command[0]
     if not executable.exists():
         raise ServerError(f"{executable} is missing; build the environment with `make env`")
     log = traces / "server.log"
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [str(executable), *command[1:]],
-            cwd=ROOT,
+            cwd=cwd,
             env={**os.environ, **env},
             stdin=subprocess.DEVNULL,
             stdout=sink,

@@ -56,7 +56,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serve(log_file: Path, *flags: str, model: str = TINY, port: int | None = None) -> Iterator[Server]:
+def serve(
+    log_file: Path, *flags: str, model: str = TINY, port: int | None = None, patience: float = _STARTUP_SECONDS
+) -> Iterator[Server]:
     """Start `vllm serve MODEL` with these flags, wait until it answers, and end it as Ctrl-C does."""
     port = port or free_port()
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
@@ -65,7 +67,7 @@ def serve(log_file: Path, *flags: str, model: str = TINY, port: int | None = Non
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
     server = Server(f"http://127.0.0.1:{port}", process, log_file)
     try:
-        deadline = time.monotonic() + _STARTUP_SECONDS
+        deadline = time.monotonic() + patience
         while not server.healthy:
             assert process.poll() is None, f"the server died:\n{server.log[-4000:]}"
             assert time.monotonic() < deadline, f"no answer:\n{server.log[-4000:]}"

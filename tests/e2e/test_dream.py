@@ -57,6 +57,22 @@ def test_engine_follows_the_specification(dream: Engine) -> None:
         assert tokens == final, options
 
 
+@pytest.mark.parametrize("decoded", ["plainly", "in windows"])
+def test_a_pad_token_of_its_own_ends_a_text(dream: Engine, decoded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published code of the family pads behind a text: the pad must end it where it is not the end-of-text token."""
+    request = {"prompt": [3, 9, 27], "max_tokens": 24, "options": {"window": 8} if decoded == "in windows" else {}}
+    (whole,) = dream.tokens([request])
+    pad = whole[10]
+    named = {**request, "sampling": {"ignore_eos": False, "stop_token_ids": [pad]}}
+    unnamed = {**request, "sampling": {"ignore_eos": False}}
+    (ended,) = dream.tokens([named])
+    assert ended.index(pad) == len(ended) - 1 < 23
+    assert dream.tokens([unnamed]) == [whole]
+    monkeypatch.setattr(dream.llm.llm_engine.vllm_config.model_config.hf_config, "pad_token_id", pad)
+    assert dream.tokens([unnamed]) == [ended]
+    assert dream.tokens([request]) == [whole]  # whoever ignores the end is given all
+
+
 def test_layers_that_compute_a_part_of_the_rows(dream: Engine) -> None:
     """A row left of the canvas, biased values and budgets of Dream's own, in one batch as in the reference."""
     policies = [options for options in OPTIONS if options.get("policy") in ("dllm_cache", "spa", "es")]

@@ -18,7 +18,6 @@ import pytest
 import yaml
 
 from tests.e2e.server import Server, free_port, healthy
-from tools.test_matrix import RELEASES
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 
@@ -126,9 +125,11 @@ def test_compose_starts_vllm_with_flags_it_knows(compose: dict[str, Any]) -> Non
     assert (model, args.served_model_name, args.max_model_len) == ("/model", ["llada"], 4096)
 
 
-def test_compose_uses_a_tested_vllm() -> None:
-    (line,) = re.findall(r"^FROM vllm/vllm-openai:v(.*)$", (EXAMPLES / "deploy" / "Dockerfile").read_text(), re.M)
-    assert line == RELEASES[-1]
+def test_kubernetes_starts_vllm_with_the_same_flags(compose: dict[str, Any]) -> None:
+    manifests = yaml.safe_load_all((EXAMPLES / "deploy" / "kubernetes.yaml").read_text())
+    (deployment,) = (manifest for manifest in manifests if manifest["kind"] == "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == compose["services"]["replica-a"]["command"]
 
 
 def test_the_router_streams_and_passes_by_a_replica_that_is_down(server: Server, tmp_path: Path) -> None:

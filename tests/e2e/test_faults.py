@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import Engine, mixed_requests
-from tests.e2e.server import Server
+from tests.e2e.server import TINY, Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 
@@ -121,6 +121,54 @@ def test_numbers_that_are_none(http: httpx.Client) -> None:
 def test_too_many_stop_tokens(http: httpx.Client) -> None:
     message = refused(http, json={"prompt": "a", "max_tokens": 8, "stop_token_ids": list(range(300))})
     assert "stop_token_ids: at most 128" in message
+
+
+SECRET = "qwxzkvj"
+ASK = {"messages": CHAT["messages"], "max_tokens": 8}
+# Routes that stream, and the least that a request must have there.
+STREAMS: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "a", "max_tokens": 8},
+    "/v1/chat/completions": ASK,
+    "/v1/responses": {"input": "a", "max_output_tokens": 8},
+    "/v1/messages": {"model": TINY, **ASK},
+}
+# What is refused -> the name in the message, and the routes that have no such field.
+STREAMED_REFUSALS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
+    ({"vllm_xargs": {"d2cache_policy": SECRET}}, "d2cache_policy", ()),
+    ({"vllm_xargs": {f"d2cache_{SECRET}": 1}}, f"d2cache_{SECRET}", ()),
+    ({"top_k": -5}, "top_k", ()),
+    ({"no_such_field": SECRET}, "no_such_field", ()),
+    ({"stop_token_ids": list(range(200))}, "stop_token_ids", ("/v1/messages",)),
+    ({"logit_bias": {"999999": 1.0}}, "logit_bias", ("/v1/messages",)),
+    ({"structured_outputs": {"regex": f"({SECRET}"}}, "regex", ("/v1/messages",)),
+    ({"structured_outputs": {"grammar": "root ::= root"}}, "structured_outputs", ("/v1/messages",)),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "name"),
+    [(path, f, name) for f, name, without in STREAMED_REFUSALS for path in STREAMS if path not in without],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_stream_is_refused_before_it_begins(
+    http: httpx.Client, server: Server, path: str, fields: dict[str, Any], name: str
+) -> None:
+    with http.stream("POST", path, json={**STREAMS[path], **fields, "stream": True}) as stream:
+        body = stream.read().decode()
+    assert (stream.status_code, stream.headers["content-type"]) == (400, "application/json"), body
+    assert name in json.loads(body)["error"]["message"]
+    assert SECRET not in server.log.replace(f"d2cache_{SECRET}", "")
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("path", STREAMS)
+def test_a_stream_that_is_fine_ends_well(http: httpx.Client, path: str) -> None:
+    with http.stream("POST", path, json={**STREAMS[path], "stream": True}) as stream:
+        body = stream.read().decode()
+    assert stream.status_code == 200, body
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    assert "error" not in body
+    assert any(end in body for end in ("[DONE]", "response.completed", "response.incomplete", "message_stop"))
 
 
 def test_nothing_of_a_prompt_or_an_answer_is_logged(http: httpx.Client, server: Server) -> None:

@@ -129,10 +129,9 @@ def test_wrong_tensors_are_named(tmp_path: Path, change: Any, named: str) -> Non
         ({"additional_config": {"d2cache": {"windw": 3}}}, "windw"),
         ({"additional_config": {"d2cache": {"rollout_p": 2}}}, "rollout_p"),
         ({"pipeline_parallel_size": 2}, "pipeline-parallel-size"),
-        ({"enable_lora": True}, "enable-lora"),
         ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype"),
     ],
-    ids=["unknown-option", "option-range", "pipeline", "lora", "kv-dtype"],
+    ids=["unknown-option", "option-range", "pipeline", "kv-dtype"],
 )
 def test_start_up_refuses_by_name(tmp_path: Path, settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):

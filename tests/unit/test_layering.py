@@ -55,8 +55,17 @@ PURE = (
 # Of the folders that import vLLM, modules that do not, and are tested in seconds.
 PURE_MODULES = (
     *("engine.refusals", "engine.memory_plan", "engine.startup_log", "engine.warm_up", "engine.weight_check"),
-    *("models.block_configs", "models.configs", "models.families", "models.field_rules", "models.mask_token"),
-    *("models.shape", "registration"),
+    *(
+        "models.base_configs",
+        "models.block_configs",
+        "models.config_rules",
+        "models.configs",
+        "models.families",
+        "models.quantisation",
+        "models.rope",
+        "models.shape",
+    ),
+    *("models.tensor_rules", "registration"),
 )
 TYPED_ONLY = ("engine.startup_log",)  # vLLM's types, for the checker alone
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")

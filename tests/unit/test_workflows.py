@@ -55,7 +55,7 @@ def test_jobs_end_and_may_only_read(name: str) -> None:
 def test_a_change_is_tested_by_all_of_make_test() -> None:
     tests = re.search(r"^test: ([^#]*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert tests is not None
-    assert set(made("lint") + made("cpu")) == {*tests[1].split(), "docs"}
+    assert set(made("lint") + made("cpu")) == {*tests[1].split(), "docs", "dist"}
 
 
 def test_the_matrix_is_the_window_on_every_python() -> None:

@@ -39,7 +39,7 @@ class Loaded:
 def served(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the engine had the attention of all families: what is tried is their configuration, or their network."""
     families = {name: replace(family, unserved=None) for name, family in FAMILIES.items()}
-    monkeypatch.setattr("vllm_d2cache.models.configs.FAMILIES", families)
+    monkeypatch.setattr("vllm_d2cache.models.config_rules.FAMILIES", families)
 
 
 @pytest.fixture

@@ -56,6 +56,8 @@ NEUTRAL: dict[str, Any] = {
     "store": False,
     "user": "someone",
     "functions": None,
+    "extra_body": {},
+    "modalities": ["text"],
     "early_stopping": False,
 }
 
@@ -67,14 +69,14 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("to_sampling_params", "to_beam_search_params"):
             monkeypatch.setattr(cls, name, inspect.unwrap(getattr(cls, name)))
     monkeypatch.setattr(CompletionRequest.model_fields["max_tokens"], "default", 16)
-    front_end.patch_protocols(CHECKS)
+    front_end.patch_protocols(frozenset({"LLaDAModelLM"}), CHECKS)
 
 
 def submit(kind: str, **fields: Any) -> None:
     """A request on its way to the engine, as far as it needs no model."""
     cls, base = CLASSES[kind]
     request = cls(**{**base, "temperature": 1.0, "max_tokens": 8, **fields})
-    defaults = front_end.CanvasDefaults({"max_tokens": 256, "temperature": 0.0})
+    defaults = front_end.CanvasDefaults({})
     if request.use_beam_search:
         request.to_beam_search_params(100, defaults)
     check_sampling_params(request.to_sampling_params(100, defaults), False)
@@ -176,11 +178,13 @@ def test_what_may_leave_a_grammar_no_token_is_refused_by_name(grammar: dict[str,
             submit(kind, **grammar, **{field: value})
 
 
-def test_a_given_canvas_sets_the_length_of_a_chat() -> None:
-    defaults = front_end.CanvasDefaults({"max_tokens": 256, "temperature": 0.0})
+def test_a_given_canvas_sets_the_length() -> None:
+    defaults = front_end.CanvasDefaults({})
     xargs = {"d2cache_canvas": [5, -1, -1]}
     chat = ChatCompletionRequest(messages=[], vllm_xargs=xargs)
     assert chat.to_sampling_params(256, defaults).max_tokens == 3
+    completion = CompletionRequest(prompt="x", vllm_xargs=xargs)
+    assert completion.to_sampling_params(256, defaults).max_tokens == completion.max_tokens == 3
     asked = ChatCompletionRequest(messages=[], vllm_xargs=xargs, max_tokens=9)
     assert asked.to_sampling_params(9, defaults).max_tokens == 9
 

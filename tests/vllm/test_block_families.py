@@ -107,7 +107,7 @@ def test_the_file_is_read_without_remote_code(architecture: str, tmp_path: Path)
 @pytest.mark.usefixtures("served")
 def test_stop_ids_without_generation_config(tmp_path: Path) -> None:
     """LLaDA2's published config.json has no end token; the family's own is used."""
-    directory = checkpoint(tmp_path, "LLaDA2MoeModelLM", "eos_token_id")
+    directory = checkpoint(tmp_path, "LLaDA2MoeModelLM", "eos_token_id", vocab_size=157184)
     (directory / "generation_config.json").unlink()
     assert read(directory).try_get_generation_config()["eos_token_id"] == 156892
     sdar = read(BLOCK_ORACLE / "sdar")
@@ -123,7 +123,9 @@ def test_llada22_is_refused_by_its_own_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [None, "wide"])
 def test_a_damaged_file_is_refused_by_its_field(value: Any, tmp_path: Path) -> None:
     directory = checkpoint(tmp_path, "SDARForCausalLM", hidden_size=value)
-    with pytest.raises(ValueError, match=rf"config\.json: hidden_size={value!r} \(must be an integer of at least 1\)"):
+    with pytest.raises(
+        ValueError, match=rf"hidden_size={value!r} \((must be|config\.json must name it:) a whole number"
+    ):
         read(directory)
 
 
@@ -139,11 +141,11 @@ def test_a_name_with_another_block_length_wants_a_word(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("served")
 def test_another_mask_token_in_the_tokenizer(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path, "SDARForCausalLM")
-    file = {"mask_token": "<|MASK|>", "added_tokens_decoder": {"371": {"content": "<|MASK|>"}}}
+    file = {"mask_token": "<|MASK|>", "added_tokens_decoder": {"369": {"content": "<|MASK|>"}}}
     (directory / "tokenizer_config.json").write_text(json.dumps(file))
     with pytest.raises(ValueError, match="mask_token_id=370, but tokenizer_config"):
         read(directory)
-    assert read(directory, hf_overrides={"mask_token_id": 371}).hf_config.traits().mask_token_id == 371
+    assert read(directory, hf_overrides={"mask_token_id": 369}).hf_config.traits().mask_token_id == 369
 
 
 @pytest.mark.usefixtures("served")
@@ -151,7 +153,7 @@ def test_another_mask_token_in_the_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", DIRECTORIES)
 def test_rope_scaling_is_refused(architecture: str, by: str, tmp_path: Path) -> None:
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
-    with pytest.raises(ValueError, match="rope_type='yarn'"):
+    with pytest.raises(ValueError, match=r"rope_parameters=\{'rope_type': 'yarn'"):
         if by == "file":
             read(checkpoint(tmp_path, architecture, rope_scaling=scaling))
         else:

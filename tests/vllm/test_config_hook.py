@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,9 +68,29 @@ def test_generation_config_is_mapped_and_the_operator_wins(checkpoint: Path) -> 
     assert options(configured(checkpoint, generation_config="vllm")) == {}
     overridden = configured(checkpoint, override_generation_config={"top_p": 0.5})
     assert options(overridden)["confidence_top_p"] == 0.5
-    # What the operator asks for himself is not dropped: requests are then refused by its name.
-    penalised = configured(checkpoint, override_generation_config={"min_p": 0.1})
-    assert penalised.model_config.get_diff_sampling_param()["min_p"] == 0.1
+    assert configured(checkpoint, override_generation_config={"min_p": 0.0, "alg": "entropy"})
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ({"temperature": 0.7, "min_p": 0.05}, r"min_p=0\.05 \(every request would be refused for it\)"),
+        ({"eos_token_id": 5}, r"eos_token_id=5 \(it would have no effect\)"),
+        ({"alg_temp": 0.5}, r"alg_temp=0\.5 \(commits are not drawn at random\)"),
+        ({"max_new_tokens": 0}, r"max_new_tokens=0 \(must be an integer >= 1\)"),
+        ({"top_p": "x"}, r"top_p='x' \(must be a number > 0 and <= 1\)"),
+    ],
+)
+def test_defaults_that_no_request_could_have_are_refused(checkpoint: Path, override: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"--override-generation-config {said}"):
+        configured(checkpoint, override_generation_config=override)
+
+
+def test_a_files_defaults_are_judged_too(checkpoint: Path) -> None:
+    (checkpoint / "generation_config.json").write_text(json.dumps({"top_p": 2, "min_p": 0.1, "eos_token_id": [1, 2]}))
+    with pytest.raises(ValueError, match=r"with: generation_config\.json top_p=2 \(must be .*<= 1\)") as error:
+        configured(checkpoint)
+    assert "min_p" not in str(error.value)  # of a file it is ignored
 
 
 @pytest.mark.parametrize(
@@ -77,15 +98,38 @@ def test_generation_config_is_mapped_and_the_operator_wins(checkpoint: Path) -> 
     [
         ("use_sliding_window", True),
         ("hidden_act", "gelu"),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
+        ("rope_scaling", {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 32768}),
     ],
 )
 def test_other_variants_of_dream_are_refused(checkpoint: Path, key: str, value: Any) -> None:
     path = checkpoint / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    named = "rope_type='yarn'" if key == "rope_scaling" else f"{key}={value!r}"
-    with pytest.raises(ValueError, match=named):
+    named = f"rope_parameters={value!r}" if key == "rope_scaling" else f"{key}={value!r}"
+    with pytest.raises(ValueError, match=re.escape(named)):
         configured(checkpoint)
+
+
+def test_quantisation_that_nobody_supports_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"weights quantised by experts_int8 \(supported: compressed-tensors, "):
+        configured(checkpoint, quantization="experts_int8")
+
+
+def test_quantisation_that_was_never_tried_is_said_in_the_log(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.platforms import current_platform
+
+    from vllm_d2cache.engine import config_hook
+
+    said: list[str] = []
+    monkeypatch.setattr(config_hook.logger, "info", lambda text, *args: said.append(text % args))
+    # What a GPU would do with it: this machine's platform may refuse it.
+    monkeypatch.setattr(type(current_platform), "verify_quantization", lambda *_: None)
+    configured(checkpoint, quantization="fp8")
+    assert "vllm-d2cache: weights quantised by fp8: not tested; they go through vLLM's own layers" in said
+    said.clear()
+    configured(checkpoint)
+    assert not any("quantised" in text for text in said)
 
 
 def test_an_engine_has_one_grammar_backend(checkpoint: Path) -> None:
@@ -99,7 +143,6 @@ def test_an_engine_has_one_grammar_backend(checkpoint: Path) -> None:
     ("settings", "named"),
     [
         ({"pipeline_parallel_size": 2}, "pipeline-parallel-size"),
-        ({"enable_lora": True}, "enable-lora"),
         ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype"),
         ({"load_format": "sharded_state"}, r"--load-format sharded_state \(damaged weights would not be noticed"),
         ({"structured_outputs_config": {"backend": "outlines"}}, "structured output backend outlines"),

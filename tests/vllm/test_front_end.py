@@ -67,13 +67,21 @@ def test_defaults_are_ours_for_our_architectures_alone() -> None:
 def test_the_operators_defaults_win() -> None:
     front_end.install(OURS, CHECKS)
     config = model_config("LLaDAModelLM", temperature=0.7, max_new_tokens=64)
-    assert ModelConfig.get_diff_sampling_param(config) == {"max_tokens": 64, "temperature": 0.7}
+    defaults = ModelConfig.get_diff_sampling_param(config)
+    assert defaults == {"max_tokens": 64, "temperature": 0.7}
+    assert defaults.get("max_tokens") == defaults.cap == 64
+    plain = ModelConfig.get_diff_sampling_param(model_config("LLaDAModelLM"))
+    assert plain.get("max_tokens") is plain.cap is None, "nothing that vLLM would cut a canvas to"
 
 
 def test_protocol_patches_refuse_what_does_not_fit() -> None:
     front_end.install(OURS, CHECKS)
     defaults = ModelConfig.get_diff_sampling_param(model_config("LLaDAModelLM"))
-    assert CompletionRequest(prompt="x").max_tokens == 256
+    absent = CompletionRequest(prompt="x")
+    assert absent.max_tokens is None, "as in a chat"
+    with pytest.raises(VLLMValidationError, match="max_tokens: the default canvas of 256 positions does not fit"):
+        absent.to_sampling_params(99, defaults)
+    assert absent.to_sampling_params(300, defaults).max_tokens == absent.max_tokens == 256
     cases = [
         (CompletionRequest(prompt="x", max_tokens=100), "max_tokens"),
         (ChatCompletionRequest(messages=[], max_tokens=100), "max_tokens"),
@@ -108,6 +116,7 @@ def admitted(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> tuple[SimpleName
         scheduler_config=SimpleNamespace(policy="fcfs"),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
         additional_config={},
+        lora_config=None,
     )
     return request, SimpleNamespace(model_config=model, vllm_config=engine)
 
@@ -165,7 +174,7 @@ def test_wino_needs_room_and_a_canvas_of_holes(monkeypatch: pytest.MonkeyPatch) 
 def test_a_grammar_does_not_wait_for_reasoning(monkeypatch: pytest.MonkeyPatch) -> None:
     grammar = StructuredOutputsParams(regex="a+")
     request, processor = admitted(monkeypatch, params={"structured_outputs": grammar})
-    config = SimpleNamespace(reasoning_parser="", enable_in_reasoning=False)
+    config = SimpleNamespace(reasoning_parser="", enable_in_reasoning=False, backend="xgrammar")
     processor.vllm_config.structured_outputs_config = config
     assert InputProcessor.process_inputs(processor) is request
     config.reasoning_parser = "qwen3"
@@ -194,7 +203,9 @@ def test_json_is_what_the_backend_makes_of_it(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_decoder_of_a_grammar_may_be_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     request, processor = admitted(monkeypatch, params={"structured_outputs": StructuredOutputsParams(regex="a+")})
-    processor.vllm_config.structured_outputs_config = SimpleNamespace(reasoning_parser="", enable_in_reasoning=False)
+    processor.vllm_config.structured_outputs_config = SimpleNamespace(
+        reasoning_parser="", enable_in_reasoning=False, backend="xgrammar"
+    )
     processor.vllm_config.additional_config = {"d2cache": {"decoder": "eb"}}
     with pytest.raises(VLLMValidationError, match=r"d2cache_decoder: with structured output.* got 'eb'"):
         InputProcessor.process_inputs(processor)

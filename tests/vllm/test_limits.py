@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_d2cache.compat import front_end
-from vllm_d2cache.engine.config_hook import _known_quantisation, _refusals
+from vllm_d2cache.engine.config_hook import _refusals
 from vllm_d2cache.engine.refusals import check_request
-from vllm_d2cache.models.shape import TransformerShape
+from vllm_d2cache.models.shape import Mixture, TransformerShape
 from vllm_d2cache.requests.check import check_sampling_params
 
 pytestmark = pytest.mark.vllm
@@ -52,6 +53,7 @@ def admit(monkeypatch: pytest.MonkeyPatch, canvas: int, additional: Any) -> Any:
     )
     config = SimpleNamespace(
         additional_config=additional,
+        lora_config=None,
         scheduler_config=SimpleNamespace(policy="fcfs"),
         model_config=model,
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
@@ -100,28 +102,19 @@ def test_sleep_mode_is_refused_at_start_up() -> None:
         structured_outputs_config=SimpleNamespace(backend="xgrammar"),
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=None, max_cudagraph_capture_size=None, mode=None),
         model_config=SimpleNamespace(
-            enable_sleep_mode=True, dtype="torch.bfloat16", logprobs_mode="raw_logprobs", quantization=None
+            enable_sleep_mode=True,
+            dtype="torch.bfloat16",
+            logprobs_mode="raw_logprobs",
+            quantization=None,
+            hf_config=SimpleNamespace(quantisation_problem=lambda method: None),
         ),
     )
     (reason,) = _refusals(config)
     assert reason.startswith("--enable-sleep-mode (")
     config.model_config.enable_sleep_mode = False
     assert _refusals(config) == []
-
-
-@pytest.mark.parametrize(
-    ("method", "weights", "known"),
-    [
-        (None, None, True),
-        ("compressed-tensors", {"type": "int", "num_bits": 8}, True),
-        ("compressed-tensors", {"type": "int", "num_bits": 4}, False),
-        ("compressed-tensors", {"type": "float", "num_bits": 8}, False),
-        ("compressed-tensors", None, False),
-        ("fp8", None, False),
-        ("awq", {"type": "int", "num_bits": 8}, False),
-    ],
-)
-def test_quantisation_that_was_never_tried_is_refused(method: str | None, weights: Any, known: bool) -> None:
-    groups = {} if weights is None else {"group_0": {"weights": weights}}
-    hf_config = SimpleNamespace(quantization_config={"config_groups": groups}) if method else SimpleNamespace()
-    assert _known_quantisation(SimpleNamespace(quantization=method, hf_config=hf_config)) is known
+    config.lora_config, config.model_config.hf_config.shape = object(), lambda: SHAPE
+    assert _refusals(config) == []
+    config.model_config.hf_config.shape = lambda: replace(SHAPE, mixture=Mixture(4, 2, 16))
+    (reason,) = _refusals(config)
+    assert reason.startswith("--enable-lora (")

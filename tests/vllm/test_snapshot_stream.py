@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 import json
 from collections.abc import AsyncGenerator, Callable
@@ -238,7 +239,7 @@ def test_events_of_vllms_streams(cls: type, monkeypatch: pytest.MonkeyPatch) -> 
         return asyncio.run(run())
 
     plain = ["data: one\n\n"]
-    ours = CanvasDefaults(max_tokens=256)
+    ours = CanvasDefaults({})
     first, *rest = stream(ours, WANTED)
     assert rest == plain
     head, _, data = first.partition("\n")
@@ -269,11 +270,13 @@ def test_a_request_that_no_stream_works_for_is_refused() -> None:
     with pytest.raises(OptionError, match="d2cache_snapshots: comes with"):
         check_listener(WANTED)
 
-    async def chunks() -> AsyncGenerator[str, None]:
+    def answers_a_stream() -> None:
+        snapshot_stream.expect_stream()
         check_listener(WANTED)
-        yield "admitted"
 
-    assert asyncio.run(collect(chunks())) == ["admitted"]
+    contextvars.copy_context().run(answers_a_stream)
+    with pytest.raises(OptionError, match="d2cache_snapshots: comes with"):
+        check_listener(WANTED)
 
 
 def test_vllm_still_does_its_half() -> None:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_d2cache.compat import snapshot_stream
+from vllm_d2cache.compat import early_checks, routes, snapshot_stream
+from vllm_d2cache.compat.internals import as_validation_error, loaded, stop_at_pad
 from vllm_d2cache.options.request import CANVAS
 from vllm_d2cache.options.server import DEFAULT_CANVAS_LENGTH
 from vllm_d2cache.options.types import OptionError
@@ -41,7 +42,22 @@ _STREAMS = {
 
 
 class CanvasDefaults(dict[str, Any]):
-    """Default sampling parameters of a model whose max_tokens is a canvas."""
+    """Default sampling parameters of a model whose max_tokens is a canvas.
+
+    The server asks ``get`` for max_tokens in order to cut a canvas, and is told nothing but what the operator has said:
+    a canvas is refused, not cut. ``[]`` has the length of a request that names none.
+
+    Attributes:
+        cap: the longest canvas that the operator lets a request have (max_new_tokens); None = as long as fits.
+    """
+
+    def __init__(self, params: dict[str, Any], cap: int | None = None) -> None:
+        super().__init__({"max_tokens": DEFAULT_CANVAS_LENGTH, "temperature": 0.0, **params})
+        self.cap = cap
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of any dictionary, but for max_tokens: the operator's cap."""
+        return self.cap if key == "max_tokens" else super().get(key, default)
 
 
 @dataclass(frozen=True)
@@ -50,11 +66,12 @@ class FieldChecks:
 
     Attributes:
         fields: of the fields that the request sets, the defaults of those without effect, and fields that are none.
-        room: of the name of a field, the canvas length that it asks for, and the positions behind the prompt.
+        room: of the name of a field, the canvas length that it asks for, the positions left for it, whether the length
+            is the default, and the operator's cap or None.
     """
 
     fields: Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], None]
-    room: Callable[[str, int, int], None]
+    room: Callable[[str, int, int, bool, int | None], None]
 
 
 def install(architectures: frozenset[str], checks: FieldChecks) -> None:
@@ -74,24 +91,33 @@ def install(architectures: frozenset[str], checks: FieldChecks) -> None:
         if architectures.isdisjoint(self.architectures):
             return params
         # The OpenAI server asks for these once, in its own process, after its request classes are there.
-        patch_protocols(checks)
+        patch_protocols(architectures, checks)
         # A default that every request would be refused for; the config hook names it in the log. An operator's own
-        # override stays, and is refused by name.
-        for name in set(UNSUPPORTED_DEFAULTS) - set(self.override_generation_config):
+        # override was refused at the start.
+        for name in UNSUPPORTED_DEFAULTS:
             params.pop(name, None)
-        return CanvasDefaults({"max_tokens": DEFAULT_CANVAS_LENGTH, "temperature": 0.0, **params})
+        return CanvasDefaults(params, _cap(self, params))
 
     setattr(get_diff_sampling_param, _MARK, True)
     ModelConfig.get_diff_sampling_param = get_diff_sampling_param
 
 
-def patch_protocols(checks: FieldChecks) -> None:
-    """Wrap the request classes that are loaded (none is, offline), and the streams."""
+def _cap(config: Any, params: dict[str, Any]) -> int | None:
+    """The canvas length that vLLM takes for a cap: in the operator's words or in a file that the operator names."""
+    if config.generation_config in ("auto", "vllm"):
+        return config.override_generation_config.get("max_new_tokens")
+    return params.get("max_tokens")
+
+
+def patch_protocols(architectures: frozenset[str], checks: FieldChecks) -> None:
+    """Wrap the request classes that are loaded (none is, offline), the routes and the streams."""
+    early_checks.install(architectures)
+    routes.install(CanvasDefaults)
     for path, generator in _STREAMS.items():
-        if (serving := _loaded(path)) is not None:
+        if (serving := loaded(path)) is not None:
             snapshot_stream.install(serving, generator, CanvasDefaults)
     for path, names in _PROTOCOLS.items():
-        cls = _loaded(path)
+        cls = loaded(path)
         if cls is not None and not hasattr(cls.to_sampling_params, _MARK):
             _patch_online_length(cls, names, checks)
             if hasattr(cls, "to_beam_search_params"):
@@ -99,13 +125,7 @@ def patch_protocols(checks: FieldChecks) -> None:
             if cls.__name__ == "CompletionRequest":
                 # Without it: a completion without max_tokens gets 16, before anybody asks for defaults. No hook: a
                 # field's default. Remove when: the server asks the model's defaults here as it does for chat.
-                cls.model_fields["max_tokens"].default = DEFAULT_CANVAS_LENGTH
-
-
-def _loaded(path: str) -> Any:
-    """The class of that dotted name, None while its module is not loaded."""
-    module, _, name = path.rpartition(".")
-    return getattr(sys.modules.get(module), name, None)
+                cls.model_fields["max_tokens"].default = None
 
 
 def _patch_online_length(cls: Any, names: tuple[str, ...], checks: FieldChecks) -> None:
@@ -116,21 +136,48 @@ def _patch_online_length(cls: Any, names: tuple[str, ...], checks: FieldChecks) 
 
     @functools.wraps(original)
     def to_sampling_params(self: Any, max_tokens: int, default_sampling_params: dict[str, Any] | None = None) -> Any:
-        if isinstance(default_sampling_params, CanvasDefaults):
-            _check_fields(self, checks)
-            canvas = (getattr(self, "vllm_xargs", None) or {}).get(CANVAS)
-            set_by_client = any(n in self.model_fields_set and vars(self).get(n) is not None for n in names)
-            if isinstance(canvas, list) and not set_by_client:
-                # A given canvas has its length; whether it fits is asked where it is checked.
-                return original(self, max(1, len(canvas)), default_sampling_params)
-            # vars: reading a deprecated field as an attribute warns.
-            asked = next(((n, vars(self)[n]) for n in names if vars(self).get(n) is not None), None)
-            if asked is not None:
-                _as_validation_error(checks.room, *asked, max_tokens)
-        return original(self, max_tokens, default_sampling_params)
+        if not isinstance(default_sampling_params, CanvasDefaults):
+            return original(self, max_tokens, default_sampling_params)
+        _check_fields(self, checks)
+        length = _canvas_length(self, names, max_tokens, default_sampling_params, checks)
+        if len(names) == 1:  # later on these read the request for it
+            setattr(self, names[0], length)
+        params = original(self, length, default_sampling_params)
+        return _without_echoed_logprobs(self, params)
 
     setattr(to_sampling_params, _MARK, True)
     cls.to_sampling_params = to_sampling_params
+
+
+def _canvas_length(
+    request: Any, names: tuple[str, ...], room: int, defaults: CanvasDefaults, checks: FieldChecks
+) -> int:
+    """How long the canvas of ``request`` is; refuses one that does not fit in ``room``, to which vLLM would cut it."""
+    # vars: reading a deprecated field as an attribute warns.
+    asked = next(((n, vars(request)[n]) for n in names if vars(request).get(n) is not None), None)
+    given = (getattr(request, "vllm_xargs", None) or {}).get(CANVAS)
+    if asked is None and isinstance(given, list):
+        return max(1, len(given))  # whether it fits is asked where it is checked
+    field, length = asked or (names[-1], defaults["max_tokens"])
+    as_validation_error(checks.room, field, length, room, asked is None, defaults.cap)
+    return int(length)
+
+
+def _without_echoed_logprobs(request: Any, params: Any) -> Any:
+    """vLLM takes ``echo`` for a wish to see the prompt's log-probabilities, in a chat even without ``logprobs``."""
+    if not getattr(request, "echo", False) or params.prompt_logprobs is None or request.prompt_logprobs is not None:
+        return params
+    if request.logprobs is not None and request.logprobs is not False:  # 0 asks for them
+        as_validation_error(_refuse_echo)
+    params.prompt_logprobs = None
+    return params
+
+
+def _refuse_echo() -> None:
+    raise OptionError(
+        "echo: with logprobs it asks for the prompt's log-probabilities, and a prompt token has no distribution of its "
+        "own here; leave out one of them"
+    )
 
 
 def _patch_beam_search(cls: Any, checks: FieldChecks) -> None:
@@ -159,7 +206,7 @@ def install_beam_search_check(architectures: frozenset[str], checks: FieldChecks
     @functools.wraps(original)
     def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not ours.isdisjoint(self.model_config.architectures):
-            _as_validation_error(checks.fields, {"use_beam_search": True}, {"use_beam_search": False}, {})
+            as_validation_error(checks.fields, {"use_beam_search": True}, {"use_beam_search": False}, {})
         return original(self, *args, **kwargs)
 
     setattr(beam_search, _MARK, ours)
@@ -171,14 +218,10 @@ def _check_fields(request: Any, checks: FieldChecks) -> None:
     fields = type(request).model_fields
     # vLLM 0.31 defaults to watermarking where the server does it: only a client that says so itself asks for it.
     defaults = {n: None if fields[n].default is True else fields[n].default for n in WITHOUT_EFFECT if n in fields}
-    # The responses route has fields of OpenAI's that vLLM documents as ignored.
-    unknown: dict[str, Any] = {}
-    if type(request).__name__ == "ResponsesRequest":
-        _as_validation_error(snapshot_stream.check_listener, request.vllm_xargs)
-    else:
-        unknown = request.model_extra or {}
     said = {name: value for name, value in vars(request).items() if name in request.model_fields_set}
-    _as_validation_error(checks.fields, said, defaults, unknown)
+    as_validation_error(checks.fields, said, defaults, request.model_extra or {})
+    if request.stream and type(request).__name__ != "ResponsesRequest":
+        snapshot_stream.expect_stream()
 
 
 def install_request_check(architectures: frozenset[str], check: Callable[[Any, Any], None]) -> None:
@@ -198,11 +241,14 @@ def install_request_check(architectures: frozenset[str], check: Callable[[Any, A
 
     @functools.wraps(original)
     def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
+        if (prepared := early_checks.request_of(*args)) is not None:
+            return prepared
         request = original(self, *args, **kwargs)
         params = request.sampling_params
         if params is not None and not ours.isdisjoint(self.model_config.architectures):
-            _as_validation_error(check, request, self.vllm_config)
-            _as_validation_error(snapshot_stream.check_listener, params.extra_args)
+            stop_at_pad(params, self.model_config.hf_config, getattr(self, "tokenizer", None))
+            as_validation_error(check, request, self.vllm_config)
+            as_validation_error(snapshot_stream.check_listener, params.extra_args)
         return request
 
     setattr(process_inputs, _MARK, ours)
@@ -216,13 +262,3 @@ def _widened(wrapped: Any, architectures: frozenset[str]) -> bool:
         return False
     ours |= architectures
     return True
-
-
-def _as_validation_error(check: Callable[..., None], *args: Any) -> None:
-    """Let vLLM answer with HTTP 400 what ``check`` refuses."""
-    from vllm.exceptions import VLLMValidationError
-
-    try:
-        check(*args)
-    except OptionError as error:
-        raise VLLMValidationError(str(error), parameter=str(error).partition(":")[0]) from error

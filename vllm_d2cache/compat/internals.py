@@ -6,16 +6,18 @@ they touch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
 from vllm_d2cache.options.request import SNAPSHOTS
+from vllm_d2cache.options.types import OptionError
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import ModelRunnerOutput
@@ -47,6 +49,30 @@ def register_config_class(model_type: str, cls: type) -> None:
     _CONFIG_REGISTRY[model_type] = cls
 
 
+def register_config_check(model_type: str, check: Callable[[Any], None], longest: Callable[[Any], int | None]) -> None:
+    """Have vLLM call ``check`` with a configuration of this type before it computes anything from it.
+
+    By then it is what the operator makes of config.json: ``--hf-overrides`` have been applied. ``longest`` is asked how
+    many positions a checked one has by its RoPE's scaling, of which vLLM's releases make different things; None: none.
+    """
+    from vllm.transformers_utils.model_arch_config_convertor import (
+        MODEL_ARCH_CONFIG_CONVERTORS,
+        ModelArchConfigConvertorBase,
+    )
+
+    class Checked(ModelArchConfigConvertorBase):
+        def convert(self, *args: Any, **kwargs: Any) -> Any:
+            check(self.hf_config)
+            return super().convert(*args, **kwargs)
+
+        def derive_max_model_len_and_key(self) -> tuple[float, str | None]:
+            found, key = super().derive_max_model_len_and_key()
+            scaled = longest(self.hf_config)
+            return (found, key) if scaled is None else (scaled, key)
+
+    MODEL_ARCH_CONFIG_CONVERTORS[model_type] = Checked
+
+
 def register_config_hook(architecture: str, hook: type) -> None:
     """Have vLLM call ``hook`` while it builds the configuration for this architecture."""
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -71,6 +97,35 @@ def model_file(model: str, name: str, revision: str | None) -> dict[str, Any]:
     from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
     return get_hf_file_to_dict(name, model, revision) or {}
+
+
+def loaded(path: str) -> Any:
+    """The class of that dotted name, None while its module is not loaded."""
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
+
+
+def as_validation_error(check: Callable[..., None], *args: Any) -> None:
+    """Let vLLM answer with HTTP 400 what ``check`` refuses."""
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        check(*args)
+    except OptionError as error:
+        raise VLLMValidationError(str(error), parameter=str(error).partition(":")[0]) from error
+
+
+def stop_at_pad(params: SamplingParams, hf_config: Any, tokenizer: Any) -> None:
+    """End a text at the tokenizer's pad token, as at another end-of-text token, where the family's models write it.
+
+    Nothing is changed where that is the end-of-text token itself, or where a request ignores it.
+    """
+    pad = getattr(hf_config if tokenizer is None else tokenizer, "pad_token_id", None)
+    if not getattr(hf_config, "pads_behind_text", False) or params.ignore_eos or pad in (None, hf_config.mask_token_id):
+        return
+    if pad not in params._all_stop_token_ids:
+        params._all_stop_token_ids.add(pad)
+        params.stop_token_ids = [*(params.stop_token_ids or ()), pad]
 
 
 def append_canvas(request: Request, mask_token_id: int, length: int) -> None:
@@ -139,19 +194,25 @@ def take_snapshot(output: EngineCoreOutput) -> dict[str, Any] | None:
     return None if params is None else params.get(SNAPSHOTS)
 
 
+# Before what are no names of adapters; none of those can begin so.
+_OURS = "\0d2cache/"
+
+
 def attach_totals(stats: SchedulerStats, totals: Mapping[tuple[str, str], int]) -> None:
     """Send totals by (policy, name) to the front ends.
 
-    They travel in the counts of running LoRA adapters, which are empty: the config hook refuses LoRA. No field of the
-    statistics is free, and a field more would not survive the way between the processes.
+    They travel in the counts of running LoRA adapters, which the front end fills in behind us and :func:`take_totals`
+    leaves to vLLM. No field of the statistics is free, and one more would not survive the way between the processes.
     """
-    stats.running_lora_adapters.update({f"{policy}/{name}": value for (policy, name), value in totals.items()})
+    stats.running_lora_adapters.update({f"{_OURS}{policy}/{name}": value for (policy, name), value in totals.items()})
 
 
 def take_totals(stats: SchedulerStats) -> dict[tuple[str, str], int]:
-    """What :func:`attach_totals` sent; read once for each logger."""
+    """What :func:`attach_totals` sent, taken out: vLLM's own logger, which comes later, sees adapters alone."""
+    carried = stats.running_lora_adapters
+    found = {key: carried.pop(key) for key in list(carried) if key.startswith(_OURS)}
     return {
         (policy, name): value
-        for key, value in stats.running_lora_adapters.items()
-        for policy, _, name in [key.partition("/")]
+        for key, value in found.items()
+        for policy, _, name in [key.removeprefix(_OURS).partition("/")]
     }

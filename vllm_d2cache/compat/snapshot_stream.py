@@ -51,6 +51,13 @@ class Inbox:
 
 # The inbox of the stream that the current task works for.
 _inbox: contextvars.ContextVar[Inbox | None] = contextvars.ContextVar("vllm_d2cache_inbox", default=None)
+# The current task answers a request of a route that sends snapshots, with a stream.
+_streams: contextvars.ContextVar[bool] = contextvars.ContextVar("vllm_d2cache_streams", default=False)
+
+
+def expect_stream() -> None:
+    """The request that the current task answers streams, and snapshots would be sent."""
+    _streams.set(True)
 
 
 def check_listener(extra_args: dict[str, Any] | None) -> None:
@@ -59,11 +66,15 @@ def check_listener(extra_args: dict[str, Any] | None) -> None:
     Raises:
         OptionError: the request asks for snapshots and is no stream that sends them.
     """
-    if snapshot_interval(extra_args) and _inbox.get() is None:
-        raise OptionError(
-            f"{SNAPSHOTS}: comes with a completion or chat completion of the server that has stream true alone; "
-            "leave it out (0)"
-        )
+    if snapshot_interval(extra_args) and not _streams.get():
+        raise _no_listener()
+
+
+def _no_listener() -> OptionError:
+    return OptionError(
+        f"{SNAPSHOTS}: comes with a completion or chat completion of the server that has stream true alone; "
+        "leave it out (0)"
+    )
 
 
 def install(serving: type, name: str, only_for: type) -> None:
@@ -135,9 +146,10 @@ def _wants_snapshots(request: Any, server: Any, serving: type) -> bool:
     from vllm.exceptions import VLLMValidationError
 
     try:
-        if type(server) is not serving:  # subclasses rewrite the chunks into those of other protocols
-            check_listener(request.vllm_xargs)
-        return snapshot_interval(request.vllm_xargs) > 0
+        wanted = snapshot_interval(request.vllm_xargs) > 0
+        if wanted and type(server) is not serving:  # subclasses rewrite the chunks into those of other protocols
+            raise _no_listener()
+        return wanted
     except OptionError as error:
         raise VLLMValidationError(str(error), parameter=SNAPSHOTS) from error
 

@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from vllm_d2cache.doctor.finding import Finding
-from vllm_d2cache.doctor.safetensors_files import read_weights
-from vllm_d2cache.models.families import FAMILIES, Family
-from vllm_d2cache.models.mask_token import mask_contradiction
+from vllm_d2cache.doctor.safetensors_files import Weights, read_weights
+from vllm_d2cache.models.config_rules import (
+    architecture_problem,
+    family_of,
+    mask_contradiction,
+    refusal,
+    unserved_problem,
+)
+from vllm_d2cache.models.quantisation import method_of, of_separate_file
+from vllm_d2cache.models.tensor_rules import REDUNDANT, missing_modules, missing_problem, tensor_problem
 
 # What a tokenizer can be made of: each group of files will do.
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
@@ -26,14 +33,30 @@ def check_model(directory: Path, memory: int | None) -> Iterator[Finding]:
     if not directory.is_dir():
         yield _problem("directory", f"{directory} is not a directory; download the checkpoint and name where it is")
         return
-    found = _json(directory / "config.json")
-    config = None if isinstance(found, str) else found
-    if isinstance(found, str):
-        yield _problem("config.json", found)
+    given = _json(directory / "config.json")
+    if isinstance(given, str):
+        yield _problem("config.json", given)
+        given = {}
     else:
-        yield from _architecture(found)
-    yield from _weights(directory, memory)
-    yield from _tokenizer(directory, config)
+        if given.get("quantization_config") is None:
+            given["quantization_config"] = of_separate_file(lambda name: _object(directory / name))
+        yield from _architecture(given)
+    config = _read(given)
+    if config is not None:
+        yield from _settings(config, given)
+    elif family_of(given) is not None:
+        yield _note("settings", "not checked: that needs transformers and torch")
+    sound = config if config is not None and not config.unsupported() else None
+    yield from _weights(directory, memory, given, sound)
+    yield from _tokenizer(directory, given, sound)
+
+
+def _read(given: dict[str, Any]) -> Any:
+    """config.json as the class that vLLM will read it with; None where there is none, or nothing to read it with."""
+    found = family_of(given)
+    if found is None or find_spec("transformers") is None or find_spec("torch") is None:
+        return None
+    return found[1].config_class().from_dict(dict(given))
 
 
 def _json(path: Path) -> dict[str, Any] | str:
@@ -47,68 +70,76 @@ def _json(path: Path) -> dict[str, Any] | str:
     return content if isinstance(content, dict) else f"{path.name} is not a JSON object"
 
 
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is none."""
+    content = _json(path)
+    return content if isinstance(content, dict) else {}
+
+
 def _architecture(config: dict[str, Any]) -> Iterator[Finding]:
-    names, known = config.get("architectures") or [], _known(config)
-    if not known:
-        served = ", ".join(name for name, family in FAMILIES.items() if family.unserved is None)
-        yield _problem("architecture", f"{names or 'none given'}; supported: {served}")
+    found = family_of(config)
+    if found is None:
+        reason = architecture_problem(config.get("architectures"), config.get("model_type"))
+        yield _problem("architecture", str(reason))
         return
-    unserved = FAMILIES[known[0]].unserved
-    if unserved is None:
-        yield _ok("architecture", known[0])
-    else:
-        yield _problem("architecture", f"{known[0]} cannot be served yet: {unserved}")
+    unserved = unserved_problem(config.get("architectures"))
+    yield _ok("architecture", found[0]) if unserved is None else _problem("architecture", unserved)
     dtype = config.get("torch_dtype") or config.get("dtype")
     yield _ok("dtype", str(dtype)) if dtype else _note("dtype", "config.json names none; vLLM takes float32")
-    if find_spec("transformers") is None or find_spec("torch") is None:
-        yield _note("settings", "not checked: that needs transformers and torch")
+
+
+def _settings(config: Any, given: dict[str, Any]) -> Iterator[Finding]:
+    """What the start says of them, and what of them matters to whoever starts it."""
+    reasons = config.unsupported()
+    if reasons:
+        yield _problem("settings", refusal(reasons))
         return
-    yield from _settings(config, FAMILIES[known[0]])
+    layers, longest = config.num_hidden_layers, config.shape().longest
+    yield _ok("settings", f"{layers} layers, width {config.hidden_size}, at most {longest} positions")
+    where = "" if "mask_token_id" in given else "; not in config.json: the family's own"
+    yield _ok("mask token", f"id {config.mask_token_id}{where}")
+    quantised = config.quantisation_note(method_of(getattr(config, "quantization_config", None)))
+    yield from (_note("settings", text) for text in (*config.notes(), *([quantised] if quantised else [])))
 
 
-def _known(config: dict[str, Any]) -> list[str]:
-    """Those of its architectures that are ours."""
-    return [name for name in config.get("architectures") or [] if name in FAMILIES]
-
-
-def _settings(config: dict[str, Any], family: Family) -> Iterator[Finding]:
-    """By the class that vLLM will read the file with; the one check that imports torch."""
-    valid = (family.model_type, *family.other_types)
-    if config.get("model_type") not in valid:
-        yield _problem("model_type", f"{config.get('model_type')!r}; must be {' or '.join(valid)}")
-        return
-    try:
-        parsed = family.config_class().from_dict(config)
-        unsupported = parsed.unsupported()
-    except Exception as error:  # whatever the file's values make of it, vLLM would raise the same
-        yield _problem("settings", f"config.json is refused: {error}")
-        return
-    if unsupported:
-        yield _problem("settings", "not supported: " + "; ".join(unsupported))
-    else:
-        layers, longest = parsed.num_hidden_layers, parsed.max_position_embeddings
-        yield _ok("settings", f"{layers} layers, width {parsed.hidden_size}, at most {longest} positions")
-    mask, vocab = parsed.mask_token_id, parsed.vocab_size
-    if not isinstance(mask, int) or not 0 <= mask < vocab:
-        yield _problem("mask token", f"mask_token_id {mask!r} is not in the vocabulary of {vocab}")
-    else:
-        where = "" if "mask_token_id" in config else "; not in config.json: the family's own"
-        yield _ok("mask token", f"id {mask}{where}")
-
-
-def _weights(directory: Path, memory: int | None) -> Iterator[Finding]:
+def _weights(directory: Path, memory: int | None, given: dict[str, Any], config: Any) -> Iterator[Finding]:
     weights = read_weights(directory)
-    if weights.problems:
-        yield from (_problem("weights", text) for text in weights.problems)
+    problems = weights.problems or list(_tensors(weights, given, config))
+    if problems:
+        yield from (_problem("weights", text) for text in problems)
         return
-    text = f"{weights.tensors} tensors, {weights.num_bytes / 2**30:.2f} GiB, {', '.join(sorted(weights.dtypes))}"
+    text = f"{len(weights.shapes)} tensors, {weights.num_bytes / 2**30:.2f} GiB, {', '.join(sorted(weights.dtypes))}"
     if memory is not None and weights.num_bytes > memory:
         yield _problem("weights", f"{text}; more than the {memory / 2**30:.1f} GiB of memory available")
     else:
         yield _ok("weights", text)
+    if config is not None and find_spec("vllm") is None:
+        yield _note("weights", "names and shapes were not compared with the family's: that needs vLLM")
 
 
-def _tokenizer(directory: Path, config: dict[str, Any] | None) -> Iterator[Finding]:
+def _tensors(weights: Weights, given: dict[str, Any], config: Any) -> Iterator[str]:
+    """The first of each kind of difference between the files and what the network is made of."""
+    named = family_of(given)
+    if named is None or config is None or find_spec("vllm") is None:
+        return
+    architecture, family = named
+    model = family.model_class()
+    expected = model.tensor_shapes(config.shape())
+    found = {name: shape for name, shape in weights.shapes.items() if not name.endswith(REDUNDANT)}
+    not_needed = model.head_tensor if config.shape().tied_head else None
+    if given.get("quantization_config") is not None:
+        wrong: list[str | None] = [missing_modules(found, expected, not_needed)]
+    else:
+        each = (tensor_problem(name, shape, expected, architecture) for name, shape in found.items())
+        wrong = [next((problem for problem in each if problem), None), missing_problem(found, expected, not_needed)]
+    yield from (_shortened(problem) for problem in wrong if problem)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) < 300 else f"{text[:250]} ... ({text.count(',') + 1} of them)"
+
+
+def _tokenizer(directory: Path, given: dict[str, Any], config: Any) -> Iterator[Finding]:
     group = next((files for files in _TOKENIZERS if all((directory / f).is_file() for f in files)), None)
     if group is None:
         yield _problem("tokenizer", "none of " + ", ".join("+".join(files) for files in _TOKENIZERS))
@@ -118,30 +149,32 @@ def _tokenizer(directory: Path, config: dict[str, Any] | None) -> Iterator[Findi
     if isinstance(settings, str):
         yield _problem("tokenizer_config.json", settings)
         settings = {}
-    has_template = settings.get("chat_template") or (directory / "chat_template.jinja").is_file()
-    if has_template:
+    family = family_of(given)
+    if settings.get("chat_template") or (directory / "chat_template.jinja").is_file():
         yield _ok("chat template", "found")
-    elif any(FAMILIES[name].chat_template for name in _known(config or {})):
-        yield _note("chat template", "none: that of its family is used")
+    elif family is not None and family[1].chat_template is not None:
+        yield _ok("chat template", "none in the checkpoint: the family's own is used")
     else:
         yield _note("chat template", "none: completions work, chat requests need --chat-template FILE")
-    mask = (config or {}).get("mask_token_id")
+    mask = given.get("mask_token_id") if config is None else config.mask_token_id
     contradiction = None if mask is None else mask_contradiction(settings, mask)
     if contradiction is not None:
         yield _problem("mask token", contradiction)
     if group == ("tokenizer.json",):
-        yield from _special_tokens(directory, config or {})
+        yield from _special_tokens(directory, given)
 
 
-def _special_tokens(directory: Path, config: dict[str, Any]) -> Iterator[Finding]:
+def _special_tokens(directory: Path, given: dict[str, Any]) -> Iterator[Finding]:
     content = _json(directory / "tokenizer.json")
     if isinstance(content, str):
         yield _problem("tokenizer.json", content)
         return
-    added = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
-    mask = config.get("mask_token_id")
-    if mask in added:
-        yield _ok("mask text", repr(added[mask]))
+    tokens = content.get("added_tokens")
+    tokens = [token for token in tokens if isinstance(token, dict)] if isinstance(tokens, list) else []
+    mask = given.get("mask_token_id")
+    named = [token.get("content") for token in tokens if token.get("id") == mask]
+    if mask is not None and named:
+        yield _ok("mask text", repr(named[0]))
     elif mask is not None:
         yield _note(
             "mask text", f"id {mask} is no added token of the tokenizer; a wrong mask gives nonsense, not errors"

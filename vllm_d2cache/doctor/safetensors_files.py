@@ -16,13 +16,13 @@ class Weights:
 
     Attributes:
         problems: why the weights cannot be loaded; empty if they can.
-        tensors: how many there are.
+        shapes: of every tensor, by its name.
         num_bytes: of all tensors together, as stored.
         dtypes: safetensors names of their types.
     """
 
     problems: list[str] = field(default_factory=list)
-    tensors: int = 0
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     num_bytes: int = 0
     dtypes: set[str] = field(default_factory=set)
 
@@ -55,7 +55,6 @@ def read_weights(directory: Path) -> Weights:
         gone = [name for name, file in expected.items() if seen.get(name) != file]
         if gone:
             weights.problems.append(f"{len(gone)} tensors of the index are in no file, e.g. {gone[0]}")
-    weights.tensors = len(seen)
     return weights
 
 
@@ -76,10 +75,12 @@ def _read_header(path: Path, weights: Weights) -> list[str]:
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
             end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
             dtypes = {str(entry["dtype"]) for entry in tensors.values()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            shapes = {name: tuple(map(int, entry["shape"])) for name, entry in tensors.items()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError("has a broken header") from error
     if 8 + length + end != size:
         raise ValueError(f"has {size} bytes and should have {8 + length + end}: download it again")
     weights.num_bytes += end
     weights.dtypes |= dtypes
+    weights.shapes |= shapes
     return list(tensors)

@@ -18,7 +18,7 @@ from vllm_d2cache.options.request import SECTION
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.requests.dropped_fields import check_fields
 from vllm_d2cache.requests.fit import check_room
-from vllm_d2cache.requests.generation_defaults import read_generation_defaults
+from vllm_d2cache.requests.generation_defaults import default_problems, read_generation_defaults
 from vllm_d2cache.requests.resolve import parse_server_options
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ SCHEDULER = "vllm_d2cache.engine.scheduler.D2CacheScheduler"
 # Those that hand a checkpoint's tensors to the model class, which looks for NaN among them; the others fill vLLM's own
 # layers past it.
 LOAD_FORMATS = (
-    *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt", "runai_streamer"),
+    *("auto", "bitsandbytes", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt"),
+    "runai_streamer",
     "dummy",  # no checkpoint at all
 )
 # The engines of structured output that are tested.
@@ -51,12 +52,7 @@ class DiffusionConfigHook:
         if problem:
             raise RuntimeError(problem)
         cpu_runner.check()
-        unsupported = [*model_config.hf_config.unsupported(), *_mask_problems(model_config)]
-        if unsupported:
-            raise ValueError("this checkpoint is not supported by vllm-d2cache: " + "; ".join(unsupported))
-        unserved = model_config.hf_config.unserved()
-        if unserved is not None:
-            raise ValueError(f"vllm-d2cache cannot serve {unserved}")
+        _check_checkpoint(model_config)
         if model_config.original_max_model_len is None and model_config.max_model_len > DEFAULT_MAX_MODEL_LEN:
             logger.info(
                 "max_model_len is %d instead of the checkpoint's %d: a request's first step computes all of its "
@@ -79,6 +75,9 @@ class DiffusionConfigHook:
         reasons = _refusals(vllm_config)
         if reasons:
             raise ValueError("vllm-d2cache cannot serve this model with: " + "; ".join(reasons))
+        model = vllm_config.model_config
+        if note := model.hf_config.quantisation_note(model.quantization):
+            logger.info("vllm-d2cache: %s", note)
         additional = vllm_config.additional_config
         section = additional.get(SECTION) if isinstance(additional, dict) else None
         options = parse_server_options(section)
@@ -118,11 +117,18 @@ def _check_block_length(section: Any, block_length: int) -> None:
         )
 
 
-def _mask_problems(model_config: ModelConfig) -> list[str]:
-    """Nothing, or what tokenizer_config.json says otherwise than config.json."""
-    found = model_file(model_config.tokenizer, "tokenizer_config.json", model_config.tokenizer_revision)
-    problem = model_config.hf_config.mask_contradiction(found)
-    return [] if problem is None else [problem]
+def _check_checkpoint(model_config: ModelConfig) -> None:
+    """Refuse what the network does not compute; vLLM asked before, where its type of configuration is one of ours."""
+    config = model_config.hf_config
+    if not hasattr(config, "supported_values"):  # another's: --hf-overrides may change the architecture alone
+        raise ValueError(f"vllm-d2cache cannot read a config.json with model_type={config.model_type!r}")
+    config.check()
+    tokenizer = model_file(model_config.tokenizer, "tokenizer_config.json", model_config.tokenizer_revision)
+    problem = config.mask_contradiction(tokenizer) or config.unserved_problem()
+    if problem is not None:
+        raise ValueError(problem)
+    for note in config.notes():
+        logger.info("config.json: %s", note)
 
 
 def _refusals(config: VllmConfig) -> list[str]:
@@ -146,16 +152,15 @@ def _refusals(config: VllmConfig) -> list[str]:
             config.kv_transfer_config is not None
         ),
         "--speculative-config (every step decodes anywhere already)": config.speculative_config is not None,
-        "--enable-lora (not supported yet)": config.lora_config is not None,
+        "--enable-lora (adapters of mixtures of experts are not tried)": (
+            config.lora_config is not None and config.model_config.hf_config.shape().mixture is not None
+        ),
         "--enable-sleep-mode (K and V of running requests would be dropped while their canvases stay)": (
             config.model_config.enable_sleep_mode
         ),
-        f"weights quantised by {config.model_config.quantization} (tested is compressed-tensors with 8-bit integers)": (
-            not _known_quantisation(config.model_config)
-        ),
         f"--load-format {config.load_config.load_format} (damaged weights would not be noticed; supported: "
         f"{', '.join(LOAD_FORMATS)})": config.load_config.load_format not in LOAD_FORMATS,
-        f"--kv-cache-dtype {config.cache_config.cache_dtype} (only the model's own dtype yet)": (
+        f"--kv-cache-dtype {config.cache_config.cache_dtype} (attention reads pages of the model's own dtype)": (
             config.cache_config.cache_dtype not in ("auto", str(config.model_config.dtype).removeprefix("torch."))
         ),
         "--cudagraph-capture-sizes, --max-cudagraph-capture-size (refresh steps have graphs of their own sizes: set "
@@ -175,18 +180,8 @@ def _refusals(config: VllmConfig) -> list[str]:
         ),
         "VLLM_USE_V2_MODEL_RUNNER=0 (the plugin lives in Model Runner V2)": envs.VLLM_USE_V2_MODEL_RUNNER is False,
     }
-    return [reason for reason, present in checks.items() if present]
-
-
-def _known_quantisation(model_config: ModelConfig) -> bool:
-    """Whether the weights are unquantised or quantised in the one way that tests/e2e/test_quantised.py tries."""
-    if model_config.quantization is None:
-        return True
-    if model_config.quantization != "compressed-tensors":
-        return False
-    groups = getattr(model_config.hf_config, "quantization_config", {}).get("config_groups", {}).values()
-    weights = [group.get("weights") or {} for group in groups]
-    return bool(weights) and all(w.get("type") == "int" and w.get("num_bits") == 8 for w in weights)
+    quantised = config.model_config.hf_config.quantisation_problem(config.model_config.quantization)
+    return [*([quantised] if quantised else []), *(reason for reason, present in checks.items() if present)]
 
 
 def _generation_defaults(model_config: ModelConfig) -> dict[str, Any]:
@@ -196,6 +191,9 @@ def _generation_defaults(model_config: ModelConfig) -> dict[str, Any]:
     if source != "vllm":
         directory = (model_config.hf_config_path or model_config.model) if source == "auto" else source
         raw = model_file(directory, "generation_config.json", model_config.revision)
+    problems = default_problems(raw, model_config.override_generation_config)
+    if problems:
+        raise ValueError("vllm-d2cache cannot serve this model with: " + "; ".join(problems))
     found = read_generation_defaults({**raw, **model_config.override_generation_config})
     if model_config.hf_config.traits().block_length:
         # These take confidences from all of the distribution; vLLM gives every request the file's top_p.
@@ -277,6 +275,7 @@ def _without_graphs(config: VllmConfig, options: ServerOptions) -> dict[str, int
         "-cc.cudagraph_mode=none": config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE and not ours,
         "-O0: nothing is made faster at the cost of the start": config.optimization_level == OptimizationLevel.O0,
         f"attention_backend {backend} reads the batch on the host": backend != "triton",
+        "--enable-lora: graphs know no adapters": config.lora_config is not None,
         "--data-parallel-size > 1: the ranks agree on every step": config.parallel_config.data_parallel_size > 1,
     }
     found = [reason for reason, present in reasons.items() if present]

@@ -23,6 +23,8 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_d2cache.canvas.request import Request
+from vllm_d2cache.canvas.rows import StepRows
+from vllm_d2cache.compat.adapters import adapter_of, leave_base_rows_alone, set_row_adapters
 from vllm_d2cache.compat.grammars import Grammars
 from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
 from vllm_d2cache.engine.attention_backend import D2CacheMetadata, attention_shape
@@ -67,10 +69,15 @@ class D2CacheModelState(ModelState):
         self.rehearsal = Rehearsal(plan_memory(vllm_config, self.options), device)
         self.watched: set[int] = set()  # slots of requests that want snapshots
         self._slots: dict[str, int] = {}
+        self._adapters: dict[int, int] | None = None  # of each slot, 0 for none; on a server with adapters
+        if vllm_config.lora_config is not None:
+            self._adapters = {}
+            leave_base_rows_alone(model)
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
         wants_graphs = self.options.graph_rows > 0 and not vllm_config.model_config.enforce_eager
         self._records_graphs = device.type == "cuda" and wants_graphs  # they are still to be recorded
-        self._cold = backend != "torch"  # kernels are still to be compiled
+        # Kernels are still to be compiled. Not by synthetic steps where adapters know the rows of requests alone.
+        self._cold = backend != "torch" and self._adapters is None
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Replace vLLM's sampler; there is no rejection sampler."""
@@ -113,6 +120,8 @@ class D2CacheModelState(ModelState):
         if asked.snapshots:
             self.watched.add(req_index)
         self._slots[req_id] = req_index
+        if self._adapters is not None:
+            self._adapters[req_index] = adapter_of(new_req_data)
         self._unsettled[req_index] = emitted
         if self.tracer:
             self.tracer.start(req_index, request, list(prompt))
@@ -208,8 +217,18 @@ class D2CacheModelState(ModelState):
                 request = self.steps.canvas.requests[slot]
                 computed = request.reserved_len - request.row_budget
                 settle_request_state(req_states, slot, request.prompt_len + self._unsettled.pop(slot), computed)
+        if self._adapters is not None:
+            self._place_adapters(self._adapters, self.step.rows)
         count = self.step.rows.positions.shape[0]
         return {"input_ids": input_batch.input_ids[:count], "positions": input_batch.positions[:count]}
+
+    def _place_adapters(self, adapters: dict[int, int], rows: StepRows) -> None:
+        """Which row is whose, in the order in which the rows are packed: those of the text, then those behind it."""
+        requests = [adapters[slot] for slot in rows.slots]
+        packed: list[int] = []
+        for counts in (rows.counts, rows.extra):
+            packed += [adapter for adapter, count in zip(requests, counts, strict=True) for _ in range(count)]
+        set_row_adapters(self.model, requests, packed)
 
     def finish_step(self) -> None:
         """Called by the sampler at its end."""

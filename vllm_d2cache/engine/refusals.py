@@ -15,9 +15,10 @@ from typing import Any
 from vllm_d2cache.engine.memory_plan import check_memory
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.requests.asked import Asked
-from vllm_d2cache.requests.fit import check_fit, check_options_fit, check_room
+from vllm_d2cache.requests.fit import check_adapters_fit, check_fit, check_options_fit, check_room
 from vllm_d2cache.requests.grammar_schema import check_schema, without_spare_whitespace
 from vllm_d2cache.requests.resolve import server_options
+from vllm_d2cache.requests.satisfiable import check_satisfiable
 
 
 def check_request(request: Any, config: Any) -> None:
@@ -40,6 +41,8 @@ def check_request(request: Any, config: Any) -> None:
     server.check_canvas_length(params.max_tokens)
     options = asked.options(server)
     canvas_len = options.canvas_length(len(request.prompt_token_ids), params.max_tokens)
+    if config.lora_config is not None:
+        check_adapters_fit(options)
     check_options_fit(options, canvas_len, room, bool(asked.canvas))
     check_fit(params, asked.canvas, model.get_vocab_size(), model.hf_config.mask_token_id)
     check_memory(options, server, config, len(request.prompt_token_ids), canvas_len)
@@ -58,6 +61,7 @@ def _check_grammar(wanted: Any, config: Any) -> None:
     """Refuse a grammar that its backend would read otherwise; takes spare whitespace out of structural tags."""
     if wanted.json is not None:
         check_schema(wanted.json, config.backend)
+    check_satisfiable(wanted, config.backend)
     if wanted.structural_tag is not None and config.backend == "xgrammar":
         # disable_any_whitespace, which the config hook sets, does not reach it.
         wanted.structural_tag = without_spare_whitespace(wanted.structural_tag)

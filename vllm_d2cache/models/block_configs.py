@@ -11,19 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from vllm_d2cache.canvas.traits import FamilyTraits
-from vllm_d2cache.models.configs import HubConfig
-from vllm_d2cache.models.field_rules import (
-    COUNT,
-    MAYBE_OBJECT,
-    MAYBE_SIZE,
-    MAYBE_TOKEN,
-    POSITIVE,
-    SHARE,
-    SIZE,
-    SWITCH,
-    Rule,
-    wrong_fields,
-)
+from vllm_d2cache.models.base_configs import HubConfig
 from vllm_d2cache.models.shape import Mixture, TransformerShape
 
 # Whatever word a file has for the block length.
@@ -36,6 +24,7 @@ class BlockDiffusionConfig(HubConfig):
     default_block_length: ClassVar[int]
     logit_shift: ClassVar[int] = 0
     default_threshold: ClassVar[float]
+    null_is_absent: ClassVar[bool] = False
     required: ClassVar[tuple[str, ...]] = (
         "vocab_size",
         "hidden_size",
@@ -44,27 +33,10 @@ class BlockDiffusionConfig(HubConfig):
         "num_attention_heads",
         "num_key_value_heads",
         "max_position_embeddings",
+        "rope_theta",
     )
-    rules: ClassVar[dict[str, Rule]] = {
-        "vocab_size": SIZE,
-        "hidden_size": SIZE,
-        "intermediate_size": SIZE,
-        "num_hidden_layers": SIZE,
-        "num_attention_heads": SIZE,
-        "num_key_value_heads": SIZE,
-        "head_dim": MAYBE_SIZE,
-        "max_position_embeddings": SIZE,
-        "rms_norm_eps": POSITIVE,
-        "rope_theta": POSITIVE,
-        "rope_scaling": MAYBE_OBJECT,
-        "rope_parameters": MAYBE_OBJECT,
-        "tie_word_embeddings": SWITCH,
-        "mask_token_id": MAYBE_TOKEN,
-        **dict.fromkeys(_BLOCK_KEYS, MAYBE_SIZE),
-    }
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
         "hidden_act": ("silu",),
-        "rope_type": ("default",),
         "use_sliding_window": (False, None),
     }
 
@@ -72,38 +44,12 @@ class BlockDiffusionConfig(HubConfig):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 
-    @classmethod
-    def check_fields(cls, config_dict: dict[str, Any]) -> None:
-        """Raises ValueError: fields are missing or hold what they cannot; each is named with its valid values."""
-        problems = wrong_fields(config_dict, cls.rules, cls.required)
-        rope = config_dict.get("rope_parameters") or config_dict.get("rope_scaling") or {}
-        if "rope_theta" not in config_dict and not (isinstance(rope, dict) and "rope_theta" in rope):
-            problems.append(f"rope_theta is missing (must be {cls.rules['rope_theta']})")
-        if problems:
-            raise ValueError("config.json: " + "; ".join(problems))
-
-    def unsupported(self) -> list[str]:
-        """As for all families; fields once more, as ``--hf-overrides`` may have changed them, and how they agree."""
-        fields = {name: getattr(self, name) for name in self.rules if hasattr(self, name)}
-        wrong = wrong_fields(fields, self.rules)
-        return wrong or [*super().unsupported(), *self._disagreements()]
-
-    def _disagreements(self) -> list[str]:
-        """Fields that are fine one by one."""
-        shape, problems = self.shape(), []
-        if shape.num_heads % shape.num_kv_heads:
-            problems.append(
-                f"num_key_value_heads={shape.num_kv_heads} (must divide num_attention_heads={shape.num_heads})"
-            )
-        rotated = shape.head_size if shape.rotary_dim is None else shape.rotary_dim
-        if rotated % 2 or rotated > shape.head_size:
-            problems.append(f"{rotated} rotated elements (must be even and at most the head size {shape.head_size})")
-        if self.mask_token_id >= self.vocab_size:
-            problems.append(f"mask_token_id={self.mask_token_id} (must be below vocab_size={self.vocab_size})")
+    def disagreements(self) -> list[str]:
+        """The block length under several names."""
         given = self._given_block_lengths()
-        if len(set(given.values())) > 1:
-            problems.append(" but ".join(f"{key}={value}" for key, value in given.items()) + " (must agree)")
-        return problems
+        if len(set(given.values())) < 2:
+            return []
+        return [" but ".join(f"{key}={value}" for key, value in given.items()) + " (must agree)"]
 
     def _given_block_lengths(self) -> dict[str, int]:
         given = {key: getattr(self, key, None) for key in _BLOCK_KEYS}
@@ -146,7 +92,6 @@ class SDARConfig(BlockDiffusionConfig):
         "eos_token_id": [151645, 151643],
         "tie_word_embeddings": False,
     }
-    rules: ClassVar[dict[str, Rule]] = {**BlockDiffusionConfig.rules, "head_dim": SIZE}
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
         **BlockDiffusionConfig.supported_values,
         "attention_bias": (False,),
@@ -157,11 +102,11 @@ class SDARConfig(BlockDiffusionConfig):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 
-    def _disagreements(self) -> list[str]:
+    def disagreements(self) -> list[str]:
         """Published files do not say their block length; the name of the checkpoint does."""
         named = re.search(r"-b(\d+)/?$", self.name_or_path or "")
         ours = self.traits().block_length
-        problems = super()._disagreements()
+        problems = super().disagreements()
         if named and int(named[1]) != ours and not self._given_block_lengths():
             problems.append(
                 f"no block_size, which would mean {ours}, but the checkpoint's name says blocks of {named[1]} "
@@ -194,12 +139,6 @@ class SDARMoeConfig(SDARConfig):
         "num_experts",
         "num_experts_per_tok",
     )
-    rules: ClassVar[dict[str, Rule]] = {
-        **SDARConfig.rules,
-        "moe_intermediate_size": SIZE,
-        "num_experts": SIZE,
-        "num_experts_per_tok": SIZE,
-    }
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
         **SDARConfig.supported_values,
         "norm_topk_prob": (True,),
@@ -210,12 +149,6 @@ class SDARMoeConfig(SDARConfig):
     # transformers gives a subclass without an __init__ of its own a generated one.
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-
-    def _disagreements(self) -> list[str]:
-        problems = super()._disagreements()
-        if self.num_experts_per_tok > self.num_experts:
-            problems.append(f"num_experts_per_tok={self.num_experts_per_tok} (at most num_experts={self.num_experts})")
-        return problems
 
     def shape(self) -> TransformerShape:
         """Experts in every layer; the weights of the chosen are made to sum to one."""
@@ -253,21 +186,9 @@ class LLaDA2Config(BlockDiffusionConfig):
         "eos_token_id": 156892,
     }
     required: ClassVar[tuple[str, ...]] = (*BlockDiffusionConfig.required, "moe_intermediate_size")
-    rules: ClassVar[dict[str, Rule]] = {
-        **BlockDiffusionConfig.rules,
-        "moe_intermediate_size": SIZE,
-        "num_experts": SIZE,
-        "num_experts_per_tok": SIZE,
-        "num_shared_experts": COUNT,
-        "first_k_dense_replace": COUNT,
-        "n_group": SIZE,
-        "topk_group": SIZE,
-        "routed_scaling_factor": POSITIVE,
-        "partial_rotary_factor": SHARE,
-        "rotary_dim": MAYBE_SIZE,
-    }
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
         **BlockDiffusionConfig.supported_values,
+        "partial_rotary_factor": (),
         "use_bias": (False,),
         "use_qkv_bias": (False,),
         "use_qk_norm": (True, None),
@@ -293,8 +214,8 @@ class LLaDA2Config(BlockDiffusionConfig):
             "routing), so that a row depends on which others are computed with it (supported: LLaDA2.0 and 2.1)"
         ]
 
-    def _disagreements(self) -> list[str]:
-        problems = super()._disagreements()
+    def disagreements(self) -> list[str]:
+        problems = super().disagreements()
         factor = getattr(self, "partial_rotary_factor", None)
         rotated, said = self.shape().rotary_dim, getattr(self, "rotary_dim", None)
         if said is not None and factor is not None and said != rotated:
@@ -345,6 +266,7 @@ class FastDLLMv2Config(BlockDiffusionConfig):
     default_threshold: ClassVar[float] = 0.9
     sub_block_length: ClassVar[int] = 8
     logit_shift: ClassVar[int] = 1
+    other_vocabularies: ClassVar[tuple[int, ...]] = (151936,)  # of 1.5B
     defaults: ClassVar[dict[str, Any]] = {
         "vocab_size": 152064,
         "hidden_size": 3584,
@@ -363,7 +285,6 @@ class FastDLLMv2Config(BlockDiffusionConfig):
         **BlockDiffusionConfig.supported_values,
         "use_mrope": (False,),
         "partial_rotary_factor": (1, None),
-        "other_layer_types": ([],),
     }
 
     # transformers gives a subclass without an __init__ of its own a generated one.
@@ -376,11 +297,6 @@ class FastDLLMv2Config(BlockDiffusionConfig):
         assert block is not None
         window = self.sub_block_length if block % self.sub_block_length == 0 else 0
         return {**super().decoding_defaults(), "window": window}
-
-    @property
-    def other_layer_types(self) -> list[str]:
-        """What ``layer_types`` names besides full attention."""
-        return sorted(set(getattr(self, "layer_types", None) or ()) - {"full_attention"})
 
     def shape(self) -> TransformerShape:
         """Biases on q, k and v alone."""

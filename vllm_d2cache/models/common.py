@@ -22,18 +22,17 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
 from vllm_d2cache.engine.attention_backend import D2CacheAttentionBackend, rotate_into_pages
 from vllm_d2cache.engine.weight_check import finite_weights
 from vllm_d2cache.mechanisms.partial_forward import PartialForward
-from vllm_d2cache.models.configs import DiffusionLMConfig
+from vllm_d2cache.models.base_configs import DiffusionLMConfig
 from vllm_d2cache.models.experts import SparseMLP
 from vllm_d2cache.models.mlp import GatedMLP
 from vllm_d2cache.models.shape import TransformerShape
-
-# A buffer that some tools save; it follows from config.json.
-_REDUNDANT = "rotary_emb.inv_freq"
+from vllm_d2cache.models.tensor_rules import REDUNDANT, missing_modules, missing_problem, tensor_problem
 
 # Unit vectors that are projected at one time.
 _UNITS_AT_ONCE = 256
@@ -73,11 +72,14 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(head_size, eps=shape.norm_eps) if shape.qk_norm else None
         self.rope_in_fp32 = shape.rope_in_fp32
         rotary_dim = head_size if shape.rotary_dim is None else shape.rotary_dim
+        positions, scaled = shape.max_positions, {"rope_type": "default"}
+        if shape.rope_scaling is not None:
+            positions, scaled = shape.rope_scaling.for_vllm()
         self.rotary_emb = get_rope(
             head_size,
-            max_position=shape.max_positions,
+            max_position=positions,
             rope_parameters={
-                "rope_type": "default",
+                **scaled,
                 "rope_theta": shape.rope_theta,
                 "partial_rotary_factor": rotary_dim / head_size,
             },
@@ -247,7 +249,7 @@ class ModelStep:
         self.head_in_sampler, self.partial_forward, self.replay = False, None, None
 
 
-class DiffusionLM(nn.Module):
+class DiffusionLM(nn.Module, SupportsLoRA):
     """A masked diffusion language model; subclasses name the tensors of their checkpoints."""
 
     hf_to_vllm_mapper: ClassVar[WeightsMapper]
@@ -335,29 +337,23 @@ class DiffusionLM(nn.Module):
         Raises:
             ValueError: a tensor is unknown, missing, damaged or has another shape; the message has its name.
         """
-        named = ((name, tensor) for name, tensor in weights if not name.endswith(_REDUNDANT))
-        weights = finite_weights(named, self.norm.weight.dtype)
-        if self.quant_config is None:
-            weights = self._checked(weights)
+        named = ((name, tensor) for name, tensor in weights if not name.endswith(REDUNDANT))
+        weights = self._checked(finite_weights(named, self.norm.weight.dtype))
         if self.shape.tied_head:
             weights = ((name, tensor) for name, tensor in weights if name != self.head_tensor)
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
 
     def _checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The same tensors, compared with the list. A quantised checkpoint has others: vLLM's layers check those."""
-        expected = self.tensor_shapes(self.shape)
-        missing = set(expected)
-        if self.shape.tied_head:
-            missing.discard(self.head_tensor)
+        expected, quantised = self.tensor_shapes(self.shape), self.quant_config is not None
+        found = []
         for name, tensor in weights:
-            if name not in expected:
-                raise ValueError(f"the checkpoint has a tensor {name} that {type(self).__name__} does not know")
-            if tuple(tensor.shape) != expected[name]:
-                raise ValueError(
-                    f"the checkpoint's tensor {name} has the shape {tuple(tensor.shape)}; "
-                    f"config.json asks for {expected[name]}"
-                )
-            missing.discard(name)
+            problem = None if quantised else tensor_problem(name, tensor.shape, expected, type(self).__name__)
+            if problem is not None:
+                raise ValueError(problem)
+            found.append(name)
             yield name, tensor
-        if missing:
-            raise ValueError(f"the checkpoint lacks {', '.join(sorted(missing))}")
+        missing = missing_modules if quantised else missing_problem
+        problem = missing(found, expected, self.head_tensor if self.shape.tied_head else None)
+        if problem is not None:
+            raise ValueError(problem)

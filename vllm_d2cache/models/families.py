@@ -38,6 +38,10 @@ class Family:
         """The class that reads config.json: imports torch and transformers."""
         return _load(self.config)
 
+    def model_class(self) -> Any:
+        """The class of the network: imports vLLM."""
+        return _load(self.model)
+
     def tokenizer_class(self) -> Any:
         """The tokenizer's own class, or None: imports torch and transformers."""
         return None if self.tokenizer is None else _load(self.tokenizer)

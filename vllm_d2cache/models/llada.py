@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_d2cache.models.common import DiffusionLM
+from vllm_d2cache.models.common import QKV, DiffusionLM
 from vllm_d2cache.models.shape import TransformerShape
 
 
@@ -22,25 +22,32 @@ class LLaDAModelLM(DiffusionLM):
         "gate_up_proj": ["ff_proj", "up_proj"],
     }
     head_tensor = "model.transformer.ff_out.weight"
+    # Modules are renamed, not tensors: lists of what is quantised, and adapters, name modules alone.
     hf_to_vllm_mapper = WeightsMapper(
-        orig_to_new_regex={re.compile(r"(\.blocks\.\d+)\.ff_out\."): r"\1.mlp.down_proj."},
-        orig_to_new_substr={
-            ".attn_norm.": ".input_layernorm.",
-            ".attn_out.": ".self_attn.o_proj.",
-            ".ff_norm.": ".post_attention_layernorm.",
+        orig_to_new_regex={
+            re.compile(rf"(\.blocks\.\d+)\.{name}(?=\.|$)"): rf"\1.{ours}"
+            for name, ours in {
+                "attn_norm": "input_layernorm",
+                "q_proj": "self_attn.q_proj",
+                "k_proj": "self_attn.k_proj",
+                "v_proj": "self_attn.v_proj",
+                "attn_out": "self_attn.o_proj",
+                "ff_norm": "post_attention_layernorm",
+                "ff_proj": "mlp.ff_proj",
+                "up_proj": "mlp.up_proj",
+                "ff_out": "mlp.down_proj",
+            }.items()
         },
         orig_to_new_stacked={
-            ".q_proj.": (".self_attn.qkv_proj.", "q"),
-            ".k_proj.": (".self_attn.qkv_proj.", "k"),
-            ".v_proj.": (".self_attn.qkv_proj.", "v"),
-            ".ff_proj.": (".mlp.gate_up_proj.", 0),
-            ".up_proj.": (".mlp.gate_up_proj.", 1),
+            **QKV,
+            ".ff_proj.": (".gate_up_proj.", 0),
+            ".up_proj.": (".gate_up_proj.", 1),
         },
         orig_to_new_prefix={
-            "model.transformer.wte.": "embed_tokens.",
-            "model.transformer.ln_f.": "norm.",
-            "model.transformer.ff_out.": "lm_head.",
-            "model.transformer.blocks.": "layers.",
+            "model.transformer.wte": "embed_tokens",
+            "model.transformer.ln_f": "norm",
+            "model.transformer.ff_out": "lm_head",
+            "model.transformer.blocks": "layers",
         },
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllm_d2cache.models.rope import RopeScaling
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -45,13 +47,14 @@ class TransformerShape:
         intermediate_size: of the plain MLPs; nobody reads it where all layers are mixtures.
         vocab_size: tokens that can be predicted.
         embedding_size: rows of the embedding and the head; those beyond ``vocab_size`` are padding.
-        max_positions: positions the rotary embedding is prepared for.
+        max_positions: positions the model was trained on.
         rope_in_fp32: rotate q and k in fp32 whatever the model's dtype.
         tied_head: the LM head is the embedding.
         qk_norm: an RMS norm over each head of q and k, before the rotation.
         head_dim: elements of one head; None = hidden_size / num_heads.
         rotary_dim: the first elements of a head, which are rotated; None = all.
         mixture: the MLP of all layers behind the ``dense_layers``; None = they have a plain one.
+        rope_scaling: how more positions than those are rotated; None = there are no more.
         dense_layers: the first layers, whose MLP is a plain one.
     """
 
@@ -73,11 +76,17 @@ class TransformerShape:
     rotary_dim: int | None = None
     mixture: Mixture | None = None
     dense_layers: int = 0
+    rope_scaling: RopeScaling | None = None
 
     @property
     def head_size(self) -> int:
         """Elements of one head."""
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def longest(self) -> int:
+        """Positions the rotary embedding is prepared for."""
+        return self.max_positions if self.rope_scaling is None else self.rope_scaling.longest
 
     @property
     def q_size(self) -> int:

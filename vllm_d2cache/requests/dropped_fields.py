@@ -25,13 +25,39 @@ BOOKKEEPING = frozenset(
 )
 
 
+# Values that ask for nothing, besides null, false and what is empty.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "top_a": (0,),
+    "typical_p": (1,),
+    "verbosity": ("medium",),
+}
+# Of these an empty object is a wish.
+_ASKED_FOR_BY_EMPTY = frozenset({"web_search_options"})
+
+
+def refuse_unknown(unknown: Mapping[str, Any]) -> None:
+    """Refuse fields that nobody reads, but for bookkeeping and values that ask for nothing.
+
+    Raises:
+        OptionError: naming the first such field.
+    """
+    for field in sorted(set(unknown) - BOOKKEEPING):
+        value = unknown[field]
+        empty = value in (None, False, "") or (value in ([], {}) and field not in _ASKED_FOR_BY_EMPTY)
+        if not empty and value not in _NEUTRAL.get(field, ()):
+            raise OptionError(f"{field}: no such field; plugin options go into vllm_xargs")
+
+
 def check_fields(values: Mapping[str, Any], defaults: Mapping[str, Any], unknown: Mapping[str, Any]) -> None:
     """Refuse what would be dropped.
 
     Args:
         values: the request's fields.
         defaults: what a field of :data:`WITHOUT_EFFECT` is in a request that does not set it.
-        unknown: what the request has and its class has no field for; None and False mean absent.
+        unknown: what the request has and its class has no field for.
 
     Raises:
         OptionError: naming the first such field.
@@ -41,10 +67,7 @@ def check_fields(values: Mapping[str, Any], defaults: Mapping[str, Any], unknown
         # False is the wish to be without, also where the default is None.
         if value is not None and value is not False and value != defaults[field]:
             raise OptionError(f"{field}: has no effect here ({reason}), got {value!r}; leave it out")
-    for field in sorted(set(unknown) - BOOKKEEPING):
-        if unknown[field] is None or unknown[field] is False:
-            continue
-        raise OptionError(f"{field}: no such field; plugin options go into vllm_xargs")
+    refuse_unknown(unknown)
     xargs = values.get("vllm_xargs") or {}
     prompt = values.get("prompt")
     for option in (REPORT, SNAPSHOTS):

@@ -5,25 +5,37 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_d2cache.decoders.registry import DECODER_CLASSES
+from vllm_d2cache.mechanisms.base import ROWS
 from vllm_d2cache.options.request import CANVAS, PREFIX, RequestOptions
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.policies.budget import extra_rows
+from vllm_d2cache.policies.registry import POLICY_CLASSES
 from vllm_d2cache.requests.asked import HOLE
 
 # Entries a request may list; the tables of all running requests are as wide as the longest list.
 LONGEST_LIST = 1024
 
 
-def check_room(field: str, asked: int, room: int) -> None:
-    """Refuse a canvas of ``asked`` positions where ``room`` are left behind the prompt; ``field`` asked for it.
+def check_room(field: str, asked: int, room: int, default: bool = False, cap: int | None = None) -> None:
+    """Refuse a canvas of ``asked`` positions where ``room`` are left for it; ``field`` asks for it, or could.
+
+    Args:
+        default: the request says nothing: ``asked`` is the server's default.
+        cap: the longest canvas that the operator allows; None = no such limit.
 
     Raises:
         OptionError: names the field and the valid values.
     """
-    if asked > room:
-        raise OptionError(
-            f"{field}: a canvas of {asked} positions does not fit behind this prompt; valid values are 1 to {room}"
-        )
+    if asked <= room:
+        return
+    if room < 1:
+        raise OptionError(f"{field}: the prompt leaves no room for a canvas; shorten it by at least {1 - room} tokens")
+    what = f"the default canvas of {asked}" if default else f"a canvas of {asked}"
+    if cap is not None and room == cap:
+        limit = f"is longer than the operator's max_new_tokens; valid values are 1 to {room}"
+    else:
+        limit = f"does not fit behind this prompt; valid values are 1 to {room}"
+    raise OptionError(f"{field}: {what} positions {limit}")
 
 
 def check_options_fit(options: RequestOptions, canvas_length: int, room: int, given: bool) -> None:
@@ -57,6 +69,20 @@ def check_options_fit(options: RequestOptions, canvas_length: int, room: int, gi
         raise OptionError(
             f"{PREFIX}steps: must be a multiple of {windows}, the windows of {window} positions in a canvas of "
             f"{canvas_length}, got {options.steps}"
+        )
+
+
+def check_adapters_fit(options: RequestOptions) -> None:
+    """Refuse what a server with adapters cannot do, for requests without one too: they may share a batch.
+
+    Raises:
+        OptionError: the policy has layers leave rows out; vLLM's adapters are told the rows of a step, not of a layer.
+    """
+    policy = POLICY_CLASSES[options.policy]
+    if ROWS in policy.takes().union(*(use.takes for use in policy.uses)):
+        raise OptionError(
+            f"{PREFIX}policy: {options.policy!r} leaves rows out of layers, which adapters do not follow; on a server "
+            "with --enable-lora choose another"
         )
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_d2cache.options.types import Number
+
 # Dream's names of what ranks candidates (docs/methods/d2cache.md, section 2, step 4).
 _SCORE_OF_ALG = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
 _WHY_IGNORED = {
@@ -22,6 +24,39 @@ _WHY_IGNORED = {
 }
 # Defaults that vLLM would give every request, and every request would then be refused for (requests/check.py).
 UNSUPPORTED_DEFAULTS = ("min_p",)
+
+
+# Defaults that vLLM gives every request: what they must be for a request that does not name them to be answered.
+_RANGES: dict[str, Number] = {
+    "temperature": Number(float, 0),
+    "top_p": Number(float, 0, 1, open_low=True),
+    "top_k": Number(int, -1),
+    "repetition_penalty": Number(float, 0, open_low=True),
+    "presence_penalty": Number(float, -2, 2),
+    "frequency_penalty": Number(float, -2, 2),
+    "max_new_tokens": Number(int, 1),
+}
+
+
+def default_problems(raw: Mapping[str, Any], override: Mapping[str, Any]) -> list[str]:
+    """Why requests that rely on these defaults would all be refused, or an operator's word would have no effect.
+
+    Args:
+        raw: contents of a generation_config.json.
+        override: what ``--override-generation-config`` says.
+    """
+    problems = []
+    for key, value in {**raw, **override}.items():
+        name = f"--override-generation-config {key}" if key in override else f"generation_config.json {key}"
+        if value is None or value is False:
+            continue
+        if key in _RANGES:
+            if _RANGES[key].parse(value) is None:
+                problems.append(f"{name}={value!r} (must be {_RANGES[key].describe()})")
+        elif key in override and not (key == "alg" and value in _SCORE_OF_ALG) and not (key == "min_p" and value == 0):
+            refused = "every request would be refused for it" if key == "min_p" else "it would have no effect"
+            problems.append(f"{name}={value!r} ({_WHY_IGNORED.get(key, refused)})")
+    return problems
 
 
 @dataclass

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_d2cache.cli import main
-from vllm_d2cache.doctor import environment
+from vllm_d2cache.doctor import environment, model_directory
 from vllm_d2cache.doctor.finding import Finding
 from vllm_d2cache.doctor.model_directory import check_model
 
@@ -27,6 +28,12 @@ TINY = ROOT / "models" / "tiny-llada"
 def model(tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint to spoil."""
     return Path(shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("*.png")))
+
+
+@pytest.fixture(autouse=True)
+def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names and shapes of tensors need vLLM's classes: tests/vllm/test_start_and_doctor.py."""
+    monkeypatch.setattr(model_directory, "find_spec", lambda name: None if name == "vllm" else find_spec(name))
 
 
 def named(findings: list[Finding], status: str) -> dict[str, str]:
@@ -41,7 +48,10 @@ def edit(path: Path, **changes: Any) -> None:
 
 def test_the_tiny_checkpoint_is_well(model: Path) -> None:
     findings = list(check_model(model, None))
-    assert named(findings, "problem") == named(findings, "note") == {}
+    assert named(findings, "problem") == {}
+    assert list(named(findings, "note").values()) == [
+        "names and shapes were not compared with the family's: that needs vLLM"
+    ]
     assert named(findings, "ok")["weights"] == "39 tensors, 0.01 GiB, F32"
     assert "'<|mdm_mask|>'" in named(findings, "ok")["mask text"]
 
@@ -57,11 +67,20 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "architecture": (
         lambda m: edit(m / "config.json", architectures=["LlamaForCausalLM"]),
         "architecture",
-        "supported: LLaDAModelLM",
+        "LlamaForCausalLM is not supported; vllm-d2cache serves LLaDAModelLM",
     ),
     "setting": (lambda m: edit(m / "config.json", alibi=True), "settings", "alibi=True"),
-    "model type": (lambda m: edit(m / "config.json", model_type="llama"), "model_type", "must be llada"),
-    "mask token": (lambda m: edit(m / "config.json", mask_token_id=320), "mask token", "not in the vocabulary of 320"),
+    "model type": (
+        lambda m: edit(m / "config.json", model_type="llama"),
+        "architecture",
+        "LLaDAModelLM it must be 'llada'",
+    ),
+    "mask token": (lambda m: edit(m / "config.json", mask_token_id=320), "settings", "mask_token_id=320 (not in the"),
+    "mask of the tokenizer": (
+        lambda m: edit(m / "tokenizer_config.json", mask_token="[M]", added_tokens_decoder={"5": {"content": "[M]"}}),
+        "mask token",
+        "tokenizer_config.json's mask_token '[M]' has the id 5",
+    ),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "weights", "no .safetensors file"),
     "pickled weights": (
         lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
@@ -88,12 +107,20 @@ def test_finds_what_is_wrong_with_a_checkpoint(model: Path, case: str) -> None:
     assert message in problems[name]
 
 
+def test_a_family_that_is_not_served_yet(model: Path) -> None:
+    edit(model / "config.json", architectures=["SDARForCausalLM"], model_type="sdar")
+    problems = named(list(check_model(model, None)), "problem")
+    assert problems["architecture"].startswith("vllm-d2cache cannot serve SDARForCausalLM yet: block-causal attention")
+    assert "intermediate_size=None (config.json must name it" in problems["settings"]
+
+
 def test_notes_what_only_limits(model: Path) -> None:
     edit(model / "tokenizer_config.json", chat_template=None)
     edit(model / "config.json", mask_token_id=5, torch_dtype=None)
     findings = list(check_model(model, None))
     assert named(findings, "problem") == {}
-    assert list(named(findings, "note")) == ["dtype", "chat template", "mask text"]
+    assert list(named(findings, "note")) == ["dtype", "weights", "mask text"]
+    assert "the family's own" in named(findings, "ok")["chat template"]
 
 
 def test_shards_against_their_index(model: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from vllm_d2cache.models.configs import DiffusionLMConfig
+from vllm_d2cache.models.base_configs import DiffusionLMConfig
 from vllm_d2cache.models.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -38,8 +38,9 @@ def test_rope_in_the_words_of_newer_files() -> None:
     new = {key: value for key, value in DREAM.items() if key not in ("rope_theta", "rope_scaling")}
     entry = {"rope_type": "default", "rope_theta": DREAM["rope_theta"]}
     assert DreamConfig.from_dict({**new, "rope_parameters": entry}).shape() == old.shape()
-    scaled = DreamConfig.from_dict({**DREAM, "rope_scaling": {"type": "yarn", "factor": 4.0}})
-    assert scaled.unsupported() == ["rope_type='yarn' (supported: 'default')"]
+    other = DreamConfig.from_dict({**DREAM, "rope_scaling": {"type": "dynamic", "factor": 4.0}})
+    (reason,) = other.unsupported()
+    assert reason.startswith("rope_parameters={'type': 'dynamic', 'factor': 4.0} (supported: rope_type 'default', 'l")
 
 
 def test_the_architecture_tells_llada_moe_from_llada() -> None:
@@ -51,7 +52,7 @@ def test_the_architecture_tells_llada_moe_from_llada() -> None:
     assert shape.mixture == Mixture(num_experts=8, per_token=2, width=32)
     assert (shape.qk_norm, shape.mlp_width) == (True, 64)
     assert type(LLaDAConfig.from_dict({"architectures": ["LLaDAModelLM"]})) is LLaDAConfig
-    unnamed = {key: value for key, value in MOE.items() if key != "mask_token_id"}
+    unnamed = {key: value for key, value in MOE.items() if key != "mask_token_id"} | {"vocab_size": 157184}
     assert LLaDAConfig.from_dict(unnamed).traits() == FamilyTraits(156895, num_layers=3)
 
 

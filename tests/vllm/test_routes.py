@@ -1,0 +1,326 @@
+"""What routes answer to requests that cannot be answered: HTTP 400, streaming or not, and nothing of it in the log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm.front_end_server import TINY, FrontEnd, front_end
+
+pytestmark = pytest.mark.vllm
+
+MASK, EOS, LENGTH = 309, 305, 4096
+ASK = [{"role": "user", "content": "Reverse: abcd"}]
+# Route -> path, the least that a request must have, and the field of its canvas length.
+ROUTES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "completions": ("/v1/completions", {"prompt": "a"}, "max_tokens"),
+    "chat": ("/v1/chat/completions", {"messages": ASK}, "max_tokens"),
+    "responses": ("/v1/responses", {"input": "a"}, "max_output_tokens"),
+    "messages": ("/v1/messages", {"model": TINY, "messages": ASK}, "max_tokens"),
+    "batch": ("/v1/chat/completions/batch", {"messages": [ASK]}, "max_tokens"),
+}
+STREAMING = ("completions", "chat", "responses", "messages")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FrontEnd]:
+    """A server without flags."""
+    with pytest.MonkeyPatch.context() as patch, front_end(patch) as running:
+        yield running
+
+
+def send(server: FrontEnd, route: str, length: int | None = 8, **fields: Any) -> Any:
+    """The response to a request that has everything it needs besides ``fields``."""
+    path, base, name = ROUTES[route]
+    given = {} if length is None else {name: length}
+    return server.post(path, {**base, **given, **fields})
+
+
+def refused(server: FrontEnd, route: str, *names: str, **fields: Any) -> str:
+    """The message of a refusal: HTTP 400, naming these, and nothing has reached the engine or the log."""
+    before, length = len(server.core.requests), len(server.log)
+    response = send(server, route, **fields)
+    assert response.status_code == 400, (response.status_code, response.text[:500])
+    assert response.headers["content-type"].startswith("application/json")
+    message = str(response.json()["error"]["message"])
+    assert all(name in message for name in names), message
+    assert len(server.core.requests) == before
+    assert "Traceback" not in server.log[length:]
+    return message
+
+
+def answered(server: FrontEnd, route: str, **fields: Any) -> Any:
+    """The request as the engine got it."""
+    response = send(server, route, **fields)
+    assert response.status_code == 200, response.text[:500]
+    assert '"error"' not in response.text
+    return server.core.requests[-1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", STREAMING)
+def test_what_is_fine_is_answered(server: FrontEnd, route: str, stream: bool) -> None:
+    request = answered(server, route, stream=stream, vllm_xargs={"d2cache_policy": "full"})
+    assert request.sampling_params.max_tokens == 8
+    assert request.sampling_params.extra_args == {"d2cache_policy": "full"}
+
+
+SCHEMA = {"type": "string", "not": {"const": "a"}}
+# What is refused -> its name in the message, and the routes that have such a field.
+REFUSALS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
+    ({"vllm_xargs": {"d2cache_policy": "qsecretq"}}, "d2cache_policy", STREAMING),
+    ({"vllm_xargs": {"d2cache_qsecretq": 3}}, "d2cache_qsecretq", STREAMING),
+    ({"vllm_xargs": {"d2cache_window": -1}}, "d2cache_window", STREAMING),
+    ({"vllm_xargs": {"d2cache_current_k": 3, "d2cache_policy": "dual"}}, "d2cache_current_k", STREAMING),
+    ({"vllm_xargs": {"d2cache_report": 1}, "stream": True}, "d2cache_report", STREAMING),
+    ({"vllm_xargs": {"d2cache_canvas": [5, 6]}}, "d2cache_canvas", STREAMING),
+    ({"min_p": 0.1, "temperature": 1.0}, "min_p", ("completions", "chat", "responses")),
+    ({"bad_words": ["ab qsecretq"]}, "bad_words", ("completions", "chat")),
+    ({"logit_bias": {"999999": 1.0}}, "logit_bias", ("completions", "chat", "responses")),
+    ({"allowed_token_ids": [MASK]}, "allowed_token_ids", ("completions", "chat")),
+    ({"priority": 3}, "priority", ("completions", "chat", "responses")),
+    ({"stop_token_ids": list(range(200))}, "stop_token_ids", ("completions", "chat", "responses")),
+    ({"structured_outputs": {"regex": "(qsecretq"}}, "regex", ("completions", "chat", "responses")),
+    ({"structured_outputs": {"regex": "a[^\\s\\S]"}}, "structured_outputs", ("completions", "chat", "responses")),
+    ({"structured_outputs": {"grammar": "root ::= root"}}, "structured_outputs", ("completions", "chat", "responses")),
+    ({"structured_outputs": {"json": SCHEMA}}, "structured_outputs", ("completions", "chat", "responses")),
+    ({"structured_outputs": {"regex": "a+"}, "vllm_xargs": {"d2cache_decoder": "eb"}}, "d2cache_decoder",
+     ("completions", "chat", "responses")),
+    ({"suffix": "qsecretq"}, "suffix", ("completions",)),
+    ({"use_beam_search": True}, "use_beam_search", ("chat",)),
+    ({"top_k": -5}, "top_k", STREAMING),
+    ({"kv_transfer_params": {"do_remote_decode": True}}, "kv_transfer_params", ("completions", "chat", "messages")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "name", "route"),
+    [(f, name, route) for f, name, routes in REFUSALS for route in routes],
+    ids=lambda v: v if isinstance(v, str) else json.dumps(v)[:60],
+)
+def test_refused_before_a_stream_begins(
+    server: FrontEnd, fields: dict[str, Any], name: str, route: str, stream: bool
+) -> None:
+    refused(server, route, name, **{"stream": stream, **fields})
+    assert "qsecretq" not in server.log
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_canvas_that_does_not_fit(server: FrontEnd, route: str) -> None:
+    """Which of us says so depends on the length: beyond max_model_len it is vLLM."""
+    name = ROUTES[route][2]
+    for stream in (False, True) if route != "batch" else (False,):
+        for length in (LENGTH, 5000):
+            message = refused(server, route, length=length, stream=stream)
+            assert name.removeprefix("max_") in message or "output" in message
+
+
+def long_prompt(route: str, left: int) -> dict[str, Any]:
+    """Fields of a prompt that leaves so many positions; of completions exactly so many."""
+    if route == "completions":
+        return {"prompt": [7] * (LENGTH - left)}
+    text = "a" * (LENGTH - left - 30)
+    messages = [{"role": "user", "content": text}]
+    return {"responses": {"input": text}, "batch": {"messages": [messages]}}.get(route, {"messages": messages})
+
+
+@pytest.mark.parametrize("route", [route for route in ROUTES if route != "messages"])
+def test_the_default_canvas_is_refused_where_it_does_not_fit(server: FrontEnd, route: str) -> None:
+    """The same everywhere; without max_tokens it is 256."""
+    name = ROUTES[route][2]
+    refused(server, route, f"{name}: the default canvas of 256 positions does not fit behind this prompt", length=None,
+            **long_prompt(route, 85))  # fmt: skip
+    assert answered(server, route, length=None).sampling_params.max_tokens == 256
+    null = ROUTES[route][2]
+    assert answered(server, route, length=None, **{null: None}).sampling_params.max_tokens == 256
+    assert answered(server, route, length=20, **long_prompt(route, 85)).sampling_params.max_tokens == 20
+
+
+def test_a_prompt_that_leaves_no_room(server: FrontEnd) -> None:
+    for length in (None, 1):
+        message = refused(
+            server, "completions", "the prompt leaves no room", length=length, **long_prompt("completions", 0)
+        )
+        assert "shorten it by at least 1 tokens" in message
+        assert "1 to 0" not in message
+
+
+def test_a_given_canvas_sets_the_length(server: FrontEnd) -> None:
+    canvas = {"vllm_xargs": {"d2cache_canvas": [-1, 5, -1]}}
+    for route in ("completions", "chat", "responses"):
+        assert answered(server, route, length=None, **canvas).sampling_params.max_tokens == 3
+        refused(server, route, "max_tokens: must be the length of d2cache_canvas, 3", length=4, **canvas)
+
+
+# --- text that is none ----------------------------------------------------------------------------------------------
+
+HALF = "\\ud83d"
+PLACES = {
+    "completions": ["prompt", "stop", "request_id", "session_id", "user", "suffix"],
+    "chat": ["stop", "request_id", "session_id", "user"],
+    "responses": ["input", "stop", "request_id", "session_id", "instructions"],
+    "messages": ["system"],
+    "batch": ["stop", "request_id"],
+}
+
+
+def with_raw(route: str, field: str, raw: str) -> bytes:
+    """A request with JSON text as it is for one field."""
+    _, base, name = ROUTES[route]
+    body = {**base, name: 8, field: "@@"}
+    return json.dumps(body).replace('"@@"', raw).encode()
+
+
+@pytest.mark.parametrize(("route", "field"), [(route, field) for route, fields in PLACES.items() for field in fields])
+def test_half_a_character_is_no_text(server: FrontEnd, route: str, field: str) -> None:
+    for raw in (f'"{HALF}"', f'"a{HALF}b"', f'"{HALF}\\ud83d\\ude00"'):
+        before = len(server.core.requests)
+        response = server.post(ROUTES[route][0], with_raw(route, field, raw))
+        assert response.status_code == 400, response.text
+        assert field in response.json()["error"]["message"]
+        assert len(server.core.requests) == before
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize(
+    ("route", "field", "raw"),
+    [
+        ("completions", "bad_words", f'["{HALF}"]'),
+        ("completions", "stop", f'["a", "{HALF}"]'),
+        ("chat", "messages", f'[{{"role": "user", "content": "{HALF}"}}]'),
+        ("chat", "vllm_xargs", f'{{"{HALF}": 1}}'),
+        ("chat", "structured_outputs", f'{{"choice": ["{HALF}"]}}'),
+        ("messages", "stop_sequences", f'["{HALF}"]'),
+        ("messages", "messages", f'[{{"role": "user", "content": "{HALF}"}}]'),
+        ("responses", "metadata", f'{{"a": "{HALF}"}}'),
+    ],
+)
+def test_half_a_character_deep_in_a_field(server: FrontEnd, route: str, field: str, raw: str) -> None:
+    response = server.post(ROUTES[route][0], with_raw(route, field, raw))
+    assert response.status_code == 400, response.text
+    assert field in response.json()["error"]["message"]
+
+
+def test_whole_characters_in_two_escapes_are_text(server: FrontEnd) -> None:
+    response = server.post("/v1/chat/completions", with_raw("chat", "stop", '"\\ud83d\\ude00"'))
+    assert response.status_code == 200
+    assert server.core.requests[-1].sampling_params.stop == ["\U0001f600"]
+    field = server.post("/v1/chat/completions", with_raw("chat", "user", '"x"').replace(b'"user"', b'"\\ud83dx"'))
+    assert field.status_code == 400
+    assert "\\ud83dx" in field.json()["error"]["message"]
+
+
+# --- fields that would be dropped -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("field", ["d2cache_policy", "guided_json", "max_tokns"])
+def test_unknown_fields_are_refused_on_every_route(server: FrontEnd, route: str, field: str) -> None:
+    refused(server, route, f"{field}: no such field", **{field: "x"})
+
+
+@pytest.mark.parametrize("field", ["ignore_eos", "prompt_logprobs", "min_p", "seed", "stop_token_ids"])
+def test_fields_of_other_routes_are_refused_where_they_are_dropped(server: FrontEnd, field: str) -> None:
+    refused(server, "messages", f"{field}: no such field", **{field: 1})
+
+
+def test_prompt_logprobs_of_a_response(server: FrontEnd) -> None:
+    refused(server, "responses", "prompt_logprobs: no such field", prompt_logprobs=1)
+    assert answered(server, "responses", ignore_eos=True).sampling_params.ignore_eos
+
+
+NEUTRAL: dict[str, Any] = {
+    "best_of": 1,
+    "extra_body": {},
+    "function_call": "none",
+    "functions": [],
+    "metadata": {"user_id": "x"},
+    "modalities": ["text"],
+    "prediction": None,
+    "service_tier": "auto",
+    "verbosity": "medium",
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("field", NEUTRAL)
+def test_what_asks_for_nothing_is_accepted(server: FrontEnd, route: str, field: str) -> None:
+    answered(server, route, **{field: NEUTRAL[field]})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("best_of", 2), ("modalities", ["text", "audio"]), ("functions", [{"name": "f"}]), ("web_search_options", {})],
+)
+def test_what_asks_for_something_is_not(server: FrontEnd, field: str, value: Any) -> None:
+    for route in ROUTES:
+        if route != "batch" or field != "best_of":  # that class has the field, and vLLM drops it
+            refused(server, route, f"{field}: no such field", **{field: value})
+
+
+def test_a_batch_does_not_stream(server: FrontEnd) -> None:
+    refused(server, "batch", "stream: a batch is answered as a whole", stream=True)
+    answered(server, "batch", stream=False)
+    for option in ("d2cache_report", "d2cache_snapshots"):
+        refused(server, "batch", f"{option}: is for one conversation", vllm_xargs={option: 1})
+        answered(server, "batch", vllm_xargs={option: 0})
+
+
+def test_snapshots_are_refused_where_none_are_sent(server: FrontEnd) -> None:
+    wanted = {"vllm_xargs": {"d2cache_snapshots": 1}}
+    for route in STREAMING:
+        refused(server, route, "d2cache_snapshots: comes with", stream=False, **wanted)
+    for route in ("responses", "messages"):
+        refused(server, route, "d2cache_snapshots: comes with", stream=True, **wanted)
+    for route in ("completions", "chat"):
+        answered(server, route, stream=True, **wanted)
+        refused(server, route, "d2cache_snapshots: comes with", stream=False, **wanted)
+
+
+# --- echo -----------------------------------------------------------------------------------------------------------
+
+
+def test_echo(server: FrontEnd) -> None:
+    start = {"messages": [*ASK, {"role": "assistant", "content": "dc"}], "add_generation_prompt": False}
+    response = send(server, "chat", echo=True, continue_final_message=True, **start)
+    assert response.json()["choices"][0]["message"]["content"].startswith("dc(")
+    assert send(server, "completions", echo=True).json()["choices"][0]["text"].startswith("a(")
+    for route, fields in {"chat": {"logprobs": True, "top_logprobs": 2}, "completions": {"logprobs": 0}}.items():
+        for stream in (False, True):
+            refused(server, route, "echo: with logprobs", echo=True, stream=stream, **fields)
+
+
+# --- defaults of the operator ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", ["override", "directory"])
+def test_the_operators_cap(named: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"max_new_tokens": 24}))
+    flags = {
+        "override": ("--override-generation-config", '{"max_new_tokens": 24}'),
+        "directory": ("--generation-config", str(tmp_path)),
+    }[named]
+    with pytest.MonkeyPatch.context() as patch, front_end(patch, TINY, *flags) as server:
+        for route in ("completions", "chat", "responses", "batch"):
+            assert answered(server, route, length=None).sampling_params.max_tokens == 24
+            assert answered(server, route, length=24).sampling_params.max_tokens == 24
+            field = ROUTES[route][2]
+            refused(server, route, f"{field}: a canvas of 25 positions is longer than the operator's max_new_tokens",
+                    "1 to 24", length=25)  # fmt: skip
+
+
+def test_a_directory_without_a_cap(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        front_end(patch, TINY, "--generation-config", str(tmp_path)) as server,
+    ):
+        for route in ("completions", "chat", "responses"):
+            assert answered(server, route, length=300).sampling_params.max_tokens == 300
+            params = answered(server, route, length=None).sampling_params
+            assert (params.max_tokens, params.temperature) == (256, 0.5)

@@ -1,0 +1,84 @@
+"""Which quantised weights are loaded, and which of them were ever tried: for the start, `--quantization` and doctor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+# vLLM's names of a method, by what its checkpoints are made with; some of vLLM's releases lack some of them.
+_FP8 = ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
+_AWQ = ("awq", "awq_marlin", "auto_awq")
+_GPTQ = ("gptq", "gptq_marlin", "auto_gptq")
+METHODS = ("compressed-tensors", *_AWQ, *_GPTQ, *_FP8, "bitsandbytes")
+
+
+# Where older GPTQ checkpoints say how they are quantised, in the place of config.json.
+SEPARATE_FILE = "quantize_config.json"
+
+
+def of_separate_file(read: Callable[[str], Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The quantization_config that the file stands for; None where there is none.
+
+    Args:
+        read: a JSON file of the checkpoint, by its name; empty if there is none.
+    """
+    content = read(SEPARATE_FILE)
+    return {"quant_method": "gptq", **content} if content else None
+
+
+def method_of(settings: object) -> str | None:
+    """The method that a quantization_config names; None without one."""
+    if settings is None:
+        return None
+    return str(settings.get("quant_method")) if isinstance(settings, Mapping) else f"{settings!r}"
+
+
+def problem(method: object, settings: object) -> str | None:
+    """Why weights quantised like this are refused; None if they are not quantised, or vLLM's layers are tried.
+
+    Args:
+        method: vLLM's name of it, or None.
+        settings: the quantization_config of config.json.
+    """
+    if method is None:
+        return None
+    if method not in METHODS:
+        return f"weights quantised by {method} (supported: {', '.join(METHODS)})"
+    if method == "compressed-tensors" and not list(_weights(settings)):
+        return f"weights quantised by {method}, whose quantization_config.config_groups names no weights"
+    return None
+
+
+def note(method: object, settings: object) -> str | None:
+    """What an operator should know of weights that are not refused: whether anybody has tried them here."""
+    if method is None or _is_tested(method, settings):
+        return None
+    return f"weights quantised by {method}{_described(settings)}: not tested; they go through vLLM's own layers"
+
+
+def _is_tested(method: object, settings: object) -> bool:
+    """Whether tests/vllm/test_quantised_layers.py compares such layers with the same arithmetic in PyTorch."""
+    if method == "compressed-tensors":
+        groups = list(_weights(settings))
+        return bool(groups) and all(w.get("type") == "int" and w.get("num_bits") in (4, 8) for w in groups)
+    bits = settings.get("bits") if isinstance(settings, Mapping) else None
+    return bits == 4 and method in (*_AWQ, *_GPTQ)
+
+
+def _described(settings: object) -> str:
+    """How many bits, where the settings say it plainly."""
+    if not isinstance(settings, Mapping):
+        return ""
+    kinds = sorted({f"{w.get('type')} {w.get('num_bits')}" for w in _weights(settings)})
+    if kinds:
+        return f" ({', '.join(kinds)} bits)"
+    return f" ({settings['bits']} bits)" if isinstance(settings.get("bits"), int) else ""
+
+
+def _weights(settings: object) -> Iterator[Mapping[str, Any]]:
+    """What compressed-tensors says of the weights of each group."""
+    groups = settings.get("config_groups") if isinstance(settings, Mapping) else None
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping):
+            yield weights
