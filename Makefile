@@ -51,7 +51,7 @@ properties: env  ## the long ones of these: property tests and many runs (minute
 engine: env  ## tests inside vLLM, and end to end in an engine and a server (many minutes)
 	$(pytest) tests/vllm tests/e2e
 
-kernels: env  ## Triton kernels against their PyTorch twins in Triton's interpreter, and compiled for an H100 (minutes)
+kernels: env  ## Triton kernels against their PyTorch twins in the interpreter, and compiled for sm_80 to sm_120 (minutes)
 	TRITON_INTERPRET=1 $(pytest) -n auto tests/triton --deselect tests/triton/test_compiles_for_hopper.py
 	$(pytest) -n auto tests/triton/test_compiles_for_hopper.py
 
@@ -75,8 +75,9 @@ format: env  ## apply ruff's fixes and format
 bench: env  ## CPU benchmark of a step
 	$(test_env) $(bin)/python -m benchmarks.cpu.step_speed
 
-count: env  ## what a step asks of a GPU outside the layers, counted without one: kernels and waits
+count: env  ## what a step asks of a GPU, counted without one: kernels and waits, programs and registers (minutes)
 	$(bin)/python -m benchmarks.count $(ARGS)
+	$(bin)/python -m benchmarks.count.grid
 
 bench-gpu: env  ## GPU benchmark: correctness, ceilings of the card, kernels, engine steps
 	$(test_env) $(bin)/python -m benchmarks.gpu

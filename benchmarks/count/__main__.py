@@ -38,6 +38,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 MIXED = [*SETTINGS.values(), {"score": "margin"}, {"policy": "dual", "tokens_per_step": 2}]
 
 
+_LOGITS = torch.zeros(1 << 14, VOCAB)  # of a head that does not run
+
+
 class Told(Hook):
     """In place of a hook that looks into the layers."""
 
@@ -71,7 +74,7 @@ class Steps:
         hooks = (Told(self.importance) if isinstance(hook, ImportanceHook) else hook for hook in step.hooks)
         step.hooks = tuple(hooks)
         hidden = torch.zeros(1, WIDTH).expand(len(step.rows.logits_rows), WIDTH)
-        self.runner.close(step, hidden, lambda x: torch.zeros(len(x), VOCAB))
+        self.runner.close(step, hidden, lambda x: _LOGITS[: len(x)])
 
 
 def measure(options: list[dict[str, Any]], padded: bool, samples: bool = False) -> dict[str, Any]:

@@ -6,20 +6,24 @@ are stubbed. What is read on the host (``tolist``, ``item``, ``nonzero``) is a w
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from vllm_d2cache.ops import canvas_columns, packing
+from vllm_d2cache.ops import dispatch
 from vllm_d2cache.ops import row_stats as statistics
 
 # Kernels that PyTorch launches for one of these, at least.
 _LAUNCHES = {"sort": 3, "topk": 3, "cumsum": 1, "nonzero": 3}
+# Operators that launch nothing.
+_NOTHING = ("detach", "lift_fresh", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty")
 # Operators after which the host knows a number.
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
 
@@ -36,7 +40,7 @@ class Count(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if name in _WAITS:
             self.waits[name] += 1
-        elif not _is_view(func) and name not in ("detach", "lift_fresh", "_unsafe_view"):
+        elif not _is_view(func) and name not in _NOTHING:
             self.kernels[name] += _LAUNCHES.get(name, 1)
         return func(*args, **(kwargs or {}))
 
@@ -46,11 +50,23 @@ def _is_view(func: Any) -> bool:
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
-@contextmanager
-def counted_kernels() -> Iterator[tuple[Count, Counter[str]]]:
-    """Count operators, and calls of ops that have a kernel of their own; these do nothing but have the right shapes."""
-    launched: Counter[str] = Counter()
+class _Launched:
+    """In place of a module of Triton kernels: counts its ops, and lets their twins do the work."""
 
+    def __init__(self, module: str, launched: Counter[str]) -> None:
+        self.twins = importlib.import_module(module.replace(".triton.", "."))
+        self.launched = launched
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            self.launched[name] += 1
+            with _disable_current_modes(), mock.patch.dict(dispatch._chosen, cpu="torch"):
+                return getattr(self.twins, name).__wrapped__(*args, **kwargs)
+
+        return _tile_stats(self.launched) if name == "tile_stats" else launch
+
+
+def _tile_stats(launched: Counter[str]) -> Callable[..., Any]:
     def tile_stats(
         logits: torch.Tensor, params: Any, mask: int, margin: bool, entropy: bool, scaled: bool = False
     ) -> Any:
@@ -58,36 +74,27 @@ def counted_kernels() -> Iterator[tuple[Count, Counter[str]]]:
         token, score = _FIXED[: len(logits)]
         return statistics.RowStats(token, score, score if margin else None, score if entropy else None)
 
-    def certainty_density(known: torch.Tensor, canvas_len: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        launched["certainty_density"] += 1
-        return _ONES[: known.shape[0], : known.shape[1]]
+    return tile_stats
 
-    def counted(op: Any) -> Any:
-        def call(*args: Any) -> Any:
-            launched[op.__name__] += 1
-            with _disable_current_modes():
-                return op(*args)
 
-        return call
+@contextmanager
+def counted_kernels() -> Iterator[tuple[Count, Counter[str]]]:
+    """Count operators, and ops that have a kernel of their own: one each, whatever PyTorch would do in its place."""
+    launched: Counter[str] = Counter()
+    count, tolist = Count(), torch.Tensor.tolist
 
-    with ExitStack() as stack:
-        for op in (canvas_columns.to_positions, canvas_columns.to_slots):
-            stack.enter_context(mock.patch(f"vllm_d2cache.canvas.view.{op.__name__}", counted(op)))
-        stack.enter_context(mock.patch("vllm_d2cache.step.rows.pack_columns", counted(packing.pack_columns)))
-        for module in ("vllm_d2cache.step.decoding", "vllm_d2cache.policies.d2cache"):
-            stack.enter_context(mock.patch(f"{module}.certainty_density", certainty_density))
-        stack.enter_context(mock.patch.object(statistics, "tile_stats", tile_stats))
-        stack.enter_context(mock.patch.object(statistics, "chosen", lambda device: "triton"))
-        count, tolist = Count(), torch.Tensor.tolist
+    def waiting(self: torch.Tensor) -> Any:
+        count.waits["tolist"] += 1
+        return tolist(self)
 
-        def waiting(self: torch.Tensor) -> Any:
-            count.waits["tolist"] += 1
-            return tolist(self)
-
-        stack.enter_context(mock.patch.object(torch.Tensor, "tolist", waiting))
-        # On a GPU nobody asks whether a text lies in consecutive blocks.
-        stack.enter_context(mock.patch("vllm_d2cache.step.pages.chosen", lambda device: "triton"))
-        yield stack.enter_context(count), launched
+    modules = SimpleNamespace(import_module=lambda module: _Launched(module, launched))
+    with (
+        mock.patch.dict(dispatch._chosen, cpu="triton"),
+        mock.patch.object(dispatch, "importlib", modules),
+        mock.patch.object(torch.Tensor, "tolist", waiting),
+        count,
+    ):
+        yield count, launched
 
 
 class _Fixed:
@@ -99,4 +106,3 @@ class _Fixed:
 
 _TOKENS, _SCORES = torch.full((1 << 14,), 7), torch.linspace(0.9, 0.1, 1 << 14)
 _FIXED = _Fixed()
-_ONES = torch.ones(256, 4096)

@@ -11,7 +11,7 @@ import triton
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.timing import Ceilings, Clock
-from vllm_d2cache.ops import density, paged_attention, rollout, row_stats, xformers_attention
+from vllm_d2cache.ops import density, paged_attention, rollout, rotary, row_stats, xformers_attention
 from vllm_d2cache.ops.paged_attention import AttentionMaps, AttentionShape, MapPlan, PagedLayout, read_kv
 from vllm_d2cache.ops.rollout import LayerRecord
 from vllm_d2cache.ops.row_stats import RowParams
@@ -19,6 +19,7 @@ from vllm_d2cache.ops.triton import attention as attention_kernels
 from vllm_d2cache.ops.triton import density as density_kernels
 from vllm_d2cache.ops.triton import pages as page_kernels
 from vllm_d2cache.ops.triton import rollout as rollout_kernels
+from vllm_d2cache.ops.triton import rotary as rotary_kernels
 from vllm_d2cache.ops.triton import row_stats as row_stats_kernels
 
 BLOCK_SIZE = 16
@@ -179,6 +180,16 @@ class Bench:
             lambda: page_kernels.write_kv(b.cache, key, value, slots),
             2 * b.fresh.nbytes,
             twin=lambda: paged_attention.write_kv(b.cache, key, value, slots),
+        )
+        angle = torch.rand(b.length, b.family.head_size // 2, device=b.query.device)
+        turns = torch.cat([angle.cos(), angle.sin()], 1)
+        arguments = (b.cache, b.query, key, value, b.positions, turns, slots, b.output, torch.empty_like(key))
+        yield self.line(
+            "RoPE, K and V into pages",
+            b,
+            lambda: rotary_kernels.rotate_and_write(*arguments),
+            2 * b.query.nbytes + 5 * key.nbytes,
+            twin=lambda: rotary.rotate_and_write(*arguments),
         )
 
     def xformers(self, b: Batch) -> Iterator[Line]:

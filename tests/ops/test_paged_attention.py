@@ -111,6 +111,28 @@ def test_rows_attend_to_the_keys_that_are_named(consecutive: bool, heads: tuple[
         offset += n
 
 
+@pytest.mark.parametrize("heads", [(8, 2), (4, 4)], ids=["gqa", "mha"])
+@pytest.mark.parametrize("consecutive", [True, False], ids=["consecutive", "scattered"])
+def test_rows_attend_to_the_keys_before_their_limit(consecutive: bool, heads: tuple[int, int]) -> None:
+    """One limit for all rows of a request, several, one a row; more rows than a tile has."""
+    limits = [[40] * 5, [8] * 3 + [16] * 3 + [129], [*range(1, 8)], [200] * 100 + [300] * 200 + [301]]
+    paged = make_paged([len(own) for own in limits], [63, 129, 7, 333], heads[1], consecutive=consecutive)
+    for r, own in enumerate(limits):
+        # What lies behind the last limit may never have been written.
+        where = slots_of(paged.layout.block_table, r, torch.arange(own[-1], paged.layout.lengths[r]), 16)
+        poison = torch.full((len(where), heads[1], HEAD), torch.nan)
+        write_kv(paged.cache, poison, poison, where)
+    flat = [limit for own in limits for limit in own]
+    layout = replace(paged.layout, limits=torch.tensor(flat, dtype=torch.int32))
+    query = torch.randn(len(flat), heads[0], HEAD)
+    output = torch.full_like(query, torch.nan)
+    paged_attention(query, paged.cache, layout, 0.3, output, [None] * 4)
+    request = [r for r, own in enumerate(limits) for _ in own]
+    for n, (r, limit) in enumerate(zip(request, flat, strict=True)):
+        want, _ = dense_attention(query[n : n + 1], paged.keys[r][:limit], paged.values[r][:limit], 0.3)
+        torch.testing.assert_close(output[n : n + 1].double(), want, **tolerance(torch.float32))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("heads", [(8, 2), (4, 4)], ids=["gqa", "mha"])
 @pytest.mark.parametrize("consecutive", [True, False], ids=["consecutive", "scattered"])

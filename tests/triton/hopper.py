@@ -45,6 +45,22 @@ class Launch:
         return int(found[1])
 
     @property
+    def constants(self) -> dict[str, Any]:
+        """What it was specialised for, by the names of its parameters."""
+        source = self.kernel.src
+        return {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
+
+    @property
+    def warps(self) -> int:
+        """Of one block."""
+        return int(self.kernel.metadata.num_warps)
+
+    @property
+    def registers(self) -> int:
+        """Of one thread."""
+        return self._usage["REG"]
+
+    @property
     def shared_memory(self) -> int:
         """Bytes of one block."""
         return int(self.kernel.metadata.shared)

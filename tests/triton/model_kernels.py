@@ -14,7 +14,7 @@ from vllm_d2cache.graphs.step_graphs import StepBuffers, graph_sizes
 from vllm_d2cache.ops.paged_attention import AttentionMaps, MapPlan, PagedLayout
 from vllm_d2cache.ops.rollout import LayerRecord
 from vllm_d2cache.ops.row_stats import RowParams
-from vllm_d2cache.ops.triton import attention, canvas_columns, density, packing, pages, rollout, row_stats
+from vllm_d2cache.ops.triton import attention, canvas_columns, density, packing, pages, rollout, rotary, row_stats
 
 CPU = torch.device("cpu")
 # Positions that a graph has room for.
@@ -84,7 +84,9 @@ class GraphStep:
         maps = AttentionMaps(self.plan, torch.empty(self.plan.elements), torch.empty(rows, shape.heads))
         layer = LayerRecord(maps, query, cache, 0.1)
         wanted = [True] * len(self.layout.counts)
+        turns = torch.empty(MAX_LENGTH, shape.head_size)
         with launches(target) as found:
+            rotary.rotate_and_write(cache, query, fresh, fresh, self.positions, turns, self.layout.slots, query, fresh)
             pages.write_kv(cache, fresh, fresh, self.layout.slots)
             attention.paged_attention(query, cache, self.layout, 0.1, torch.empty_like(query), maps)
             rollout.batched_rollout(self.positions, [layer], self.layout, wanted, MAX_LENGTH, None)
@@ -136,6 +138,7 @@ def every_kernel(model: Model, target: GPUTarget = HOPPER) -> list[Launch]:
     """Every kernel that a step of the model launches, each specialisation once."""
     found = [
         *GraphStep.make(model.shape, 1024).layer(target),
+        *GraphStep.make(model.shape, 1024, requests=8).layer(target),
         *first_step(model.shape, 1024, target),
         *statistics(model, target),
         *columns(target),

@@ -123,6 +123,24 @@ def test_requests_that_attend_to_a_part(shape: Shape, device: torch.device) -> N
     check(batch, [False, False, True], shape)
 
 
+@pytest.mark.parametrize("span", [4, 16, 32])
+@pytest.mark.parametrize("shape", SCALED_DOWN[:2] + SCALED_DOWN[4:6], ids=str)
+def test_rows_that_end_at_different_keys(shape: Shape, span: int, device: torch.device) -> None:
+    """At the end of their own block of positions; what no row sees may never have been written."""
+    batch = make_batch([9, 40, 3, 2], [75, 60, 33, 1], shape, device, padding=[2, 0, 3, 1])
+    limits = torch.where(batch.live, (batch.positions // span + 1) * span, 0)
+    offset = 0
+    for r, (n, t) in enumerate(zip(batch.layout.counts, batch.layout.lengths, strict=True)):
+        limits[offset : offset + n].clamp_(max=t)
+        hidden = torch.arange(int(limits[offset : offset + n].max()), t, device=device)
+        page = batch.layout.block_table[r, hidden // shape.block_size].long()
+        batch.cache[page, :, hidden % shape.block_size] = torch.nan
+        offset += n
+    batch.layout = replace(batch.layout, limits=limits.int())
+    batch.dense = replace(batch.dense, limits=limits[batch.live].int())
+    check(batch, [False] * 4, shape)
+
+
 def test_large_logits_do_not_overflow(device: torch.device) -> None:
     shape = SCALED_DOWN[0]
     batch = make_batch([6, 3], [40, 20], shape, device)

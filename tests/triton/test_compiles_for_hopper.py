@@ -1,4 +1,4 @@
-"""Every kernel compiles for an H100 at the shapes of real models, within what a block of a GPU has; in bf16 elsewhere.
+"""Every kernel compiles for an H100 at the shapes of real models, within what a block of a GPU has; in bf16 for others.
 
 ``make kernels`` runs this without Triton's interpreter, on any machine: the compiler and NVIDIA's assembler come with
 Triton. It is what can be known of a kernel before it meets a GPU, beside its numbers in the interpreter.
@@ -6,20 +6,26 @@ Triton. It is what can be known of a kernel before it meets a GPU, beside its nu
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.count.grid import grids
 from tests.triton.hopper import ARCHITECTURES, TARGETS, Launch, launches
 from tests.triton.model_kernels import MODELS, every_kernel, row_params
 from tests.triton.paged import Shape, make_batch
+from tests.triton.step_launches import KERNELS, step_kernels
 from vllm_d2cache.ops.rollout import LayerRecord
 from vllm_d2cache.ops.row_stats import RowParams
 from vllm_d2cache.ops.triton import attention, density, packing, pages, rollout, row_stats
 
 CPU = torch.device("cpu")
+WRITTEN = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "grid.json").read_text())["grids"]
 SHAPES = [
     Shape(32, 32, 128, 16, torch.bfloat16),  # LLaDA-8B
     Shape(28, 4, 128, 16, torch.bfloat16),  # Dream-7B
@@ -33,7 +39,9 @@ SHARED_MEMORY = 99 << 10
 # Of a thread's local memory. Registers that do not fit go there: a few words are nothing, a tile's sums are a disaster.
 LOCAL_MEMORY = 64
 
-ATTENTION = {"_write_kernel", "_attention_kernel", "_map_kernel", "_map_product_kernel", "_replay_kernel"}
+# Kernels of a layer whatever the batch, and those that a small batch has beside them, to fill the card.
+LAYER = {"_write_kernel", "_count_kernel", "_attention_kernel", "_map_kernel", "_map_product_kernel", "_replay_kernel"}
+SMALL = {"_combine_kernel", "_map_sum_kernel"}
 MATRIX_PRODUCTS = {"_attention_kernel", "_map_kernel", "_replay_kernel"}
 
 
@@ -71,11 +79,22 @@ def check_resources(launch: Launch) -> None:
     assert launch.grid[0] < 1 << 31 and all(n < 1 << 16 for n in launch.grid[1:]), launch.name
 
 
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_attention_of_rows_that_end_at_different_keys(shape: Shape) -> None:
+    batch = make_batch([33, 40, 5], [40, 400, 20], shape, CPU)
+    layout = replace(batch.layout, limits=torch.ones(78, dtype=torch.int32))
+    with launches() as found:
+        attention.paged_attention(batch.query, batch.cache, layout, 0.1, batch.query.clone(), batch.maps([False] * 3))
+    assert {launch.name for launch in found} == {"_attention_kernel"}
+    for launch in found:
+        check_resources(launch)
+
+
 @pytest.mark.parametrize("parts", [False, True], ids=["all-keys", "some-keys"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_maps_and_rollout(shape: Shape, parts: bool) -> None:
     found = attention_step([33, 40, 5], [40, 400, 20], shape, parts)
-    assert {launch.name for launch in found} == ATTENTION
+    assert {launch.name for launch in found} == LAYER | SMALL
     for launch in found:
         check_resources(launch)
         if launch.name in MATRIX_PRODUCTS:
@@ -110,8 +129,9 @@ def test_packing() -> None:
 def test_no_kernel_is_compiled_again_for_another_batch() -> None:
     """Counts, lengths and the number of requests differ in every step; a compilation takes seconds of a request."""
     compiled = defaultdict(set)
-    batches = [([33], [40]), ([1, 16], [16, 17]), ([16, 5] * 8, [160, 16] * 8), ([2, 3, 4], [63, 64, 1025])]
-    for counts, lengths in batches:
+    small = [([33], [40]), ([1, 16], [16, 17]), ([16, 5] * 8, [160, 16] * 8), ([2, 3, 4], [63, 64, 1025])]
+    large = [([300, 301], [2048, 2049]), ([64] * 9, [4000] * 9)]
+    for counts, lengths in small + large:
         for launch in attention_step(counts, lengths, SHAPES[0]):
             compiled[launch.name].add(launch.kernel.hash)
     for rows in (1, 2, 16, 33):
@@ -125,9 +145,11 @@ def test_no_kernel_is_compiled_again_for_another_batch() -> None:
                 packing.pack_columns(flags, places.cumsum(0) - 1, places, rows)
             for launch in found:
                 compiled[launch.name].add(launch.kernel.hash)
-    assert {name: len(hashes) for name, hashes in compiled.items()} == dict.fromkeys(
-        [*ATTENTION, "_stats_kernel", "_density_kernel", "_pack_kernel"], 1
-    )
+    # Attention and maps with a program for each part of the keys or heads, and with one for all of them.
+    twice, pieces = ["_attention_kernel", "_map_kernel"], {"_count_kernel": 4}
+    once = (LAYER | SMALL | {"_stats_kernel", "_density_kernel", "_pack_kernel"}) - {*twice, *pieces}
+    found_hashes = {name: len(hashes) for name, hashes in compiled.items()}
+    assert found_hashes == dict.fromkeys(once, 1) | dict.fromkeys(twice, 2) | pieces
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -135,14 +157,33 @@ def test_no_kernel_is_compiled_again_for_another_batch() -> None:
 def test_no_register_spills_in_bf16(model: str, architecture: int) -> None:
     """On any card from Ampere on; and what was compiled is for that card."""
     found = every_kernel(MODELS[model], TARGETS[architecture])
-    assert {launch.name for launch in found} == {
-        *ATTENTION,
-        "_stats_kernel",
-        "_density_kernel",
-        "_shift_kernel",
-        "_pack_kernel",
-    }
+    others = {"_rotate_kernel", "_stats_kernel", "_density_kernel", "_shift_kernel", "_pack_kernel"}
+    assert {launch.name for launch in found} == LAYER | SMALL | others
     assert {launch.architecture for launch in found} == {architecture}
     for launch in found:
         assert launch.local_memory == 0, launch.name
         assert launch.shared_memory <= SHARED_MEMORY, launch.name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_outside_the_layers_spill_nothing(architecture: int) -> None:
+    found = step_kernels(target=TARGETS[architecture])
+    assert {launch.name for launch in found} == KERNELS
+    for launch in {launch.kernel.hash: launch for launch in found}.values():
+        assert launch.architecture == architecture
+        assert launch.local_memory == 0, launch.name
+        assert launch.shared_memory <= SHARED_MEMORY, launch.name
+
+
+def test_no_kernel_outside_the_layers_is_compiled_again_for_another_batch() -> None:
+    first = {launch.kernel.hash for launch in step_kernels()}
+    for rows, prompt, canvas in ((1, 1, 1), (2, 15, 16), (8, 33, 33), (4, 1024, 1024)):
+        for launch in step_kernels(rows, prompt, canvas):
+            assert launch.kernel.hash in first, launch.name
+
+
+@pytest.mark.parametrize("line", WRITTEN, ids=lambda line: f"{line['model']}-{line['length']}")
+def test_programs_are_as_many_as_written_down(line: dict[str, Any]) -> None:
+    """benchmarks/results/grid.json is what the kernels' wrappers do."""
+    found = grids(MODELS[line["model"]], line["length"])
+    assert found == {kernel: line[kernel] for kernel in found}

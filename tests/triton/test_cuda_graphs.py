@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.triton.loop import PAGE, VOCAB, Loop
-from vllm_d2cache.graphs.graph_check import Pages, check_graphs
+from vllm_d2cache.graphs.graph_check import CacheSize, check_graphs
 from vllm_d2cache.graphs.step_graphs import StepBuffers, StepGraphs, graph_sizes
 from vllm_d2cache.ops import dispatch
 
@@ -79,4 +79,4 @@ def test_a_graph_step_never_waits(graphed: Loop) -> None:
 
 def test_the_check_at_start_up_passes(graphed: Loop, device: torch.device) -> None:
     assert graphed.graphs is not None
-    check_graphs(graphed.graphs, Pages(graphed.caches[0].shape[0], PAGE), VOCAB, device)
+    check_graphs(graphed.graphs, CacheSize(graphed.caches[0].shape[0], PAGE), VOCAB, device)

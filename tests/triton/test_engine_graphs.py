@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from tests.e2e.conftest import Engine, runner_of
 from tests.graph_emulator import Emulator
 from vllm_d2cache.graphs.step_graphs import GraphSize, StepGraphs
+from vllm_d2cache.ops.triton import pages, rotary
 
 pytestmark = [
     pytest.mark.vllm,
@@ -52,7 +54,7 @@ def generate(engine: Engine) -> list[list[int]]:
 def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.attention import Attention
 
-    from vllm_d2cache.engine import cuda_graphs
+    from vllm_d2cache.engine import cuda_graphs, warm_up
     from vllm_d2cache.ops import dispatch
 
     options = {"d2cache": {"graph_rows": 32}}
@@ -65,6 +67,8 @@ def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, m
         monkeypatch.setitem(dispatch._chosen, "cpu", "triton")
         monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda device: emulator)
         monkeypatch.setattr(state, "_records_graphs", True)
+        monkeypatch.setattr(state, "_cold", True)
+        monkeypatch.setattr(warm_up, "_kinds", list)  # through the layers alone: the others are test_warm_up.py
         for layer in runner_of(engine).model.modules():
             if isinstance(layer, Attention):
                 # Seen through: behind vLLM's operator the recording would find nothing but the operator.
@@ -77,7 +81,11 @@ def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, m
             return stock(graphs, size)
 
         monkeypatch.setattr(StepGraphs, "run", run)
+        rotated = Mock(wraps=rotary.rotate_and_write)
+        monkeypatch.setattr(rotary, "rotate_and_write", rotated)
+        monkeypatch.setattr(pages, "write_kv", Mock(side_effect=AssertionError("pages are written with the rotation")))
         assert generate(engine) == want
+        assert rotated.call_count > 0
         assert emulator.graphs == 2
         assert replays[:2] == state.steps.forms.graphs.sizes, "the check at start-up"
         # Refresh steps of the first two requests at least; the third refreshes everything and fits as well.

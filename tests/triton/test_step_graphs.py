@@ -11,7 +11,7 @@ import torch
 
 from tests.graph_emulator import Emulator
 from tests.triton.loop import PAGE, Loop
-from vllm_d2cache.graphs.graph_check import GraphError, Pages, check_graphs
+from vllm_d2cache.graphs.graph_check import CacheSize, GraphError, check_graphs
 from vllm_d2cache.graphs.step_graphs import GraphSize, StepBuffers, StepGraphs, graph_sizes
 from vllm_d2cache.mechanisms.importance import ReadsImportance
 from vllm_d2cache.ops import dispatch
@@ -117,7 +117,7 @@ def test_the_check_at_start_up_passes_sound_graphs(device: torch.device, blocks:
     loop.caches = [torch.full((blocks, *c.shape[1:]), torch.nan) for c in loop.caches]
     assert loop.graphs is not None
     loop.graphs.capture()
-    check_graphs(loop.graphs, Pages(blocks, PAGE), 29, device)
+    check_graphs(loop.graphs, CacheSize(blocks, PAGE), 29, device)
 
 
 def test_the_check_at_start_up_refuses_others(device: torch.device) -> None:
@@ -126,7 +126,7 @@ def test_the_check_at_start_up_refuses_others(device: torch.device) -> None:
     loop.graphs = StepGraphs(SIZES[:1], Frozen(SIZES[0], 96, PAGE, device), loop.forward, Emulator().record)
     loop.graphs.capture()
     with pytest.raises(GraphError, match=r"16 rows differs .* --enforce-eager"):
-        check_graphs(loop.graphs, Pages(9, PAGE), 29, device)
+        check_graphs(loop.graphs, CacheSize(9, PAGE), 29, device)
 
 
 READS = (ReadsImportance(),)

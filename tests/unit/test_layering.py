@@ -54,8 +54,9 @@ PURE = (
 )
 # Of the folders that import vLLM, modules that do not, and are tested in seconds.
 PURE_MODULES = (
-    *("engine.admission", "engine.memory_plan", "engine.startup_log", "engine.weight_check"),
-    *("models.configs", "models.shape", "registration"),
+    *("engine.refusals", "engine.memory_plan", "engine.startup_log", "engine.warm_up", "engine.weight_check"),
+    *("models.block_configs", "models.configs", "models.families", "models.field_rules", "models.mask_token"),
+    *("models.shape", "registration"),
 )
 TYPED_ONLY = ("engine.startup_log",)  # vLLM's types, for the checker alone
 PRIVATE_NAMES = ("_all_token_ids", "_output_token_ids", "_CONFIG_REGISTRY", "MODELS_CONFIG_MAP")

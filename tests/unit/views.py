@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from vllm_d2cache.canvas.view import CanvasView, OptionColumns, first_window, live_slots
+from vllm_d2cache.canvas.view import CanvasView, OptionColumns
 from vllm_d2cache.mechanisms.importance import Importance
+from vllm_d2cache.ops.texts import Texts, first_window, live_slots
 from vllm_d2cache.policies.base import StepOutcome
 
 _DEFAULTS: dict[str, float] = {
@@ -48,8 +51,17 @@ def view_of(
     made = columns(n, window=window, **options)
     live, none = live_slots(terminal), torch.zeros(n, dtype=torch.int64)
     start = first_window(flags, live, made.window)
-    lens = torch.tensor(prompt_len), torch.tensor(lengths)
-    return CanvasView(torch.arange(n), *lens, flags, live, start, none, none, total, made)
+    of_options = [made.window, made.tokens_per_step, made.score, made.steps, made.longest_run]
+    integers = torch.stack([torch.tensor(prompt_len), torch.tensor(lengths), start, none, none, *of_options])
+    floats = torch.stack([made.threshold, made.factor, made.sigma])
+    return CanvasView(torch.arange(n), Texts(integers, floats, flags, live), total)
+
+
+def at_window_step(view: CanvasView, steps: list[int]) -> CanvasView:
+    """The same view after so many steps in its rows' windows."""
+    integers = view.texts.integers.clone()
+    integers[4] = torch.tensor(steps)
+    return replace(view, texts=view.texts._replace(integers=integers))
 
 
 def outcome_of(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from vllm_d2cache.models.families import FAMILIES
 
 
 def numbers(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -21,18 +23,27 @@ class Loaded:
     """A model as vLLM's loader leaves it.
 
     Attributes:
-        dtypes: of its parameters.
+        config: vLLM's, of an engine with this model.
+        dtypes: of its parameters, by name.
         numbers: all elements of all parameters, sorted, as they were before vLLM's layers took them over: what becomes
             of a parameter then (packed and emptied, or as it was) depends on the CPU.
     """
 
     model: torch.nn.Module
-    dtypes: set[torch.dtype]
+    config: Any
+    dtypes: dict[str, torch.dtype]
     numbers: torch.Tensor
 
 
 @pytest.fixture
-def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Loaded]]:
+def served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the engine had the attention of all families: what is tried is their configuration, or their network."""
+    families = {name: replace(family, unserved=None) for name, family in FAMILIES.items()}
+    monkeypatch.setattr("vllm_d2cache.models.configs.FAMILIES", families)
+
+
+@pytest.fixture
+def load(tmp_path: Path, served: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Loaded]]:
     """Loads a model as a worker does: its directory, and settings of the engine."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
@@ -42,14 +53,14 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
 
     # vLLM's CPU worker takes care of this; the loader alone would ask for an accelerator.
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    found: list[tuple[set[torch.dtype], torch.Tensor]] = []
+    found: list[tuple[dict[str, torch.dtype], torch.Tensor]] = []
     process = base_loader.process_weights_after_loading
 
     def look_first(model: torch.nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
         if hasattr(utils, "maybe_retie_word_embeddings"):  # vLLM 0.32; would come next
             utils.maybe_retie_word_embeddings(model, config)
-        parameters = list(model.parameters())
-        found.append(({p.dtype for p in parameters}, numbers(parameters)))
+        parameters = dict(model.named_parameters())
+        found.append(({name: p.dtype for name, p in parameters.items()}, numbers(list(parameters.values()))))
         process(model, config, *args, **kwargs)
 
     monkeypatch.setattr(base_loader, "process_weights_after_loading", look_first)
@@ -62,7 +73,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
                 init_distributed_environment(1, 0, f"file://{tmp_path}/rendezvous", 0, backend="gloo")
                 initialize_model_parallel(1, 1)
             model = get_model(vllm_config=config)
-        return Loaded(model, *found.pop())
+        return Loaded(model, config, *found.pop())
 
     yield loaded
     cleanup_dist_env_and_memory()

@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_d2cache.compat import front_end
 from vllm_d2cache.requests.check import check_sampling_params
-from vllm_d2cache.requests.fields import BOOKKEEPING, WITHOUT_EFFECT, check_fields
+from vllm_d2cache.requests.dropped_fields import BOOKKEEPING, WITHOUT_EFFECT, check_fields
 from vllm_d2cache.requests.fit import check_room
 
 CHECKS = front_end.FieldChecks(check_fields, check_room)

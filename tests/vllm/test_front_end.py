@@ -18,9 +18,9 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_d2cache.compat import front_end
-from vllm_d2cache.engine.admission import check_request
+from vllm_d2cache.engine.refusals import check_request
 from vllm_d2cache.models.configs import LLaDAConfig
-from vllm_d2cache.requests.fields import check_fields
+from vllm_d2cache.requests.dropped_fields import check_fields
 from vllm_d2cache.requests.fit import check_room
 
 CHECKS = front_end.FieldChecks(check_fields, check_room)
@@ -236,6 +236,26 @@ def test_offline_beam_search_is_refused_for_ours_alone(monkeypatch: pytest.Monke
         BeamSearchOfflineMixin.beam_search(llm, ["x"])
     llm.model_config.architectures = ["LlamaForCausalLM"]
     assert BeamSearchOfflineMixin.beam_search(llm, ["x"]) == ["x"]
+
+
+def test_a_process_may_have_models_of_several_families_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever came first, requests of both are checked: what is wrapped is wrapped once."""
+    request, processor = admitted(monkeypatch, prompt_token_ids=[1] * 80)
+    processor.model_config.architectures = ["DreamModel"]
+    assert InputProcessor.process_inputs(processor) is request
+    front_end.install_request_check(frozenset({"DreamModel"}), check_request)
+    for architecture in ("DreamModel", "LLaDAModelLM"):
+        processor.model_config.architectures = [architecture]
+        with pytest.raises(VLLMValidationError, match=r"max_tokens: a canvas of 30 .* valid values are 1 to 20"):
+            InputProcessor.process_inputs(processor)
+
+    monkeypatch.setattr(BeamSearchOfflineMixin, "beam_search", lambda self, prompts: prompts)
+    front_end.install_beam_search_check(OURS, CHECKS)
+    front_end.install_beam_search_check(frozenset({"DreamModel"}), CHECKS)
+    for architecture in ("DreamModel", "LLaDAModelLM"):
+        llm = SimpleNamespace(model_config=SimpleNamespace(architectures=[architecture]))
+        with pytest.raises(VLLMValidationError, match=r"^use_beam_search: has no effect here"):
+            BeamSearchOfflineMixin.beam_search(llm, ["x"])
 
 
 def test_vllm_still_needs_the_patches() -> None:

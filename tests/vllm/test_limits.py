@@ -13,8 +13,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_d2cache.compat import front_end
-from vllm_d2cache.engine.admission import check_request
 from vllm_d2cache.engine.config_hook import _known_quantisation, _refusals
+from vllm_d2cache.engine.refusals import check_request
 from vllm_d2cache.models.shape import TransformerShape
 from vllm_d2cache.requests.check import check_sampling_params
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.vllm.conftest import numbers
+from vllm_d2cache.models.families import FAMILIES
 
 pytestmark = pytest.mark.vllm
 
@@ -48,15 +50,59 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "pad_token_id": 127, "eos_token_id": 127, "torch_dtype": "bfloat16",
         "auto_map": {"AutoConfig": "configuration_lladamoe.LLaDAConfig"},
     },
+    # The block-diffusion families: docs/models.md. Layers, experts and keys as published, widths scaled down.
+    "sdar": {
+        "architectures": ["SDARForCausalLM"], "model_type": "sdar", "hidden_size": WIDTH, "num_hidden_layers": 36,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": HIDDEN,
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000, "rope_scaling": None,
+        "max_position_embeddings": 32768, "max_window_layers": 36, "sliding_window": None, "use_sliding_window": False,
+        "vocab_size": VOCAB, "tie_word_embeddings": False, "attention_bias": False, "attention_dropout": 0.0,
+        "mask_token_id": 126, "bos_token_id": 127, "eos_token_id": 127, "torch_dtype": "bfloat16",
+        "attn_implementation": "flex_attention", "fuse_cross_entropy": True, "debug": False, "ep_size": 1,
+        "micro_forward": False, "skip_checkpoint": False, "use_deepep": False,
+        "auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"},
+    },
+    "sdar_moe": {
+        "architectures": ["SDARMoeForCausalLM"], "model_type": "sdar_moe", "hidden_size": WIDTH,
+        "num_hidden_layers": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "intermediate_size": HIDDEN, "moe_intermediate_size": 32, "num_experts": 128, "num_experts_per_tok": 8,
+        "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "hidden_act": "silu",
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000, "rope_scaling": None, "max_position_embeddings": 32768,
+        "vocab_size": VOCAB, "tie_word_embeddings": False, "attention_bias": False, "mask_token_id": 126,
+        "eos_token_id": 127, "torch_dtype": "bfloat16", "auto_map": {"AutoConfig": "configuration_sdar_moe.Config"},
+    },
+    "llada2": {
+        "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "hidden_size": WIDTH,
+        "num_hidden_layers": 20, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "intermediate_size": HIDDEN, "moe_intermediate_size": 32, "num_experts": 256, "num_experts_per_tok": 8,
+        "num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 8, "topk_group": 4,
+        "routed_scaling_factor": 2.5, "score_function": "sigmoid", "moe_router_enable_expert_bias": True,
+        "norm_topk_prob": True, "router_dtype": "fp32", "rope_theta": 600000, "partial_rotary_factor": 0.5,
+        "rotary_dim": 16, "rope_scaling": None, "rms_norm_eps": 1e-6, "vocab_size": VOCAB, "use_bias": False,
+        "use_qkv_bias": False, "hidden_act": "silu", "max_position_embeddings": 16384, "pad_token_id": 127,
+        "tie_word_embeddings": False, "mask_token_id": 126, "torch_dtype": "bfloat16",
+        "auto_map": {"AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig"},
+    },
+    "fast_dllm_v2": {
+        "architectures": ["Fast_dLLM_QwenForCausalLM"], "model_type": "Fast_dLLM_Qwen", "hidden_size": WIDTH,
+        "num_hidden_layers": 28, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": HIDDEN,
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": None,
+        "max_position_embeddings": 32768, "sliding_window": None, "use_sliding_window": False, "bd_size": 32,
+        "layer_types": ["full_attention"] * 28, "vocab_size": VOCAB, "tie_word_embeddings": False,
+        "mask_token_id": 126, "eos_token_id": 127, "torch_dtype": "bfloat16",
+        "auto_map": {"AutoConfig": "configuration.Fast_dLLM_QwenConfig"},
+    },
 }  # fmt: skip
 DENSE = ("llada", "dream")
+FEWER_LAYERS = {"sdar_moe": 2, "llada2": 3}
+BLOCKS = ("sdar", "sdar_moe", "llada2", "fast_dllm_v2")
 HEADS = {"llada": "model.transformer.ff_out.weight", "dream": "lm_head.weight"}
 EMBEDDINGS = {"llada": "model.transformer.wte.weight", "dream": "model.embed_tokens.weight"}
 TIES = {"llada": "weight_tying", "dream": "tie_word_embeddings"}
 
 
-def published(family: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor."""
+def published(family: str, depth: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor; of a block-diffusion family with ``depth`` layers, where it is given."""
     d, m, v = WIDTH, HIDDEN, VOCAB
     if family == "llada":
         prefix, layers = "model.transformer", 32
@@ -75,6 +121,11 @@ def published(family: str) -> dict[str, tuple[int, ...]]:
         for name, rows in {"q": d, "k": d // 2, "v": d // 2}.items():
             layer |= {f"self_attn.{name}_proj.weight": (rows, d), f"self_attn.{name}_proj.bias": (rows,)}
         layer |= {f"mlp.{name}_proj.weight": (m, d) for name in ("gate", "up")} | {"mlp.down_proj.weight": (d, m)}
+    elif family in BLOCKS:
+        layers = layers if depth is None else depth
+        return top_of(family) | {
+            f"model.layers.{i}.{name}": size for i in range(layers) for name, size in block_layer(family, i).items()
+        }
     elif family == "llada_moe":
         layer |= {f"self_attn.{name}_proj.weight": (d, d) for name in "qkv"}
         layer |= {f"self_attn.{name}_norm.weight": (d // 4,) for name in "qk"} | {"mlp.gate.weight": (64, d)}
@@ -82,6 +133,42 @@ def published(family: str) -> dict[str, tuple[int, ...]]:
             layer |= {f"mlp.experts.{e}.{name}_proj.weight": (m, d) for name in ("gate", "up")}
             layer |= {f"mlp.experts.{e}.down_proj.weight": (d, m)}
     return top | {f"{prefix}.{i}.{name}": size for i in range(layers) for name, size in layer.items()}
+
+
+def top_of(family: str) -> dict[str, tuple[int, ...]]:
+    """Embedding, head and last norm."""
+    embedding = "word_embeddings" if family == "llada2" else "embed_tokens"
+    table = (VOCAB, WIDTH)
+    return {f"model.{embedding}.weight": table, "model.norm.weight": (WIDTH,), "lm_head.weight": table}
+
+
+def block_layer(family: str, i: int) -> dict[str, tuple[int, ...]]:
+    """Layer ``i`` of a block-diffusion family; heads of 32 in a width of 64, but for Fast-dLLM v2's of 16."""
+    d, m, head = WIDTH, HIDDEN, 16 if family == "fast_dllm_v2" else 32
+    q, kv = 4 * head, 2 * head
+    layer: dict[str, tuple[int, ...]] = {f"{name}_layernorm.weight": (d,) for name in ("input", "post_attention")}
+    if family == "llada2":
+        layer |= {"attention.query_key_value.weight": (q + 2 * kv, d), "attention.dense.weight": (d, q)}
+        layer |= {f"attention.{name}_layernorm.weight": (head,) for name in ("query", "key")}
+    else:
+        layer |= {f"self_attn.{name}_proj.weight": (rows, d) for name, rows in (("q", q), ("k", kv), ("v", kv))}
+        layer |= {"self_attn.o_proj.weight": (d, q)}
+        if family == "fast_dllm_v2":
+            layer |= {f"self_attn.{name}_proj.bias": (rows,) for name, rows in (("q", q), ("k", kv), ("v", kv))}
+        else:
+            layer |= {f"self_attn.{name}_norm.weight": (head,) for name in "qk"}
+    mlps = {"mlp": m}
+    if family == "sdar_moe" or (family == "llada2" and i > 0):
+        experts = CONFIGS[family]["num_experts"]
+        layer |= {"mlp.gate.weight": (experts, d)}
+        mlps = {f"mlp.experts.{e}": 32 for e in range(experts)}
+        if family == "llada2":
+            layer |= {"mlp.gate.expert_bias": (experts,)}
+            mlps["mlp.shared_experts"] = 32
+    for name, width in mlps.items():
+        layer |= {f"{name}.gate_proj.weight": (width, d), f"{name}.up_proj.weight": (width, d)}
+        layer |= {f"{name}.down_proj.weight": (d, width)}
+    return layer
 
 
 def write(directory: Path, config: dict[str, Any], tensors: Tensors, shards: int = 3) -> Path:
@@ -98,15 +185,41 @@ def write(directory: Path, config: dict[str, Any], tensors: Tensors, shards: int
 
 
 def random_tensors(family: str) -> Tensors:
-    return {name: torch.randn(size).to(torch.bfloat16) for name, size in published(family).items()}
+    """Of a checkpoint with the layers of ``config(family)``."""
+    shapes = published(family, FEWER_LAYERS.get(family))
+    return {name: torch.randn(size).to(torch.bfloat16) for name, size in shapes.items()}
 
 
-@pytest.mark.parametrize(("family", "count"), [("llada", 291), ("dream", 339), ("llada_moe", 3219)])
-def test_published_list_loads_to_the_last_number(family: str, count: int, tmp_path: Path, load: Any) -> None:
+def config(family: str) -> dict[str, Any]:
+    """Its config.json; of mixtures with hundreds of experts a few layers are loaded."""
+    fewer = {"num_hidden_layers": FEWER_LAYERS[family]} if family in FEWER_LAYERS else {}
+    return {**CONFIGS[family], **fewer}
+
+
+COUNTS = {
+    "llada": 291, "dream": 339, "llada_moe": 3219, "sdar": 399, "sdar_moe": 18867, "llada2": 14813, "fast_dllm_v2": 339,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", COUNTS)
+def test_the_list_is_the_published_one(family: str) -> None:
+    """All layers of it: names, shapes and their number."""
+    architecture = CONFIGS[family]["architectures"][0]
+    module, _, name = FAMILIES[architecture].model.partition(":")
+    shape = FAMILIES[architecture].config_class().from_dict(CONFIGS[family]).shape()
+    listed = getattr(import_module(module), name).tensor_shapes(shape)
+    assert listed == published(family)
+    assert len(listed) == COUNTS[family]
+
+
+@pytest.mark.parametrize("family", COUNTS)
+def test_published_list_loads_to_the_last_number(family: str, tmp_path: Path, load: Any) -> None:
     tensors = random_tensors(family)
-    assert len(tensors) == count
-    loaded = load(write(tmp_path, CONFIGS[family], tensors))
-    assert loaded.dtypes == {torch.bfloat16}
+    loaded = load(write(tmp_path, config(family), tensors))
+    # LLaDA2's experts are chosen in fp32 whatever the checkpoint's type.
+    names = {name.rpartition(".mlp.")[2] for name, dtype in loaded.dtypes.items() if dtype != torch.bfloat16}
+    assert names == ({"gate.weight", "gate.expert_bias"} if family == "llada2" else set())
+    assert set(loaded.dtypes.values()) <= {torch.bfloat16, torch.float32}
     assert torch.equal(loaded.numbers, numbers(list(tensors.values())))
 
 
@@ -140,16 +253,16 @@ def test_tied_head(family: str, carries_the_head: bool, tmp_path: Path, load: An
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
 def test_wrong_tensors_are_named(family: str, change: str, tmp_path: Path, load: Any) -> None:
     tensors = random_tensors(family)
-    victim = sorted(name for name in tensors if "k_proj" in name)[5]
+    victim = sorted(name for name in tensors if "k_proj." in name or "query_key_value" in name)[-1]
     if change == "missing":
         del tensors[victim]
     elif change == "unknown":
-        victim = victim.replace("k_proj.", "k_norm.")
+        victim = victim.replace("k_proj.", "k_other.").replace("query_key_value.", "query.")
         tensors[victim] = torch.zeros(4)
     else:
         tensors[victim] = torch.zeros(8, *tensors[victim].shape[1:])
     with pytest.raises(ValueError, match=victim):
-        load(write(tmp_path, CONFIGS[family], tensors))
+        load(write(tmp_path, config(family), tensors))
 
 
 def test_an_untied_checkpoint_needs_its_head(tmp_path: Path, load: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
@@ -23,4 +23,4 @@ def _selected(value: Any, rows: torch.Tensor) -> Any:
     if isinstance(value, tuple):
         parts = [_selected(part, rows) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value.select(rows) if is_dataclass(value) and isinstance(value, Lines) else value
+    return value.select(rows) if isinstance(value, Lines) else value

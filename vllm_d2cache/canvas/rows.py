@@ -34,6 +34,7 @@ class StepRows:
     lengths: list[int]  # T of each request, likewise
     counts: list[int]  # rows of each request, padding included
     refreshed: torch.Tensor  # [R] int64, rows of each request without padding and extra rows
+    num_predicted: torch.Tensor  # [R] int64, predicted slots of each
     full: list[bool]  # every position of the request is refreshed; False where padding hides it
     positions: torch.Tensor  # [N] int64, absolute
     input_ids: torch.Tensor  # [N] int32
@@ -44,6 +45,7 @@ class StepRows:
     predicted: torch.Tensor  # [R, G] bool, slots whose statistics are taken
     # [n] request and [n] slot of each predicted slot, row-major; slot G, which is none, where there is padding.
     predicted_index: tuple[torch.Tensor, torch.Tensor]
+    place: torch.Tensor  # [R, G] int64, which of the n each predicted slot is
     logits_rows: torch.Tensor  # [n + v] int64 into N, one for each predicted slot, then those of the extra rows
     extra: list[int]  # of each request: rows behind the text
 
@@ -67,7 +69,9 @@ class StepRows:
         """The same with rows behind the text; of one mechanism at most, as nobody attends to those of another."""
         if not behind:
             return self
-        (added,) = behind
+        if len(behind) > 1:
+            raise RuntimeError("two mechanisms of a step put rows behind its text; one can")
+        added = behind[0]
         return replace(
             self,
             positions=torch.cat([self.positions, added.positions]),
@@ -90,11 +94,14 @@ class StepRows:
         stayed = torch.cat([asked, torch.arange(count, len(self.logits_rows), device=asked.device)])
         predicted = torch.zeros_like(self.predicted)
         predicted[who[asked], slot[asked]] = True
+        place = predicted.flatten().cumsum(0).view_as(predicted) - 1
         rows = replace(
             self,
             candidates=self.candidates & predicted,
             predicted=predicted,
             predicted_index=(who[asked], slot[asked]),
+            num_predicted=predicted.sum(1),
+            place=place,
             logits_rows=self.logits_rows[stayed],
         )
         return rows, stayed
@@ -108,4 +115,5 @@ class StepResult:
     num_tokens: torch.Tensor  # [R] int32, how many of them
     committed: torch.Tensor  # [R, G] bool
     masked: torch.Tensor  # [R, G] bool, after the commits
-    revoked: torch.Tensor | None = None  # [R, G] bool, committed earlier and masked again; None where nothing can be
+    revoked: torch.Tensor | None  # [R, G] bool, committed earlier and masked again; None where nothing can be
+    changes: torch.Tensor  # [2, R] int64, how many committed and how many revoked

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 
 from vllm_d2cache.canvas.request import Request
-from vllm_d2cache.canvas.rows import StepResult
 from vllm_d2cache.canvas.traits import FamilyTraits
-from vllm_d2cache.canvas.view import CanvasView, OptionColumns, canvas_to_positions, first_window, live_slots
+from vllm_d2cache.canvas.view import CanvasView, OptionColumns
+from vllm_d2cache.ops.texts import Texts, commit_texts, emit_texts, read_texts
 from vllm_d2cache.options.request import SCORES, RequestOptions
 
 # Exact in float32, and more than any text has slots.
 _MOST_STEPS = 1 << 24
-_INTEGERS = ("window", "tokens_per_step", "score", "steps", "longest_run")
 
 
 class CanvasStates:
@@ -40,8 +39,9 @@ class CanvasStates:
         # By canvas slot.
         self.masked, self.terminal = table(torch.bool, max_len), table(torch.bool, max_len)
         self.observe, self.eligible = table(torch.bool, max_len), table(torch.bool, max_len)
-        self.emitted, self.step, self.window_step = (table(torch.int64) for _ in range(3))
-        self.prompt_len, self.canvas_len, self.seed = (table(torch.int64) for _ in range(3))
+        self.counts = torch.zeros(5, num_slots, dtype=torch.int64, device=device)
+        self.prompt_len, self.canvas_len, self.step, self.window_step, self.emitted = self.counts
+        self.seed = table(torch.int64)
         self.sampling = table(torch.float32, 3)  # temperature, top_p, top_k
         self.numbers = table(torch.float32, len(OptionColumns._fields))
         self.stop_ids = torch.full((num_slots, 1), -1, dtype=torch.int32, device=device)
@@ -98,68 +98,39 @@ class CanvasStates:
         """The texts of ``slots`` [R] as they are now, padded to the widest."""
         requests = [self.requests[s] for s in slots_host]
         width = max(r.canvas_len for r in requests)
-        masked, live = self.masked[slots, :width], live_slots(self.terminal[slots, :width])
-        options = _columns(self.numbers[slots])
-        return CanvasView(
-            slots,
-            self.prompt_len[slots],
-            self.canvas_len[slots],
-            masked,
-            live,
-            first_window(masked, live, options.window),
-            self.step[slots],
-            self.window_step[slots],
-            max(r.length for r in requests),
-            options,
-            frozenset().union(*(r.options.used for r in requests)),
-        )
+        texts = read_texts(slots, self.masked, self.terminal, self.counts, self.numbers, width)
+        used = frozenset().union(*(r.options.used for r in requests))
+        return CanvasView(slots, texts, max(r.length for r in requests), used)
 
     def commit(
         self, view: CanvasView, committed: torch.Tensor, token: torch.Tensor, revoked: torch.Tensor | None
-    ) -> CanvasView:
-        """Write the committed tokens, mask the revoked ones, and count the step; returns the texts after it.
+    ) -> tuple[CanvasView, torch.Tensor]:
+        """Write the committed tokens, mask the revoked ones, and count the step.
 
         Args:
             committed, revoked: [R, G] bool.
             token: [R, G] int32, what is written where ``committed``.
-        """
-        slots, width = view.slots, committed.shape[1]
-        text = self.tokens[slots, : view.num_positions]
-        text = torch.where(canvas_to_positions(committed, view), canvas_to_positions(token, view), text)
-        stops = (token.unsqueeze(2) == self.stop_ids[slots].unsqueeze(1)).any(2)
-        masked = view.masked & ~committed
-        terminal = self.terminal[slots, :width] | (stops & committed)
-        if revoked is not None:
-            text = torch.where(canvas_to_positions(revoked, view), self.traits.mask_token_id, text)
-            masked |= revoked
-            terminal &= ~revoked
-        live = live_slots(terminal)
-        start = first_window(masked, live, view.options.window)
-        window_step = torch.where(start == view.window_start, view.window_step + 1, 0)
-        self.tokens[slots, : view.num_positions] = text
-        self.masked[slots, :width], self.terminal[slots, :width] = masked, terminal
-        self.step[slots], self.window_step[slots] = view.step + 1, window_step
-        return replace(view, masked=masked, live=live, window_start=start, step=view.step + 1, window_step=window_step)
 
-    def emit(
-        self, view: CanvasView, committed: torch.Tensor, revoked: torch.Tensor | None, provisional: torch.Tensor | None
-    ) -> StepResult:
-        """Hand out the newly contiguous tokens from the left.
+        Returns:
+            The texts after it, and [2, R] int64: how many were committed and revoked.
+        """
+        integers, floats, masked, _ = view.texts
+        tables = (self.tokens, self.masked, self.terminal, self.counts, self.stop_ids)
+        mask, width = self.traits.mask_token_id, view.num_positions
+        found = commit_texts(view.slots, integers, masked, committed, token, revoked, *tables, mask, width)
+        after = replace(view, texts=Texts(found.integers, floats, found.masked, found.live))
+        return after, found.changes
+
+    def emit(self, view: CanvasView, provisional: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand out the newly contiguous tokens from the left: [R, G] int64 left-aligned, and [R] int32 how many.
 
         Args:
             view: after the commits.
             provisional: [R] bool, tokens of the current window may be taken back and are kept; None = nobody's.
         """
-        done = (~view.masked & view.in_canvas).to(torch.int8).cumprod(1).sum(1)
-        if provisional is not None:
-            open_window = view.open.any(1) & provisional
-            done = torch.where(open_window, torch.minimum(done, view.window_start), done)
-        emitted = self.emitted[view.slots]
-        fresh = (done - emitted).clamp(min=0)
-        index = view.prompt_len.unsqueeze(1) + emitted.unsqueeze(1) + view.slot_index
-        tokens = self.tokens[view.slots, : view.num_positions].gather(1, index.clamp(max=view.num_positions - 1))
-        self.emitted[view.slots] = emitted + fresh
-        return StepResult(tokens.long(), fresh.int(), committed, view.masked, revoked)
+        integers, _, masked, live = view.texts
+        start = view.window_start
+        return emit_texts(view.slots, integers, start, masked, live, provisional, self.tokens, self.counts)
 
 
 def _option_numbers(options: RequestOptions, canvas_len: int) -> list[float]:
@@ -173,8 +144,3 @@ def _option_numbers(options: RequestOptions, canvas_len: int) -> list[float]:
         min(options.steps, _MOST_STEPS),
         options.longest_run(canvas_len),
     ]
-
-
-def _columns(numbers: torch.Tensor) -> OptionColumns:
-    column = dict(zip(OptionColumns._fields, numbers.unbind(1), strict=True))
-    return OptionColumns(**{name: x.long() if name in _INTEGERS else x for name, x in column.items()})

@@ -5,7 +5,7 @@ Shapes: R rows (requests in this step), T positions, G canvas slots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -13,11 +13,15 @@ import torch
 
 from vllm_d2cache.canvas.lines import Lines
 from vllm_d2cache.ops.canvas_columns import to_positions, to_slots
+from vllm_d2cache.ops.texts import FLOATS, INTEGERS, Texts
 from vllm_d2cache.options.request import SWITCHES
 
 
 class OptionColumns(NamedTuple):
-    """Per-request numbers of the rows in this step, each [R]; options.request has their meaning."""
+    """Per-request numbers of the rows in this step, each [R]; options.request has their meaning.
+
+    Tables have these columns in this order (ops.texts.OPTIONS).
+    """
 
     window: torch.Tensor  # int64, already resolved to a length in 1..G
     tokens_per_step: torch.Tensor  # int64
@@ -34,18 +38,64 @@ class CanvasView(Lines):
     """The texts of the rows in this step. Columns past a row's own T or G are padding and False."""
 
     slots: torch.Tensor  # [R] int64, row -> slot
-    prompt_len: torch.Tensor  # [R] int64
-    canvas_len: torch.Tensor  # [R] int64
-    masked: torch.Tensor  # [R, G] bool, canvas slots that still hold the mask
-    live: torch.Tensor  # [R, G] bool, canvas slots before the first committed stop token
-    window_start: torch.Tensor  # [R] int64, first slot of the current window
-    step: torch.Tensor  # [R] int64, number of the step that is under way or, in a plan, of the next; from 0
-    window_step: torch.Tensor  # [R] int64, the same within the current window
+    texts: Texts
     num_positions: int  # T, the widest of the batch
-    options: OptionColumns
     # Options that are off at 0 and that some request of the step has turned on. For the others nothing has to be
     # computed, and the host knows it.
     used: frozenset[str] = frozenset(SWITCHES)
+
+    @property
+    def masked(self) -> torch.Tensor:
+        """[R, G] bool: canvas slots that still hold the mask."""
+        return self.texts.masked
+
+    @property
+    def live(self) -> torch.Tensor:
+        """[R, G] bool: canvas slots before the first committed stop token."""
+        return self.texts.live
+
+    @cached_property
+    def prompt_len(self) -> torch.Tensor:
+        """[R] int64."""
+        return self.texts.integers[0]
+
+    @cached_property
+    def canvas_len(self) -> torch.Tensor:
+        """[R] int64."""
+        return self.texts.integers[1]
+
+    @cached_property
+    def window_start(self) -> torch.Tensor:
+        """[R] int64: first slot of the current window."""
+        return self.texts.integers[2]
+
+    @cached_property
+    def step(self) -> torch.Tensor:
+        """[R] int64: number of the step that is under way or, in a plan, of the next; from 0."""
+        return self.texts.integers[3]
+
+    @cached_property
+    def window_step(self) -> torch.Tensor:
+        """[R] int64: the same within the current window."""
+        return self.texts.integers[4]
+
+    @cached_property
+    def options(self) -> OptionColumns:
+        """What the requests ask for."""
+        columns = dict(zip(INTEGERS + FLOATS, (*self.texts.integers, *self.texts.floats), strict=True))
+        return OptionColumns(**{name: columns[name] for name in OptionColumns._fields})
+
+    @property
+    def rules(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """[R] float32 each: threshold and factor; None where no request has turned it on."""
+        threshold = self.options.threshold if "threshold" in self.used else None
+        return threshold, self.options.factor if "factor" in self.used else None
+
+    def select(self, rows: torch.Tensor) -> CanvasView:
+        """The same of some requests only: [m] int64 lines."""
+        integers, floats, masked, live = self.texts
+        texts = Texts(integers[:, rows], floats[:, rows], masked[rows], live[rows])
+        return replace(self, slots=self.slots[rows], texts=texts)
 
     @cached_property
     def length(self) -> torch.Tensor:
@@ -88,22 +138,6 @@ class CanvasView(Lines):
     def lead(self) -> torch.Tensor:
         """[R] int64: the leftmost mask that may still become a token; 0 where there is none."""
         return self.open.to(torch.int8).argmax(1)
-
-
-def live_slots(terminal: torch.Tensor) -> torch.Tensor:
-    """[R, G] bool: slots before the first of ``terminal`` [R, G] bool, which hold committed stop tokens."""
-    return terminal.cumsum(1) == 0
-
-
-def first_window(masked: torch.Tensor, live: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-    """[R] int64: start of the window with the first masked live slot, as windows fill up from left to right.
-
-    Args:
-        masked, live: [R, G] bool.
-        window: [R] int64, its length.
-    """
-    first = (masked & live).to(torch.int8).argmax(1)
-    return first - first % window
 
 
 def canvas_to_positions(mask: torch.Tensor, view: CanvasView, shift: int = 0) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Patches of vLLM's front end, for our architectures only: the default canvas, and where requests are checked.
 
-What is refused, and in which order, others say (engine/admission.py): the checks are handed in. The patches start from
+What is refused, and in which order, others say (engine/refusals.py): the checks are handed in. The patches start from
 the dictionary of default sampling parameters that vLLM asks the model configuration for: for our models it is a
 :class:`CanvasDefaults`, and what is wrapped further down looks for that type. A server of another model in the same
 environment never sees one.
@@ -18,7 +18,7 @@ from vllm_d2cache.compat import snapshot_stream
 from vllm_d2cache.options.request import CANVAS
 from vllm_d2cache.options.server import DEFAULT_CANVAS_LENGTH
 from vllm_d2cache.options.types import OptionError
-from vllm_d2cache.requests.fields import WITHOUT_EFFECT
+from vllm_d2cache.requests.dropped_fields import WITHOUT_EFFECT
 from vllm_d2cache.requests.generation_defaults import UNSUPPORTED_DEFAULTS
 
 _MARK = "_vllm_d2cache"
@@ -149,20 +149,20 @@ def _patch_beam_search(cls: Any, checks: FieldChecks) -> None:
 
 
 def install_beam_search_check(architectures: frozenset[str], checks: FieldChecks) -> None:
-    """Wrap ``LLM.beam_search`` where it is loaded; idempotent. Called from the config hook."""
+    """Wrap ``LLM.beam_search`` where it is loaded, once, for these and those of earlier calls. By the config hook."""
     # Why, and remove when: as for the requests.
     cls = getattr(sys.modules.get("vllm.entrypoints.generate.beam_search.offline"), "BeamSearchOfflineMixin", None)
-    if cls is None or hasattr(cls.beam_search, _MARK):
+    if cls is None or _widened(cls.beam_search, architectures):
         return
-    original = cls.beam_search
+    original, ours = cls.beam_search, set(architectures)
 
     @functools.wraps(original)
     def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not architectures.isdisjoint(self.model_config.architectures):
+        if not ours.isdisjoint(self.model_config.architectures):
             _as_validation_error(checks.fields, {"use_beam_search": True}, {"use_beam_search": False}, {})
         return original(self, *args, **kwargs)
 
-    setattr(beam_search, _MARK, True)
+    setattr(beam_search, _MARK, ours)
     cls.beam_search = beam_search
 
 
@@ -182,28 +182,40 @@ def _check_fields(request: Any, checks: FieldChecks) -> None:
 
 
 def install_request_check(architectures: frozenset[str], check: Callable[[Any, Any], None]) -> None:
-    """Wrap ``InputProcessor.process_inputs``; idempotent. Called from the config hook, in the front end alone."""
+    """Wrap ``InputProcessor.process_inputs``, once, for these and those of earlier calls.
+
+    Called from the config hook, in the front end alone. A process may have models of several families in turn.
+    """
     # Without it: LLM.generate accepts a canvas that does not fit; text models just stop at max_model_len, but a canvas
     # has its length from the start; and options that do not go with the server's fail in the scheduler, which ends the
     # engine. No hook: validators see sampling parameters without the prompt and without the configuration. Remove
     # when: a validator sees all of them.
     from vllm.v1.engine.input_processor import InputProcessor
 
-    original = InputProcessor.process_inputs
-    if hasattr(original, _MARK):
+    original, ours = InputProcessor.process_inputs, set(architectures)
+    if _widened(original, architectures):
         return
 
     @functools.wraps(original)
     def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         params = request.sampling_params
-        if params is not None and not architectures.isdisjoint(self.model_config.architectures):
+        if params is not None and not ours.isdisjoint(self.model_config.architectures):
             _as_validation_error(check, request, self.vllm_config)
             _as_validation_error(snapshot_stream.check_listener, params.extra_args)
         return request
 
-    setattr(process_inputs, _MARK, True)
+    setattr(process_inputs, _MARK, ours)
     InputProcessor.process_inputs = process_inputs
+
+
+def _widened(wrapped: Any, architectures: frozenset[str]) -> bool:
+    """Whether it is wrapped already; from now on it is for these architectures, too."""
+    ours: set[str] | None = getattr(wrapped, _MARK, None)
+    if ours is None:
+        return False
+    ours |= architectures
+    return True
 
 
 def _as_validation_error(check: Callable[..., None], *args: Any) -> None:

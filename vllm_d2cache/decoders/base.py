@@ -15,6 +15,10 @@ from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.slot_options import SlotOptions
 from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.mechanisms.base import Finding, RequestSize, Use, Worker
+
+# For decoders to import from here, as the rest of what they need.
+from vllm_d2cache.ops.ranking import rank_candidates as rank_candidates
+from vllm_d2cache.ops.ranking import take_best as take_best
 from vllm_d2cache.ops.row_stats import RowParams, RowStats, TileReader
 from vllm_d2cache.options.types import Choice, Number
 
@@ -132,28 +136,14 @@ class Decoder(ABC):
         """
         return None
 
-    def rescore(self, stats: RowStats, score: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """[n] float32: what ranks candidates, from the statistic ``score`` [n] that the request asks for."""
+    def rescore(self, stats: RowStats, score: torch.Tensor, slots: torch.Tensor, who: torch.Tensor) -> torch.Tensor:
+        """[n] float32: what ranks candidates, from the statistic ``score`` [n] that the request asks for.
+
+        Args:
+            slots: [R] int64 of the requests; row i is of request ``who`` [n].
+        """
         return score
 
     @abstractmethod
     def choose(self, step: DecoderStep) -> Commits:
         """The commits of its requests."""
-
-
-def rank_candidates(score: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Candidates from the best down; ties go to the lower slot.
-
-    Returns:
-        Scores in that order [R, G], -inf behind the candidates; their slots [R, G]; which of both are candidates.
-    """
-    ordered, index = score.masked_fill(~candidates, -torch.inf).sort(dim=1, descending=True, stable=True)
-    rank = torch.arange(score.shape[1], device=score.device).unsqueeze(0)
-    return ordered, index, rank < candidates.sum(1, keepdim=True)
-
-
-def take_best(index: torch.Tensor, candidates: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """[R, G] bool: the first ``count`` [R] slots of the ranking ``index``, of the candidates at most all."""
-    rank = torch.arange(index.shape[1], device=index.device).unsqueeze(0)
-    count = torch.minimum(count, candidates.sum(1))
-    return torch.zeros_like(candidates).scatter_(1, index, rank < count.unsqueeze(1))

@@ -5,12 +5,9 @@ docs/methods/d2cache.md, section 4.
 
 from __future__ import annotations
 
-import torch
-
-from vllm_d2cache.canvas.view import OptionColumns
-from vllm_d2cache.decoders.base import Commits, Decoder, DecoderStep, rank_candidates, take_best
+from vllm_d2cache.decoders.base import Commits, Decoder, DecoderStep
 from vllm_d2cache.decoders.grammar import GrammarDecoder
-from vllm_d2cache.options.request import SWITCHES
+from vllm_d2cache.ops.ranking import choose_commits
 
 
 class ConfidenceDecoder(Decoder):
@@ -22,52 +19,5 @@ class ConfidenceDecoder(Decoder):
     ordered = GrammarDecoder
 
     def choose(self, step: DecoderStep) -> Commits:
-        """See :func:`choose_commits`."""
-        view = step.view
-        return Commits(choose_commits(step.score, step.candidates, view.options, step.least, view.used))
-
-
-def choose_commits(
-    score: torch.Tensor,
-    candidates: torch.Tensor,
-    options: OptionColumns,
-    least: torch.Tensor,
-    used: frozenset[str] = frozenset(SWITCHES),
-) -> torch.Tensor:
-    """Slots to commit: the best-scored candidates, as many as the request's rule says. Ties go to the lower slot.
-
-    Args:
-        score: [R, G] float32, any value where there is no candidate.
-        candidates: [R, G] bool, masked slots of the current window whose rows were computed in this step.
-        least: [R] int64, how many at least.
-        used: rules that some request has turned on (CanvasView.used).
-
-    Returns:
-        [R, G] bool, a subset of ``candidates``; not empty where there are candidates.
-    """
-    ordered, index, valid = rank_candidates(score, candidates)
-    return take_best(index, candidates, allowed_count(ordered, valid, options, least, used))
-
-
-def allowed_count(
-    ordered: torch.Tensor, valid: torch.Tensor, options: OptionColumns, least: torch.Tensor, used: frozenset[str]
-) -> torch.Tensor:
-    """[R] int64: how many of the ranked candidates the threshold or the factor rule lets through, and ``least`` [R]."""
-    count = least
-    if "threshold" in used:
-        over = (ordered >= options.threshold.unsqueeze(1)) & valid & (options.threshold > 0).unsqueeze(1)
-        count = torch.maximum(count, over.sum(1))
-    if "factor" in used:
-        count = torch.maximum(count, _factor_count(ordered, valid, options.factor))
-    return count
-
-
-def _factor_count(ordered: torch.Tensor, valid: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """[R] int64: one less than the smallest n with (n + 1)(1 - score_n) >= factor; without such n, one less than all.
-
-    The last clause is an off-by-one of the published code, kept because its results were made with it.
-    """
-    n = torch.arange(1, ordered.shape[1] + 1, device=ordered.device).unsqueeze(0)
-    stops = ((n + 1) * (1 - ordered) >= factor.unsqueeze(1)) & valid
-    first = torch.where(stops.any(1), stops.to(torch.int8).argmax(1) + 1, valid.sum(1))
-    return torch.where(factor > 0, first - 1, 0)
+        """See :func:`ops.ranking.choose_commits`."""
+        return Commits(choose_commits(step.score, step.candidates, step.least, *step.view.rules))

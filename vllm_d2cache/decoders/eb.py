@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-
-from vllm_d2cache.decoders.base import Commits, Decoder, DecoderStep, rank_candidates, take_best
+from vllm_d2cache.decoders.base import Commits, Decoder, DecoderStep
+from vllm_d2cache.ops.ranking import choose_by_entropy
 from vllm_d2cache.options.types import Number
 
 
@@ -26,12 +25,7 @@ class EbDecoder(Decoder):
     reads_entropy = True
 
     def choose(self, step: DecoderStep) -> Commits:
-        """The head of the ranking by score; the first candidate always passes, as its own entropy is the largest."""
+        """The head of the ranking by score."""
         assert step.entropy is not None
-        _, index, valid = rank_candidates(step.score, step.candidates)
-        # fp64: the sum of many small entropies must not depend on how it is added up.
-        entropy = step.entropy.gather(1, index).double().masked_fill(~valid, 0.0)
-        excess = entropy.cumsum(1) - entropy.cummax(1).values
-        gamma = self.number("gamma", step.view.slots).unsqueeze(1)
-        count = ((excess <= gamma) & valid).sum(1)
-        return Commits(take_best(index, step.candidates, torch.maximum(count, step.least)))
+        gamma = self.number("gamma", step.view.slots)
+        return Commits(choose_by_entropy(step.score, step.candidates, step.least, step.entropy, gamma))

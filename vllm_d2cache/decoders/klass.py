@@ -15,9 +15,9 @@ from vllm_d2cache.decoders.base import (
     rank_candidates,
     take_best,
 )
-from vllm_d2cache.decoders.confidence import allowed_count
 from vllm_d2cache.decoders.pool import CanvasPool
 from vllm_d2cache.mechanisms.base import RequestSize, Worker
+from vllm_d2cache.ops.ranking import allowed_count
 from vllm_d2cache.ops.row_stats import TileReader, scaled_logits
 from vllm_d2cache.options.types import Number
 
@@ -102,7 +102,7 @@ class KlassDecoder(Decoder):
         stable = step.candidates & (calm >= length.unsqueeze(1))
         ordered, index, valid = rank_candidates(step.score, stable)
         none = torch.zeros_like(step.least)
-        settled = take_best(index, stable, allowed_count(ordered, valid, view.options, none, view.used))
+        settled = take_best(index, stable, allowed_count(ordered, valid, none, *view.rules))
         _, index, _ = rank_candidates(step.score, step.candidates)
         best = take_best(index, step.candidates, step.least)
         return Commits(torch.where(settled.any(1, keepdim=True), settled, best))

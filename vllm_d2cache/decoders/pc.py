@@ -32,9 +32,9 @@ class PcDecoder(Decoder):
         table = torch.ones(1) if path is None else torch.from_numpy(load_frequencies(path))
         self._rarity = -(table.to(worker.device) + 1e-10).log()
 
-    def rescore(self, stats: RowStats, score: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    def rescore(self, stats: RowStats, score: torch.Tensor, slots: torch.Tensor, who: torch.Tensor) -> torch.Tensor:
         """The debiased confidence [n]."""
-        return torch.minimum(stats.confidence * self._rarity[stats.token], self.number("clip_alpha", slots))
+        return torch.minimum(stats.confidence * self._rarity[stats.token], self.number("clip_alpha", slots[who]))
 
     def choose(self, step: DecoderStep) -> Commits:
         """The best ``least``."""

@@ -8,7 +8,7 @@ from vllm_d2cache.ops.row_stats import RowStats
 from vllm_d2cache.options.request import SCORES
 
 
-def ranking_score(stats: RowStats, score: torch.Tensor) -> torch.Tensor:
+def ranking_score(stats: RowStats, score: torch.Tensor, who: torch.Tensor) -> torch.Tensor:
     """One number in [0, 1] a row, higher is surer.
 
     The negative entropy of the published code changes sign under a certainty prior: the prior then prefers slots far
@@ -17,12 +17,16 @@ def ranking_score(stats: RowStats, score: torch.Tensor) -> torch.Tensor:
 
     Args:
         stats: statistics of n rows.
-        score: [n] int64, index into options.request.SCORES.
+        score: [R] int64, index into options.request.SCORES.
+        who: [n] int64, request of each row.
 
     Returns:
         [n] float32.
     """
     result = stats.confidence
+    if stats.margin is None and stats.entropy is None:
+        return result
+    score = score[who]
     if stats.margin is not None:
         result = torch.where(score == SCORES.index("margin"), stats.margin, result)
     if stats.entropy is not None:

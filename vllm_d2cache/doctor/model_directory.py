@@ -11,6 +11,7 @@ from typing import Any
 from vllm_d2cache.doctor.finding import Finding
 from vllm_d2cache.doctor.safetensors_files import read_weights
 from vllm_d2cache.models.families import FAMILIES, Family
+from vllm_d2cache.models.mask_token import mask_contradiction
 
 # What a tokenizer can be made of: each group of files will do.
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
@@ -47,18 +48,27 @@ def _json(path: Path) -> dict[str, Any] | str:
 
 
 def _architecture(config: dict[str, Any]) -> Iterator[Finding]:
-    names = config.get("architectures") or []
-    known = [name for name in names if name in FAMILIES]
+    names, known = config.get("architectures") or [], _known(config)
     if not known:
-        yield _problem("architecture", f"{names or 'none given'}; supported: {', '.join(FAMILIES)}")
+        served = ", ".join(name for name, family in FAMILIES.items() if family.unserved is None)
+        yield _problem("architecture", f"{names or 'none given'}; supported: {served}")
         return
-    yield _ok("architecture", known[0])
+    unserved = FAMILIES[known[0]].unserved
+    if unserved is None:
+        yield _ok("architecture", known[0])
+    else:
+        yield _problem("architecture", f"{known[0]} cannot be served yet: {unserved}")
     dtype = config.get("torch_dtype") or config.get("dtype")
     yield _ok("dtype", str(dtype)) if dtype else _note("dtype", "config.json names none; vLLM takes float32")
     if find_spec("transformers") is None or find_spec("torch") is None:
         yield _note("settings", "not checked: that needs transformers and torch")
         return
     yield from _settings(config, FAMILIES[known[0]])
+
+
+def _known(config: dict[str, Any]) -> list[str]:
+    """Those of its architectures that are ours."""
+    return [name for name in config.get("architectures") or [] if name in FAMILIES]
 
 
 def _settings(config: dict[str, Any], family: Family) -> Iterator[Finding]:
@@ -68,7 +78,7 @@ def _settings(config: dict[str, Any], family: Family) -> Iterator[Finding]:
         yield _problem("model_type", f"{config.get('model_type')!r}; must be {' or '.join(valid)}")
         return
     try:
-        parsed = family.config_class()(**config)
+        parsed = family.config_class().from_dict(config)
         unsupported = parsed.unsupported()
     except Exception as error:  # whatever the file's values make of it, vLLM would raise the same
         yield _problem("settings", f"config.json is refused: {error}")
@@ -111,8 +121,14 @@ def _tokenizer(directory: Path, config: dict[str, Any] | None) -> Iterator[Findi
     has_template = settings.get("chat_template") or (directory / "chat_template.jinja").is_file()
     if has_template:
         yield _ok("chat template", "found")
+    elif any(FAMILIES[name].chat_template for name in _known(config or {})):
+        yield _note("chat template", "none: that of its family is used")
     else:
         yield _note("chat template", "none: completions work, chat requests need --chat-template FILE")
+    mask = (config or {}).get("mask_token_id")
+    contradiction = None if mask is None else mask_contradiction(settings, mask)
+    if contradiction is not None:
+        yield _problem("mask token", contradiction)
     if group == ("tokenizer.json",):
         yield from _special_tokens(directory, config or {})
 

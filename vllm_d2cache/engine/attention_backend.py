@@ -7,6 +7,9 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -18,6 +21,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_d2cache.mechanisms.base import Hook
+from vllm_d2cache.ops.dispatch import chosen
 from vllm_d2cache.ops.paged_attention import (
     AttentionMaps,
     AttentionShape,
@@ -26,6 +30,7 @@ from vllm_d2cache.ops.paged_attention import (
     paged_attention,
     write_kv,
 )
+from vllm_d2cache.ops.rotary import rotate_and_write
 
 
 @dataclass
@@ -34,6 +39,7 @@ class D2CacheMetadata(AttentionMetadata):
 
     layout: PagedLayout
     hooks: tuple[Hook, ...] = ()  # of the mechanisms of the step
+    written: torch.nn.Module | None = None  # the layer whose fresh K and V are in their pages already
 
     @cached_property
     def no_maps(self) -> AttentionMaps:
@@ -96,7 +102,8 @@ class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
             return output.zero_()
         layout, hooks = attn_metadata.layout, attn_metadata.hooks
         n = layout.slots.shape[0]  # K and V of rows behind the text go into no page
-        write_kv(kv_cache, key[:n], value[:n], layout.slots)
+        if attn_metadata.written is not layer:
+            write_kv(kv_cache, key[:n], value[:n], layout.slots)
         maps = attn_metadata.no_maps
         for hook in hooks:
             maps = hook.maps(query[:n], kv_cache, self.scale, layout) or maps
@@ -107,6 +114,33 @@ class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
             if hook.extra is not None:
                 hook.attend(query[n:], key[n:], value[n:], kv_cache, layout, self.scale, output[n:])
         return output
+
+
+def rotate_into_pages(
+    attn: Attention,
+    rotation: RotaryEmbedding,
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> bool:
+    """Rotate [N, heads * head size] queries and keys in place, and put keys and values into their pages: one kernel.
+
+    Returns:
+        False where nothing was done, as there is no kernel on the device, no step under way, or a compiler that
+        follows the layers.
+    """
+    if torch.compiler.is_compiling() or chosen(query.device) == "torch":
+        return False
+    of_layers = get_forward_context().attn_metadata
+    if not isinstance(of_layers, dict):
+        return False  # memory is being profiled
+    metadata = of_layers[attn.layer_name]
+    assert isinstance(metadata, D2CacheMetadata)
+    q, k, v = (x.view(x.shape[0], -1, attn.head_size) for x in (query, key, value))
+    rotate_and_write(attn.kv_cache, q, k, v, positions, rotation.cos_sin_cache, metadata.layout.slots, q, k)
+    metadata.written = attn
+    return True
 
 
 class D2CacheMetadataBuilder(AttentionMetadataBuilder[D2CacheMetadata]):

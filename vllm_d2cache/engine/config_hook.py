@@ -13,10 +13,10 @@ from vllm.logger import init_logger
 from vllm_d2cache.compat import cpu_runner, front_end
 from vllm_d2cache.compat.internals import model_file, unsupported_version
 from vllm_d2cache.decoders.frequencies import load_frequencies
-from vllm_d2cache.engine.admission import check_request
+from vllm_d2cache.engine.refusals import check_request
 from vllm_d2cache.options.request import SECTION
 from vllm_d2cache.options.server import ServerOptions
-from vllm_d2cache.requests.fields import check_fields
+from vllm_d2cache.requests.dropped_fields import check_fields
 from vllm_d2cache.requests.fit import check_room
 from vllm_d2cache.requests.generation_defaults import read_generation_defaults
 from vllm_d2cache.requests.resolve import parse_server_options
@@ -51,9 +51,12 @@ class DiffusionConfigHook:
         if problem:
             raise RuntimeError(problem)
         cpu_runner.check()
-        unsupported = model_config.hf_config.unsupported()
+        unsupported = [*model_config.hf_config.unsupported(), *_mask_problems(model_config)]
         if unsupported:
             raise ValueError("this checkpoint is not supported by vllm-d2cache: " + "; ".join(unsupported))
+        unserved = model_config.hf_config.unserved()
+        if unserved is not None:
+            raise ValueError(f"vllm-d2cache cannot serve {unserved}")
         if model_config.original_max_model_len is None and model_config.max_model_len > DEFAULT_MAX_MODEL_LEN:
             logger.info(
                 "max_model_len is %d instead of the checkpoint's %d: a request's first step computes all of its "
@@ -87,6 +90,13 @@ class DiffusionConfigHook:
         if options.token_frequencies is not None:
             load_frequencies(options.token_frequencies, vllm_config.model_config.hf_config.vocab_size)
         _configure(vllm_config)
+
+
+def _mask_problems(model_config: ModelConfig) -> list[str]:
+    """Nothing, or what tokenizer_config.json says otherwise than config.json."""
+    found = model_file(model_config.tokenizer, "tokenizer_config.json", model_config.tokenizer_revision)
+    problem = model_config.hf_config.mask_contradiction(found)
+    return [] if problem is None else [problem]
 
 
 def _refusals(config: VllmConfig) -> list[str]:

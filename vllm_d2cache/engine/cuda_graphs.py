@@ -19,13 +19,32 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
 from vllm_d2cache.engine.attention_backend import D2CacheMetadata
-from vllm_d2cache.graphs.graph_check import Pages, check_graphs
-from vllm_d2cache.graphs.step_graphs import MAX_LENGTH, StepBuffers, StepGraphs, graph_sizes
+from vllm_d2cache.graphs.graph_check import CacheSize, check_graphs
+from vllm_d2cache.graphs.step_graphs import MAX_LENGTH, Forward, StepBuffers, StepGraphs, graph_sizes
 from vllm_d2cache.mechanisms.importance import ImportanceCapture
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.rollout import TensorParallel
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+def cache_of(model: torch.nn.Module) -> torch.Tensor:
+    """[blocks, kv heads, block size, 2 * head size] of the first layer."""
+    return next(m.kv_cache for m in model.modules() if isinstance(m, Attention))
+
+
+def eager_forward(model: torch.nn.Module, config: VllmConfig) -> Forward:
+    """The network on any rows of any layout, outside vLLM's runner."""
+    layers = [m.layer_name for m in model.modules() if isinstance(m, Attention)]
+
+    def forward(
+        input_ids: torch.Tensor, positions: torch.Tensor, layout: PagedLayout, capture: ImportanceCapture
+    ) -> torch.Tensor:
+        metadata = dict.fromkeys(layers, D2CacheMetadata(layout, (capture,)))
+        with set_forward_context(metadata, config, num_tokens=positions.shape[0]):
+            return model(input_ids=input_ids, positions=positions)
+
+    return forward
 
 
 def record_graphs(
@@ -41,23 +60,15 @@ def record_graphs(
         GraphError: a graph does not do what the eager step does.
     """
     start = time.monotonic()
-    layers = {m.layer_name: m for m in model.modules() if isinstance(m, Attention)}
-    blocks, _, block_size, _ = next(iter(layers.values())).kv_cache.shape
+    blocks, _, block_size, _ = cache_of(model).shape
     scheduler, model_config = config.scheduler_config, config.model_config
-
-    def forward(
-        input_ids: torch.Tensor, positions: torch.Tensor, layout: PagedLayout, capture: ImportanceCapture
-    ) -> torch.Tensor:
-        metadata = dict.fromkeys(layers, D2CacheMetadata(layout, (capture,)))
-        with set_forward_context(metadata, config, num_tokens=positions.shape[0]):
-            return model(input_ids=input_ids, positions=positions)
-
+    forward = eager_forward(model, config)
     sizes = graph_sizes(min(max_rows, scheduler.max_num_batched_tokens), scheduler.max_num_seqs)
     buffers = StepBuffers(sizes[-1], min(MAX_LENGTH, model_config.max_model_len), block_size, device)
     recorder = CudaRecorder(device)
     graphs = StepGraphs(sizes, buffers, forward, recorder.record, tensor_parallel)
     recorder.capture(graphs)
-    check_graphs(graphs, Pages(blocks, block_size), model_config.get_vocab_size(), device)
+    check_graphs(graphs, CacheSize(blocks, block_size), model_config.get_vocab_size(), device)
     logger.info(
         "%d CUDA graphs of refresh steps, up to %d rows and %d positions a request, recorded and checked in %.1f s.",
         len(sizes),

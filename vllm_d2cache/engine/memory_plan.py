@@ -18,6 +18,7 @@ from vllm_d2cache.decoders.registry import DECODER_CLASSES
 from vllm_d2cache.graphs.step_graphs import graph_bytes, graph_sizes
 from vllm_d2cache.mechanisms.base import RequestSize, Worker
 from vllm_d2cache.ops.row_stats import statistics_bytes
+from vllm_d2cache.ops.split import parts_bytes
 from vllm_d2cache.options.request import PREFIX, SECTION, RequestOptions
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.options.types import OptionError
@@ -84,6 +85,7 @@ class MemoryPlan:
     requests: int  # what all running requests together may hold (Network.request_bytes)
     graphs: int  # CUDA graphs: recorded when the KV cache has its size, and held from then on
     queries: int  # kept in a step that computes its maps again, with log-sum-exps: all rows of all layers
+    parts: int  # of attention and maps that are cut for the card, in one layer; graphs and eager steps have their own
     partial: int  # copies of rows, where policies have layers compute a part of them
     statistics: int  # logits of a tile of rows, and what is made of them; hidden states of the predicted rows
     rollout: int  # products of one layer, of each head
@@ -91,7 +93,7 @@ class MemoryPlan:
     @property
     def in_forward(self) -> int:
         """Beside what the forward pass itself takes."""
-        return self.policies + self.requests + self.graphs + self.queries + self.partial
+        return self.policies + self.requests + self.graphs + self.queries + self.parts + self.partial
 
     @property
     def after_forward(self) -> int:
@@ -144,6 +146,7 @@ def plan_memory(config: Any, options: ServerOptions) -> MemoryPlan:
         requests=request_memory(options, network, length),
         graphs=graph_bytes(graphs, length, network.layers, network.hidden_size, network.itemsize),
         queries=network.layers * rows * network.heads * (network.head_size * network.itemsize + 4),
+        parts=parts_bytes(network.heads, network.head_size, length) * (2 if graphs else 1),
         partial=rows * network.partial_row_bytes(),
         statistics=statistics_bytes(network.vocab_size, network.itemsize) + handed_on,
         rollout=slots * (network.heads + 4) * length * 4,

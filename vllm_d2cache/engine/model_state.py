@@ -6,6 +6,8 @@ forward, sampler (engine/runner_sampler.py). It computes nothing itself.
 
 from __future__ import annotations
 
+import time
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,10 @@ from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.compat.grammars import Grammars
 from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
 from vllm_d2cache.engine.attention_backend import D2CacheMetadata, attention_shape
-from vllm_d2cache.engine.cuda_graphs import record_graphs
+from vllm_d2cache.engine.cuda_graphs import cache_of, eager_forward, record_graphs
 from vllm_d2cache.engine.memory_plan import Rehearsal, plan_memory
 from vllm_d2cache.engine.runner_sampler import D2CacheSampler
+from vllm_d2cache.engine.warm_up import Place, warm_up
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.partial_forward import PartialForward, RowHook
 from vllm_d2cache.observe.trace import TraceRecorder
@@ -57,18 +60,17 @@ class D2CacheModelState(ModelState):
         traits: Any = model.traits
         worker = Worker(self.max_num_reqs, self.max_model_len, device, traits, self.options, ranks)
         # Every rank computes the same; one of them writes.
-        writes = self.options.trace_dir is not None and vllm_config.parallel_config.rank == 0
-        name = vllm_config.model_config.model
-        self.tracer = TraceRecorder(self.options.trace_dir, name) if writes and self.options.trace_dir else None
+        directory = self.options.trace_dir if vllm_config.parallel_config.rank == 0 else None
+        self.tracer = TraceRecorder(directory, vllm_config.model_config.model) if directory else None
         self.steps = StepRunner(worker, may_graph=self.tracer is None)
         self.step: Step | None = None  # the one under way
         self.rehearsal = Rehearsal(plan_memory(vllm_config, self.options), device)
         self.watched: set[int] = set()  # slots of requests that want snapshots
         self._slots: dict[str, int] = {}
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
-        self._grammars: Grammars | None = None  # made for the first request that has one
         wants_graphs = self.options.graph_rows > 0 and not vllm_config.model_config.enforce_eager
         self._records_graphs = device.type == "cuda" and wants_graphs  # they are still to be recorded
+        self._cold = backend != "torch"  # kernels are still to be compiled
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Replace vLLM's sampler; there is no rejection sampler."""
@@ -76,8 +78,11 @@ class D2CacheModelState(ModelState):
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Start a request, or start it over after a preemption: the result is the same, its cached K and V are gone."""
+        # The first request is one of vLLM's warm-up, at start-up; by then there is a KV cache.
+        if self._cold:
+            self._cold = False
+            self._warm_up()
         if self._records_graphs:
-            # The first request is one of vLLM's warm-up, at start-up; by then there is a KV cache.
             self._records_graphs = False
             ranks = self.steps.worker.tensor_parallel
             self.steps.forms.graphs = record_graphs(
@@ -99,7 +104,7 @@ class D2CacheModelState(ModelState):
             row_budget(options, len(prompt), canvas_len, self.options.refresh_budget),
             asked.canvas,
             len(text),
-            self._grammar_backend().start(params) if asked.constrained else None,
+            self._grammars.start(params) if asked.constrained else None,
         )
         # Only tokens already emitted stand in a resumed canvas, and they stand at its left end.
         emitted = int((np.asarray(text[len(prompt) :]) != self.steps.worker.traits.mask_token_id).sum())
@@ -111,11 +116,28 @@ class D2CacheModelState(ModelState):
         if self.tracer:
             self.tracer.start(req_index, request, list(prompt))
 
-    def _grammar_backend(self) -> Grammars:
-        if self._grammars is None:
-            ranks = self.steps.worker.tensor_parallel
-            self._grammars = Grammars(self.vllm_config, self.device, None if ranks is None else ranks.all_reduce)
-        return self._grammars
+    @cached_property
+    def _grammars(self) -> Grammars:
+        """Made for the first request that has one."""
+        ranks = self.steps.worker.tensor_parallel
+        return Grammars(self.vllm_config, self.device, None if ranks is None else ranks.all_reduce)
+
+    def _warm_up(self) -> None:
+        start, cache, config = time.monotonic(), cache_of(self.model), self.vllm_config
+        hidden = torch.empty(0, config.model_config.get_hidden_size(), dtype=config.model_config.dtype)
+        width = -(-self.max_model_len // cache.shape[2])
+        place = Place(
+            self.steps.worker,
+            eager_forward(self.model, config),
+            self.model.lm_logits,
+            hidden.to(self.device),
+            cache.shape[0],
+            cache.shape[2],
+            width,
+            config.scheduler_config.max_num_batched_tokens,
+        )
+        count = warm_up(place)
+        logger.info("Kernels compiled in %d synthetic steps, %.1f s.", count, time.monotonic() - start)
 
     def remove_request(self, req_id: str) -> None:
         """Forget a finished, aborted or preempted request."""

@@ -81,9 +81,9 @@ class D2CacheSampler:
         counts = rows.refreshed
         if any(rows.extra):
             counts = counts + upload(rows.extra, torch.int64, logits.device)
-        commits = result.committed.sum(1)
+        commits, revoked = result.changes
         if result.revoked is not None:
-            commits = commits - result.revoked.sum(1)
+            commits = commits - revoked
         report = torch.stack([counts, commits], dim=1)
         if state.watched:
             report = append_snapshots(report, canvas, rows.slots, state.watched)

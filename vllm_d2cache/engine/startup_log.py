@@ -41,8 +41,9 @@ def plan_lines(config: VllmConfig, options: ServerOptions, num_kv_blocks: int) -
         f"memory of running requests: {_mib(plan.requests)} for maps and stored outputs, of which one of "
         f"{_EXAMPLE[0]} + {_EXAMPLE[1]} positions takes {_mib(example)}; canvases {_mib(plan.canvases)}, "
         f"policies {_mib(plan.policies)}, CUDA graphs {_mib(plan.graphs)}",
-        f"memory of a step, beside the forward pass: queries {_mib(plan.queries)}, copies of rows "
-        f"{_mib(plan.partial)}, then statistics {_mib(plan.statistics)} or rollout {_mib(plan.rollout)}",
+        f"memory of a step, beside the forward pass: queries {_mib(plan.queries)}, parts of attention "
+        f"{_mib(plan.parts)}, copies of rows {_mib(plan.partial)}, then statistics {_mib(plan.statistics)} or rollout "
+        f"{_mib(plan.rollout)}",
         f"execution: {_execution(config, options)}",
         "scheduling: " + ("asynchronous" if scheduler.async_scheduling else "synchronous"),
         f"traces: {options.trace_dir} (they hold the prompts' token ids)" if options.trace_dir else "traces: off",

@@ -21,7 +21,7 @@ class GraphError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Pages:
+class CacheSize:
     """The KV cache of a layer.
 
     Attributes:
@@ -33,7 +33,7 @@ class Pages:
     size: int
 
 
-def check_graphs(graphs: StepGraphs, pages: Pages, vocab_size: int, device: torch.device) -> None:
+def check_graphs(graphs: StepGraphs, pages: CacheSize, vocab_size: int, device: torch.device) -> None:
     """Run every graph on a made-up batch, not the one it was recorded with. Overwrites the first KV blocks.
 
     Args:
@@ -65,7 +65,7 @@ class _Trial:
     rows: PagedLayout
 
     @classmethod
-    def make(cls, size: GraphSize, max_length: int, pages: Pages, vocab_size: int, device: torch.device) -> _Trial:
+    def make(cls, size: GraphSize, max_length: int, pages: CacheSize, vocab_size: int, device: torch.device) -> _Trial:
         """A batch that nearly fills ``size``, of two texts where it takes two."""
         requests = min(2, size.requests, pages.blocks - 1)
         room = min(max_length, (pages.blocks - 1) // requests * pages.size)

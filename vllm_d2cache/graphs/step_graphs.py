@@ -212,7 +212,8 @@ class StepGraphs:
             lengths: positions of each request.
             uses: likewise; who reads importance must keep its maps, as queries are not recorded.
         """
-        if max(lengths) > self.buffers.max_length:
+        recorded = all(isinstance(use, ReadsImportance) for mine in uses for use in mine)
+        if not recorded or max(lengths) > self.buffers.max_length:
             return None
         kept = zip(bounds, lengths, _reads_importance(uses), strict=True)
         if any(reads and not keeps_map(bound, length) for bound, length, reads in kept):

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
-from vllm_d2cache.engine.attention_backend import D2CacheAttentionBackend
+from vllm_d2cache.engine.attention_backend import D2CacheAttentionBackend, rotate_into_pages
 from vllm_d2cache.engine.weight_check import finite_weights
 from vllm_d2cache.mechanisms.partial_forward import PartialForward
 from vllm_d2cache.models.configs import DiffusionLMConfig
@@ -98,27 +98,32 @@ class SelfAttention(nn.Module):
 
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """[N, d] -> [N, d]."""
-        out, _ = self.o_proj(self.attn(*self._project(positions, hidden)))
+        q, k, v = self._project(hidden)
+        if not rotate_into_pages(self.attn, self.rotary_emb, positions, q, k, v):
+            q, k = self._rotate(positions, q, k)
+        out, _ = self.o_proj(self.attn(q, k, v))
         return out
 
-    def _project(
-        self, positions: torch.Tensor, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values [N, heads * head size], ready for attention."""
+    def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values [N, heads * head size], not yet rotated."""
         qkv, _ = self.qkv_proj(hidden)
         q, k, v = qkv.split(self.sizes, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _each_head(self.q_norm, q), _each_head(self.k_norm, k)
+        return q, k, v
+
+    def _rotate(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys by their positions; ``q`` and ``k`` may be overwritten."""
         if self.rope_in_fp32 and q.dtype != torch.float32:
             q32, k32 = self.rotary_emb(positions, q.float(), k.float())
-            q, k = q32.to(v.dtype), k32.to(v.dtype)
-        else:
-            q, k = self.rotary_emb(positions, q, k)
-        return q, k, v
+            return q32.to(q.dtype), k32.to(k.dtype)
+        q, k = self.rotary_emb(positions, q, k)
+        return q, k
 
     def keys_and_values(self, positions: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[n, d] normed rows -> two of [n, kv heads, head size], as attention writes them to the cache."""
-        _, key, value = self._project(positions, hidden)
+        query, key, value = self._project(hidden)
+        _, key = self._rotate(positions, query, key)
         shape = (len(hidden), -1, self.attn.head_size)
         return key.reshape(shape), value.reshape(shape)
 

@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
 from vllm_d2cache.canvas.traits import FamilyTraits
+from vllm_d2cache.models.families import FAMILIES
+from vllm_d2cache.models.mask_token import mask_contradiction
 from vllm_d2cache.models.shape import Mixture, TransformerShape
 
 
 class DiffusionLMConfig(PretrainedConfig):
     """What the plugin asks of every family's configuration."""
 
+    alias_of: ClassVar[type | None] = None
+    """The class that this one is under another model_type (see ``under``)."""
+
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Key of config.json -> the values the model class computes. Keys that are absent are not looked at."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read config.json. Files of one family may have another's model_type: their architecture tells.
+
+        Raises:
+            ValueError: see ``check_fields``.
+        """
+        names = [name for name in config_dict.get("architectures") or () if isinstance(name, str) and name in FAMILIES]
+        owner = FAMILIES[names[0]].config_class() if names else cls
+        if owner not in (cls, cls.alias_of):
+            return owner.from_dict(config_dict, **kwargs)
+        cls.check_fields(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def check_fields(cls, config_dict: dict[str, Any]) -> None:
+        """Where a family's files are checked field by field: raises ValueError for what no reader could take."""
+
+    @classmethod
+    @cache
+    def under(cls, model_type: str) -> type[DiffusionLMConfig]:
+        """This class for files with another ``model_type``: registries want it to be the class's own."""
+        if model_type == cls.model_type:
+            return cls
+        # transformers gives a subclass without an __init__ of its own a generated one.
+        namespace = {"model_type": model_type, "alias_of": cls, "__init__": cls.__init__, "__module__": cls.__module__}
+        return type(cls.__name__, (cls,), namespace)
 
     def unsupported(self) -> list[str]:
         """Settings of the checkpoint that ask for something the model class does not do."""
@@ -24,6 +59,15 @@ class DiffusionLMConfig(PretrainedConfig):
             for key, values in self.supported_values.items()
             if hasattr(self, key) and getattr(self, key) not in values
         ]
+
+    def unserved(self) -> str | None:
+        """The architecture and why no checkpoint of it can be served yet; None if they are."""
+        named = [(name, FAMILIES[name].unserved) for name in self.architectures or () if name in FAMILIES]
+        return next((f"{name} yet: {reason}" for name, reason in named if reason is not None), None)
+
+    def mask_contradiction(self, tokenizer_config: Mapping[str, Any]) -> str | None:
+        """What tokenizer_config.json says otherwise of the mask token, or None."""
+        return mask_contradiction(tokenizer_config, self.mask_token_id)
 
     def traits(self) -> FamilyTraits:
         """What the decoding loop must know of the family."""
@@ -99,13 +143,6 @@ class LLaDAConfig(DiffusionLMConfig):
         self.weight_tying = weight_tying
         super().__init__(**{**kwargs, "tie_word_embeddings": weight_tying})
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """LLaDA-MoE's published config.json has LLaDA's model_type, too; its architecture tells."""
-        if cls is LLaDAConfig and LLaDAMoEConfig.architecture in (config_dict.get("architectures") or ()):
-            return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
-        return super().from_dict(config_dict, **kwargs)
-
     def traits(self) -> FamilyTraits:
         """A canvas slot reads the logits of its own position."""
         return FamilyTraits(self.mask_token_id, num_layers=self.n_layers)
@@ -144,7 +181,21 @@ class HubConfig(DiffusionLMConfig):
         rope = settings.pop("rope_parameters", None) or scaling or {}
         settings["rope_theta"] = rope.get("rope_theta", settings["rope_theta"])
         settings["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+        if "partial_rotary_factor" in rope:
+            settings["partial_rotary_factor"] = rope["partial_rotary_factor"]
         super().__init__(**settings)
+
+    def unsupported(self) -> list[str]:
+        """As for all families, and what ``--hf-overrides`` may have changed of RoPE after the file was read."""
+        rope = getattr(self, "rope_parameters", None)
+        rope = rope if isinstance(rope, dict) else {}
+        # vLLM puts "default" there where the file's own entry has been taken out: that is not the operator's word.
+        changed = rope.get("rope_type", rope.get("type", "default"))
+        problems = [] if changed == "default" else [f"rope_type={changed!r} (supported: 'default')"]
+        theta = rope.get("rope_theta", self.rope_theta)
+        if theta != self.rope_theta:
+            problems.append(f"rope_theta={self.rope_theta} but rope_parameters has {theta} (must agree)")
+        return [*super().unsupported(), *problems]
 
     def shape(self) -> TransformerShape:
         """What all families under these names have in common."""
@@ -168,7 +219,6 @@ class LLaDAMoEConfig(HubConfig):
     """LLaDA-MoE's config.json (docs/models.md has where its facts come from)."""
 
     model_type = "lladamoe"
-    architecture: ClassVar[str] = "LLaDAMoEModelLM"
     attribute_map: ClassVar[dict[str, str]] = {"intermediate_size": "expert_intermediate_size"}
     defaults: ClassVar[dict[str, Any]] = {
         "vocab_size": 157184,
@@ -248,6 +298,7 @@ class DreamConfig(HubConfig):
         "use_sliding_window": (False,),
         "use_mrope": (False,),
         "rope_type": ("default",),
+        "partial_rotary_factor": (1, None),
     }
 
     # transformers gives a subclass without an __init__ of its own a generated one.

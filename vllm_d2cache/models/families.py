@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 _CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
+_CHATML = _CHAT_TEMPLATES / "chatml.jinja"
+_NO_BLOCKS = "block-causal attention (a row sees its own block of positions and all earlier ones) is not built yet"
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,11 @@ class Family:
         model: the class of the network.
         config: the class that reads config.json.
         model_type: the name of that class in the registries of vLLM and transformers.
-        other_types: what config.json may have as ``model_type`` instead. A class of another family that is registered
-            under such a name hands over by the architecture.
+        other_types: what config.json may have as ``model_type`` instead. The class of another family with that name
+            hands over by the architecture.
         chat_template: for checkpoints that bring none; None = such a checkpoint has no chat.
         tokenizer: the class that tokenizer_config.json names and transformers lacks; None = transformers has it.
+        unserved: why no checkpoint of the family can be served yet; None = they are.
     """
 
     model: str
@@ -30,6 +33,7 @@ class Family:
     other_types: tuple[str, ...] = ()
     chat_template: Path | None = None
     tokenizer: str | None = None
+    unserved: str | None = None
 
     def config_class(self) -> Any:
         """The class that reads config.json: imports torch and transformers."""
@@ -62,8 +66,37 @@ FAMILIES = {
         model="vllm_d2cache.models.dream:DreamModel",
         config="vllm_d2cache.models.configs:DreamConfig",
         model_type="Dream",
-        chat_template=_CHAT_TEMPLATES / "dream.jinja",
+        chat_template=_CHATML,
         tokenizer="vllm_d2cache.models.tokenizer:DreamTokenizer",
+    ),
+    "SDARForCausalLM": Family(
+        model="vllm_d2cache.models.sdar:SDARForCausalLM",
+        config="vllm_d2cache.models.block_configs:SDARConfig",
+        model_type="sdar",
+        chat_template=_CHATML,
+        unserved=_NO_BLOCKS,
+    ),
+    "SDARMoeForCausalLM": Family(
+        model="vllm_d2cache.models.sdar:SDARMoeForCausalLM",
+        config="vllm_d2cache.models.block_configs:SDARMoeConfig",
+        model_type="sdar_moe",
+        chat_template=_CHATML,
+        unserved=_NO_BLOCKS,
+    ),
+    "LLaDA2MoeModelLM": Family(
+        model="vllm_d2cache.models.llada2:LLaDA2MoeModelLM",
+        config="vllm_d2cache.models.block_configs:LLaDA2Config",
+        model_type="llada2_moe",
+        other_types=("llada21_moe", "llada2_moe_veomni"),
+        chat_template=_CHAT_TEMPLATES / "llada2.jinja",
+        unserved=_NO_BLOCKS,
+    ),
+    "Fast_dLLM_QwenForCausalLM": Family(
+        model="vllm_d2cache.models.fast_dllm_v2:Fast_dLLM_QwenForCausalLM",
+        config="vllm_d2cache.models.block_configs:FastDLLMv2Config",
+        model_type="Fast_dLLM_Qwen",
+        chat_template=_CHATML,
+        unserved=_NO_BLOCKS,
     ),
 }
 """By the name that config.json has under ``architectures``."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.mechanisms.base import Hook
+
+# Steps whose numbers are kept one by one.
+_AT_MOST = 256
 
 
 @dataclass
@@ -24,17 +27,21 @@ class StepCounters:
     forwards: int = 0
     steps: int = 0
     keys: int = 0
-    _sums: torch.Tensor | None = None  # [3] int64: rows, predicted, committed
+    # Three of [R] int64 for each step since they were last added up: rows of the text, predicted, committed.
+    _steps: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    _sums: torch.Tensor | None = None  # [3] int64, of those before
+    _extra: int = 0  # rows behind the text
+    _verified: int = 0  # of these, rows with logits
 
     @property
     def rows(self) -> int:
         """Rows that went through the network: positions recomputed, and rows behind the text."""
-        return self._sum(0)
+        return self._sum(0) + self._extra
 
     @property
     def predicted(self) -> int:
         """Rows whose logits were computed; no padding here either."""
-        return self._sum(1)
+        return self._sum(1) + self._verified
 
     @property
     def committed(self) -> int:
@@ -42,26 +49,35 @@ class StepCounters:
         return self._sum(2)
 
     def _sum(self, index: int) -> int:
+        self._add_up()
         return 0 if self._sums is None else int(self._sums[index])
 
-    def add(self, rows: StepRows, hooks: Sequence[Hook], committed: torch.Tensor) -> None:
+    def _add_up(self) -> None:
+        """Once in many steps, so that a step has no work with it."""
+        if self._steps:
+            now = torch.stack([torch.cat(numbers).sum() for numbers in zip(*self._steps, strict=True)])
+            self._sums = now if self._sums is None else self._sums + now
+            self._steps = []
+
+    def add(self, rows: StepRows, hooks: Sequence[Hook], changes: torch.Tensor) -> None:
         """Count one forward pass.
 
         Args:
             hooks: of the step, which know what its rows attended to.
-            committed: [R, G] bool.
+            changes: [2, R] int64, commits of each request, and what was taken back.
         """
         self.forwards += 1
         self.steps += len(rows.slots)
         for r, length in enumerate(rows.lengths):
             seen = [keys for hook in hooks if (keys := hook.keys_attended(r)) is not None]
             self.keys += min(seen, default=length)
-        refreshed = rows.refreshed.sum() + sum(rows.extra)
-        predicted = rows.predicted.sum() + len(rows.logits_rows) - len(rows.predicted_index[0])
-        now = torch.stack([refreshed, predicted, committed.sum()])
-        self._sums = now if self._sums is None else self._sums + now
+        self._extra += sum(rows.extra)
+        self._verified += len(rows.logits_rows) - len(rows.predicted_index[0])
+        self._steps.append((rows.refreshed, rows.num_predicted, changes[0]))
+        if len(self._steps) == _AT_MOST:
+            self._add_up()
 
     def reset(self) -> None:
         """Start again from zero."""
-        self.forwards = self.steps = self.keys = 0
-        self._sums = None
+        self.forwards = self.steps = self.keys = self._extra = self._verified = 0
+        self._sums, self._steps = None, []

@@ -14,7 +14,9 @@ _TILE_ELEMENTS = 1 << 21
 
 
 @dispatched("vllm_d2cache.ops.triton.density")
-def certainty_density(known: torch.Tensor, canvas_len: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def certainty_density(
+    known: torch.Tensor, canvas_len: torch.Tensor, sigma: torch.Tensor, masks: bool = False
+) -> torch.Tensor:
     """Gaussian-weighted share of known slots around every slot.
 
     The canvas is extended by its own length on both sides: known on the left (the prompt), a copy of the last slot's
@@ -24,11 +26,13 @@ def certainty_density(known: torch.Tensor, canvas_len: torch.Tensor, sigma: torc
         known: [R, G] bool, True where the slot holds a token; columns past a row's canvas are ignored.
         canvas_len: [R] int64, slots of each row.
         sigma: [R] float32 width in slots; 0 gives a density of one everywhere.
+        masks: ``known`` says the opposite, which slots are masked.
 
     Returns:
         [R, G] float32, 0 past a row's canvas.
     """
     rows, width = known.shape
+    known = ~known if masks else known
     reach = math.ceil(min(REACH_IN_SIGMAS * float(sigma.max()), 2 * width))
     length = canvas_len.unsqueeze(1)
     slot = torch.arange(-reach, width + reach, device=known.device).unsqueeze(0)

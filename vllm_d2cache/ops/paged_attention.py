@@ -23,6 +23,8 @@ _TRITON = "vllm_d2cache.ops.triton"
 # Probabilities that exist at one time while a map is taken: [heads, tile rows, T]. Large enough that a matrix product
 # has many rows, small enough to stay in the last-level cache.
 _TILE_ELEMENTS = 1 << 21
+# Rows that are attended from at a time where they end at different keys: each tile reads no key behind its last one.
+_TILE_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class PagedLayout:
     slots: torch.Tensor  # [N] int64, flat KV slot of each query row; -1 for a padding row
     # Of each request: [n] int64 positions its rows attend to, None = all of them. The default is None for everyone.
     keys: list[torch.Tensor | None] | None = None
+    # [N] int32, the span of each row: it attends to positions before this one; ascending within a request but for its
+    # padding. None = all rows see their whole text.
+    limits: torch.Tensor | None = None
 
     def read_on_device(self, row_starts: torch.Tensor, text_lengths: torch.Tensor) -> None:
         """Have kernels read these two, which may change; ``counts`` and ``lengths`` are then no more than capacities.
@@ -55,7 +60,17 @@ class PagedLayout:
             row_starts: [R + 1] int32.
             text_lengths: [R] int32.
         """
-        self.__dict__.update(row_starts=row_starts, text_lengths=text_lengths)
+        self.__dict__.update(row_starts=row_starts, text_lengths=text_lengths, capacities=True)
+
+    @cached_property
+    def capacities(self) -> bool:
+        """Whether ``counts`` and ``lengths`` are capacities; else they are those of the batch."""
+        return False
+
+    @cached_property
+    def limits_host(self) -> list[int]:
+        """``limits`` on the host: for attention in PyTorch, once a step."""
+        return [] if self.limits is None else self.limits.tolist()
 
     # For kernels, on the device; made once a step, when the first layer asks.
 
@@ -189,7 +204,7 @@ def paged_attention(
     output: torch.Tensor,
     maps: AttentionMaps | Sequence[torch.Tensor | None],
 ) -> None:
-    """Attend from every query row to all T positions of its request, or to those the layout names.
+    """Attend from every query row to all T positions of its request, or to those the layout names or ends at.
 
     Args:
         query: [N, heads, head size].
@@ -197,7 +212,7 @@ def paged_attention(
         scale: of the logits.
         output: [N, heads, head size], written.
         maps: one for each request: float32 [rows, T], written with the mean probability over heads, or None. A request
-            that attends to a part of its positions has none.
+            that attends to a part of its positions, or whose rows end at different keys, has none.
     """
     offset = 0
     for r, count in enumerate(layout.counts):
@@ -213,14 +228,39 @@ def paged_attention(
         q = query[rows].transpose(0, 1)  # [heads, n, D]
         destination = output[rows].transpose(0, 1)
         target = maps[r]
-        if target is None:
-            gqa = q.shape[0] != key.shape[0]
-            attended = torch.nn.functional.scaled_dot_product_attention(
-                q.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), scale=scale, enable_gqa=gqa
-            )
-            destination.copy_(attended[0])
-            continue
-        _attend_with_map(q, key, value, scale, destination, target)
+        if layout.limits is not None:
+            assert target is visible is None
+            _attend_to_limits(q, key, value, scale, destination, layout.limits_host[rows])
+        elif target is None:
+            destination.copy_(_attend(q, key, value, scale))
+        else:
+            _attend_with_map(q, key, value, scale, destination, target)
+
+
+def _attend(
+    q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[heads, n, D] of rows that attend to all keys, or to those of ``mask`` [n, keys] bool."""
+    gqa = q.shape[0] != key.shape[0]
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        q.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), attn_mask=mask, scale=scale, enable_gqa=gqa
+    )
+    return attended[0]
+
+
+def _attend_to_limits(
+    q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, output: torch.Tensor, limits: list[int]
+) -> None:
+    """Output [heads, n, D] of rows each of which attends to the keys before its limit."""
+    for i in range(0, len(limits), _TILE_ROWS):
+        part = limits[i : i + _TILE_ROWS]
+        end, mask = max(part), None
+        if min(part) < end:
+            bound = torch.tensor(part, device=q.device).unsqueeze(1)
+            mask = torch.arange(end, device=q.device).unsqueeze(0) < bound
+        j = i + len(part)
+        # What lies behind the last limit may never have been written.
+        output[:, i:j] = _attend(q[:, i:j], key[:, :end], value[:, :end], scale, mask)
 
 
 def _attend_with_map(

@@ -6,7 +6,7 @@ The spec is docs/methods/d2cache.md, section 2, step 4. Everything is computed i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,7 +17,7 @@ from vllm_d2cache.ops.logit_edits import RowEdits
 ROWS_PER_TILE = 64
 # On a GPU each tile reads the LM head (1 GB for 8B models) again: more rows where a kernel takes the statistics from
 # the logits as they come, so that this is not what takes the time.
-KERNEL_ROWS_PER_TILE = 256
+KERNEL_ROWS_PER_TILE = 512
 # Bytes that a logit takes at most in a tile of ROWS_PER_TILE rows: itself, and what filters, statistics, edits and
 # readers make of it (tests/unit/engine/test_memory_plan.py).
 _BYTES_PER_LOGIT = 64
@@ -28,7 +28,7 @@ TileReader = Callable[[int, int, torch.Tensor], None]
 
 @dataclass(frozen=True)
 class RowParams:
-    """Sampling parameters of each row; ``plain`` says that no row needs anything but greedy argmax."""
+    """Sampling parameters of each row; empty where no row samples or filters."""
 
     temperature: torch.Tensor  # [n] float32, 0 = greedy
     top_p: torch.Tensor  # [n] float32, 1 = off
@@ -40,26 +40,24 @@ class RowParams:
 
     def tile(self, i: int, j: int) -> RowParams:
         """The parameters of rows i to j."""
-        return RowParams(
-            self.temperature[i:j],
-            self.top_p[i:j],
-            self.top_k[i:j],
-            None if self.draw is None else self.draw[i:j],
-            self.samples,
-            self.filters,
-            None if self.edits is None else self.edits.rows(slice(i, j)),
-        )
+        return self._part(slice(i, j))
 
     def rows(self, index: torch.Tensor) -> RowParams:
         """The parameters of the rows ``index`` [m] int64."""
+        return self._part(index)
+
+    def _part(self, rows: slice | torch.Tensor) -> RowParams:
+        edits = None if self.edits is None else self.edits.rows(rows)
+        if not (self.samples or self.filters):
+            return replace(self, edits=edits)  # of the others nothing is read
         return RowParams(
-            self.temperature[index],
-            self.top_p[index],
-            self.top_k[index],
-            None if self.draw is None else self.draw[index],
+            self.temperature[rows],
+            self.top_p[rows],
+            self.top_k[rows],
+            None if self.draw is None else self.draw[rows],
             self.samples,
             self.filters,
-            None if self.edits is None else self.edits.rows(index),
+            edits,
         )
 
 

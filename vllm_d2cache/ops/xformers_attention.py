@@ -76,8 +76,8 @@ def paged_attention(
     assert isinstance(maps, AttentionMaps)
     if query.shape[0] == 0:
         return
-    if layout.visible_keys is not None:
-        # xformers attends to the first positions of a request, not to any; ours does.
+    if layout.visible_keys is not None or layout.limits is not None:
+        # xformers attends to the first positions of a request, the same for all of its rows; ours to any.
         our_attention(query, kv_cache, layout, scale, output, maps)
         return
     q, k, v, bias = _inputs(query, kv_cache, layout)

@@ -15,14 +15,12 @@ from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions, positions_
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.importance import Importance, ReadsImportance
 from vllm_d2cache.ops.density import certainty_density
+from vllm_d2cache.ops.refresh_choice import Outcome, choose_refresh, inflate, select_context, select_masked
 from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Choice, Number
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 
 FIRST, LATEST = MEMORIES = ("first", "latest")
-
-# Wider than any gap in a text.
-_WIDEST_GAP = 1 << 20
 
 # Why a position waits for its refresh (D2CachePolicy.waiting).
 _OWED_CONTEXT, _OWED_COMMIT = 1, 2
@@ -71,64 +69,36 @@ class D2CachePolicy(CachePolicy):
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Stage 1, the commits of this step, stage 2, inflation, and the budget if there is one."""
-        selected = self._select_masked(view, outcome)
-        stage_1 = canvas_to_positions(selected, view, self.logit_shift)
-        certain = stage_1 | canvas_to_positions(outcome.committed, view)
-        # The last prompt position, which a shifted family may have in stage 1, is a candidate of stage 2 all the same.
-        share = _rollout_share(outcome.of(Importance).values, view.in_text & ~(certain & _behind_prompt(view)))
-        chosen = certain | _head_of_mass(share, self.option("rollout_p", view).float())
-        if self.logit_shift:
-            chosen = self._assign_last_prompt_position(chosen, selected, view)
-        refresh = _inflate(chosen, self.option("inflate_w", view).clamp(max=_WIDEST_GAP))
+        column = self._options.columns
+        integers, _, masked, live = view.texts
+        sigma = self.option("selection_sigma", view).float()
+        density = certainty_density(masked, view.canvas_len, sigma, masks=True)
+        found = Outcome(outcome.predicted, outcome.score, outcome.first, outcome.window_start)
+        memory = (self.memory, column["confidence_memory"], column["current_k"])
+        selected = select_masked(view.slots, *memory, density, integers, masked, live, found)
+        importance = outcome.of(Importance).values
         if self.waiting is not None:
-            refresh = self._fit_budget(refresh, chosen, stage_1, share, view, outcome)
-        predictable = positions_to_canvas(refresh, view, self.logit_shift) & view.masked
-        observe = predictable & self._latest(view).unsqueeze(1)
+            return self._within_budget(importance, selected, view, outcome)
+        numbers = (column["rollout_p"], column["inflate_w"], column["confidence_memory"], self.logit_shift)
+        refresh, observe = choose_refresh(
+            view.slots, importance, selected, outcome.committed, masked, integers, *numbers
+        )
         return StepPlan(refresh, observe)
 
-    def _select_masked(self, view: CanvasView, outcome: StepOutcome) -> torch.Tensor:
-        """Stage 1 [R, G]: the current_k masked slots with the best confidence times density (section 3.3)."""
-        width = view.masked.shape[1]
-        memory = self._remember(view, outcome)
-        known = ~view.masked & view.in_canvas
-        score = memory * certainty_density(known, view.canvas_len, self.option("selection_sigma", view).float())
-        score = score.masked_fill(~view.in_canvas, 0.0)
-        start = outcome.window_start.unsqueeze(1)
-        length = view.options.window.unsqueeze(1)
-        slot = view.slot_index
-        # A bonus of the best score puts the current window's slots before all others.
-        in_window = (slot >= start) & (slot < start + length)
-        score = score + in_window * score.amax(1, keepdim=True)
-
-        remaining = view.open
-        k = self.option("current_k", view).unsqueeze(1)
-        # The search window ends with the window that holds the k-th remaining slot.
-        kth = (remaining.cumsum(1) < k).sum(1, keepdim=True).clamp(max=width - 1)
-        end = (kth // length + 1) * length - 1
-        eligible = remaining & (slot >= start) & (slot <= end)
-        index = score.masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        best = (slot < k).expand_as(index)
-        return torch.zeros_like(eligible).scatter_(1, index, best) & eligible
-
-    def _latest(self, view: CanvasView) -> torch.Tensor:
-        """[R] bool: the memory follows the latest confidences."""
-        return self.option("confidence_memory", view) == MEMORIES.index(LATEST)
-
-    def _remember(self, view: CanvasView, outcome: StepOutcome) -> torch.Tensor:
-        """[R, G] float32: the confidence memory after this step (section 3.7)."""
-        width = view.masked.shape[1]
-        update = outcome.predicted & (outcome.first | self._latest(view)).unsqueeze(1)
-        previous = self.memory[view.slots, :width].masked_fill(outcome.first.unsqueeze(1), 0.0)
-        memory = torch.where(update, outcome.score, previous)
-        self.memory[view.slots, :width] = memory
-        return memory
-
-    def _assign_last_prompt_position(
-        self, chosen: torch.Tensor, selected: torch.Tensor, view: CanvasView
-    ) -> torch.Tensor:
-        """Shifted families: the last prompt position serves slot 0 alone (section 3.5, point 3)."""
-        last = (view.prompt_len - 1).unsqueeze(1)
-        return torch.where(view.position == last, selected[:, :1], chosen)
+    def _within_budget(
+        self, importance: torch.Tensor, selected: torch.Tensor, view: CanvasView, outcome: StepOutcome
+    ) -> StepPlan:
+        """As ops.refresh_choice.choose_refresh, then what the budget has room for."""
+        shift = self.logit_shift
+        stage_1 = canvas_to_positions(selected, view, shift)
+        certain = stage_1 | canvas_to_positions(outcome.committed, view)
+        p = self.option("rollout_p", view).float()
+        chosen, share = select_context(importance, certain, selected, view.texts.integers, p, shift)
+        refresh = inflate(chosen, self.option("inflate_w", view))
+        refresh = self._fit_budget(refresh, chosen, stage_1, share, view, outcome)
+        predictable = positions_to_canvas(refresh, view, shift) & view.masked
+        latest = self.option("confidence_memory", view) == MEMORIES.index(LATEST)
+        return StepPlan(refresh, predictable & latest.unsqueeze(1))
 
     def _fit_budget(
         self,
@@ -162,35 +132,3 @@ class D2CachePolicy(CachePolicy):
         left = (chosen | owed | commits) & ~kept & ~canvas_to_positions(view.masked, view)
         self.waiting[view.slots, :width] = torch.where(commits, _OWED_COMMIT, _OWED_CONTEXT).to(torch.int8) * left
         return kept
-
-
-def _rollout_share(importance: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """[R, T] float32: importance as a share of the candidates' total, 0 elsewhere (section 3.5, point 2)."""
-    mass = torch.where(candidates, importance, 0.0)
-    # A running sum adds in position order, so that padding does not change the rounding.
-    total = mass.cumsum(1)[:, -1:]
-    return mass / (total + 1e-9)
-
-
-def _head_of_mass(share: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """[R, T] bool: the longest head of the descending list with mass at most p, and at least one position."""
-    ordered, index = share.sort(dim=1, descending=True, stable=True)
-    head = ordered.cumsum(1) <= p.unsqueeze(1)
-    head |= (p >= 1).unsqueeze(1)
-    head[:, 0] = True
-    head &= ordered > 0
-    return torch.zeros_like(head).scatter_(1, index, head)
-
-
-def _inflate(chosen: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
-    """[R, T] bool with gaps of at most ``width`` [R] between consecutive members filled (section 3.5, point 4)."""
-    position = torch.arange(chosen.shape[1], device=chosen.device).unsqueeze(0)
-    far = 1 << 30
-    before = torch.where(chosen, position, -far).cummax(1).values
-    after = torch.where(chosen, position, far).flip(1).cummin(1).values.flip(1)
-    return chosen | (after - before <= width.unsqueeze(1))
-
-
-def _behind_prompt(view: CanvasView) -> torch.Tensor:
-    """[R, T] bool: the position is at or behind the first canvas slot."""
-    return view.position >= view.prompt_len.unsqueeze(1)

@@ -1,6 +1,6 @@
 """What a request asks of the plugin: its ``extra_args`` and sampling parameters, read in one place.
 
-The front end, the scheduler and the worker are processes of their own; each reads a request once.
+The front end, the scheduler and the worker are processes of their own; each reads a request for itself.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def check_sampling_params(params: Any, streams: bool) -> None:
         )
     if params.seed is not None and not -(2**63) <= params.seed < 2**63:
         raise ValueError(f"seed: must be an integer of 64 bits, got {params.seed}")
-    # Whether the options go together depends on the server's as well: engine/admission.py asks that.
+    # Whether the options go together depends on the server's as well: engine/refusals.py asks that.
     asked = Asked.of(params)
     if asked.constrained:
         _check_with_grammar(params, bool(asked.canvas))

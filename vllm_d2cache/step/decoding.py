@@ -21,19 +21,14 @@ from vllm_d2cache.decoders.scores import ranking_score
 from vllm_d2cache.mechanisms.base import Finding, Worker
 from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.ops.host import upload
-from vllm_d2cache.ops.random import uniform
+from vllm_d2cache.ops.row_sampling import sampling_of_nobody, sampling_of_rows
 from vllm_d2cache.ops.row_stats import RowParams, RowStats, row_stats, token_probability
+from vllm_d2cache.ops.step_rows import spread
 from vllm_d2cache.options.request import SCORES
 from vllm_d2cache.step.constraints import Constraints
 
 LMHead = Callable[[torch.Tensor], torch.Tensor]
 """[m, d] final hidden states -> [m, vocab] logits."""
-
-
-def decoder_class(request: Request) -> type[Decoder]:
-    """What chooses the commits of a request."""
-    cls = DECODER_CLASSES[request.options.decoder]
-    return cls.ordered or cls if request.options.ordered else cls
 
 
 class Part(NamedTuple):
@@ -43,6 +38,14 @@ class Part(NamedTuple):
     members: list[int]  # rows of the batch
     chosen: torch.Tensor | None  # the same [m] int64 on the device
     mine: torch.Tensor | None  # [n] bool, predicted slots that are of these
+
+
+class Choice(NamedTuple):
+    """What was predicted, by canvas slot; 0 where nothing was."""
+
+    score: torch.Tensor  # [R, G] float32, the ranking statistic without prior
+    token: torch.Tensor  # [R, G] int32
+    entropy: torch.Tensor | None  # [R, G] float32, nats
 
 
 class Decoding:
@@ -58,6 +61,7 @@ class Decoding:
         self.canvas = canvas
         self.constraints = constraints
         self._decoders: dict[type[Decoder], Decoder] = {}
+        self._of_slot: dict[int, Decoder] = {}
 
     def decoder(self, cls: type[Decoder]) -> Decoder:
         """The decoder of that class; made when the first request asks for it."""
@@ -68,23 +72,25 @@ class Decoding:
     def start(self, slot: int) -> None:
         """The request in ``slot`` begins, or starts over."""
         request = self.canvas.requests[slot]
-        self.decoder(decoder_class(request)).start(slot, request)
+        cls = DECODER_CLASSES[request.options.decoder]
+        decoder = self._of_slot[slot] = self.decoder(cls.ordered or cls if request.options.ordered else cls)
+        decoder.start(slot, request)
 
     def stop(self, slot: int) -> None:
         """The request in ``slot`` has ended."""
-        self.decoder(decoder_class(self.canvas.requests[slot])).stop(slot)
+        self._of_slot.pop(slot).stop(slot)
 
     def takes_padding(self, slots: Sequence[int]) -> bool:
         """Whether a step of these requests may have padding among its predicted slots."""
-        return all(decoder_class(r).takes_padding for r in self._requests(slots))
+        return all(self._of_slot[s].takes_padding for s in slots)
 
     def observes_all(self, slots: Sequence[int]) -> list[bool]:
         """Of each request, whether its decoder reads the statistics of all masked slots that are computed."""
-        return [decoder_class(r).observes_all for r in self._requests(slots)]
+        return [self._of_slot[s].observes_all for s in slots]
 
     def provisional(self, slots: Sequence[int]) -> torch.Tensor | None:
         """[R] bool: tokens of the current window may be taken back; None = nobody's."""
-        flags = [decoder_class(r).revokes for r in self._requests(slots)]
+        flags = [self._of_slot[s].revokes for s in slots]
         return upload(flags, torch.bool, self.canvas.device) if any(flags) else None
 
     def row_stats(
@@ -124,45 +130,46 @@ class Decoding:
 
     def _row_params(self, rows: StepRows, who: torch.Tensor, slot: torch.Tensor) -> RowParams:
         """Sampling parameters of the rows of canvas slots ``slot`` of requests ``who``."""
-        slots = rows.view.slots[who]
-        temperature, top_p, top_k = self.canvas.sampling[slots].unbind(1)
         requests = self._requests(rows.slots)
         samples = any(r.sampling.temperature > 0 for r in requests)
-        draw = None
-        if samples:
-            position = rows.view.prompt_len[who] + slot
-            draw = uniform(self.canvas.seed[slots], self.canvas.step[slots], position)
         filters = any(
             r.options.confidence_top_p < 1
             or (r.sampling.temperature > 0 and (r.sampling.top_p < 1 or r.sampling.top_k > 0))
             for r in requests
         )
+        canvas, view = self.canvas, rows.view
+        if samples or filters:
+            seeds = (canvas.seed, canvas.step) if samples else None
+            found = sampling_of_rows(who, slot, view.slots, view.prompt_len, canvas.sampling, seeds)
+        else:
+            found = sampling_of_nobody(canvas.device)
         edits = self.constraints.of_slots(rows, who, slot)
-        return RowParams(temperature, top_p, top_k.long(), draw, samples, filters, edits)
+        return RowParams(*found, samples, filters, edits)
 
     def choose(
         self, rows: StepRows, parts: Sequence[Part], stats: RowStats, found: tuple[Finding, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor, Commits]:
-        """Scores [R, G] of the predicted slots without the prior, predicted tokens [R, G] int32, and the commits."""
+    ) -> tuple[Choice, Commits]:
+        """What the decoders choose from, and what they choose."""
         view, (who, _) = rows.view, rows.predicted_index
-        flat = ranking_score(stats, view.options.score[who])
+        flat = ranking_score(stats, view.options.score, who)
         for decoder, _, _, mine in parts:
-            changed = decoder.rescore(stats, flat, view.slots[who])
+            changed = decoder.rescore(stats, flat, view.slots, who)
             flat = changed if mine is None else torch.where(mine, changed, flat)
-        score, token = rows.by_slot(flat), rows.by_slot(stats.token.int())
+        score, token, entropy = spread(rows.predicted, rows.place, flat, stats.token, stats.entropy)
         step = DecoderStep(
             view,
             rows.candidates,
             token,
             self._with_prior(score, rows),
             least_commits(view, self.canvas.traits.step_schedule),
-            None if stats.entropy is None else rows.by_slot(stats.entropy),
+            entropy,
             found,
         )
+        seen = Choice(score, token, entropy)
         if len(parts) == 1:
-            return score, token, parts[0].decoder.choose(step)
+            return seen, parts[0].decoder.choose(step)
         chosen = [(part.chosen, part.decoder.choose(step.select(part.chosen))) for part in parts]  # type: ignore[arg-type]
-        return score, token, _together(chosen, view.masked, token)
+        return seen, _together(chosen, view.masked, token)
 
     def _with_prior(self, score: torch.Tensor, rows: StepRows) -> torch.Tensor:
         """Score times certainty density where a request asks for the prior.
@@ -172,23 +179,22 @@ class Decoding:
         view = rows.view
         if "sigma" not in view.used:
             return score
-        known = ~view.masked & view.in_canvas
-        return score * certainty_density(known, view.canvas_len, view.options.sigma)
+        return score * certainty_density(view.masked, view.canvas_len, view.options.sigma, masks=True)
 
     def _requests(self, slots: Sequence[int]) -> list[Request]:
         return [self.canvas.requests[s] for s in slots]
 
     def parts(self, rows: StepRows) -> list[Part]:
         """The decoders of a step, each with its share."""
-        members: dict[type[Decoder], list[int]] = {}
-        for i, request in enumerate(self._requests(rows.slots)):
-            members.setdefault(decoder_class(request), []).append(i)
+        members: dict[Decoder, list[int]] = {}
+        for i, slot in enumerate(rows.slots):
+            members.setdefault(self._of_slot[slot], []).append(i)
         if len(members) == 1:
-            return [Part(self.decoder(cls), mine, None, None) for cls, mine in members.items()]
+            return [Part(decoder, mine, None, None) for decoder, mine in members.items()]
         found, (who, _) = [], rows.predicted_index
-        for cls, mine in members.items():
+        for decoder, mine in members.items():
             chosen = upload(mine, torch.int64, self.canvas.device)
-            found.append(Part(self.decoder(cls), mine, chosen, torch.isin(who, chosen)))
+            found.append(Part(decoder, mine, chosen, torch.isin(who, chosen)))
         return found
 
 

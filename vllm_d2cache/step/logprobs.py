@@ -80,7 +80,7 @@ class LogprobRecorder:
         """Note what this step committed; returns what goes with the tokens it emits, None if no row asks.
 
         Args:
-            result: of the step, after Denoiser.finish.
+            result: of the step, after StepRunner.close.
             hidden: [n, d] final hidden states of the predicted slots, in the order of ``rows.logits_rows``.
             lm_head: maps [m, d] to [m, vocab] logits.
         """

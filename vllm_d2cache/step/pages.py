@@ -8,6 +8,7 @@ import torch
 
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.ops.dispatch import chosen
+from vllm_d2cache.ops.step_rows import page_slots
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,7 @@ class Pages:
 
     def slots(self, rows: StepRows) -> torch.Tensor:
         """[N - S] int64: flat KV slot of each row of the text, -1 for padding."""
-        block = rows.text_positions.div(self.block_size, rounding_mode="floor")
-        within = rows.text_positions - block * self.block_size
-        slots = self.table[rows.request, block].long() * self.block_size + within
-        return torch.where(rows.live, slots, -1)
+        return page_slots(self.table, rows.request, rows.text_positions, rows.live, self.block_size)
 
     def first_blocks(self, lengths: list[int]) -> list[int]:
         """Of each request of ``lengths`` positions, its first block where its blocks are consecutive, else -1.

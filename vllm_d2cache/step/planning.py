@@ -10,6 +10,7 @@ from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.mechanisms.base import Mechanisms, Worker
 from vllm_d2cache.ops.host import upload
+from vllm_d2cache.ops.step_rows import store_plan
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 from vllm_d2cache.policies.registry import POLICY_CLASSES
 
@@ -62,8 +63,6 @@ class Planning:
             self._store(self.policy(name).next_plan(part, mine), part)
 
     def _store(self, plan: StepPlan, view: CanvasView) -> None:
-        canvas, slots, width = self.canvas, view.slots, plan.observe.shape[1]
-        canvas.refresh[slots, : plan.refresh.shape[1]] = plan.refresh
-        canvas.observe[slots, :width] = plan.observe
-        canvas.eligible[slots, :width] = True if plan.candidates is None else plan.candidates
+        tables = (self.canvas.refresh, self.canvas.observe, self.canvas.eligible)
+        store_plan(view.slots, plan.refresh, plan.observe, plan.candidates, tables)
         self.mechanisms.store(view, plan.wishes)

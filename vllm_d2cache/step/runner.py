@@ -42,11 +42,7 @@ class Step:
     hooks: tuple[Hook, ...]  # of the mechanisms that its requests use; a graph in their place
     size: GraphSize | None = None  # the graph that does it; None = eager
     layout: PagedLayout | None = None  # once it is placed
-
-    @property
-    def graph(self) -> GraphStep | None:
-        """What is replayed in place of the forward pass."""
-        return next((hook for hook in self.hooks if isinstance(hook, GraphStep)), None)
+    graph: GraphStep | None = None  # replayed in place of the forward pass
 
 
 @dataclass(frozen=True)
@@ -98,6 +94,9 @@ class StepRunner:
     def open(self, slots: torch.Tensor, slots_host: Sequence[int], padded: bool = False) -> Step:
         """The rows of a step of these requests: [R] int64 on the device, and the same on the host.
 
+        They come from the plans that ``close`` of the last step has left in three tables of the canvas: what to
+        refresh, what to observe, and what may be committed.
+
         Args:
             padded: give each request as many rows as it can need (step/rows.py), also where no graph wants it; only
                 where ``forms.can_pad``.
@@ -122,7 +121,8 @@ class StepRunner:
         if step.size is not None:
             assert self.forms.graphs is not None
             uses = [self.mechanisms.uses(slot) for slot in rows.slots]
-            step.hooks = (self.forms.graphs.step(step.size, rows, layout, uses),)
+            step.graph = self.forms.graphs.step(step.size, rows, layout, uses)
+            step.hooks = (step.graph,)
         for hook in step.hooks:
             hook.place(layout)
         return step
@@ -147,20 +147,20 @@ class StepRunner:
         results = (hook.result(rows.view.num_positions) for hook in step.hooks)
         found = tuple(result for result in results if result is not None)
 
-        score, token, commits = self.decoding.choose(rows, parts, stats, found)
-        token = token if commits.token is None else commits.token
-        view = self.canvas.commit(rows.view, commits.slots, token, commits.revoked)
+        predicted, commits = self.decoding.choose(rows, parts, stats, found)
+        token = predicted.token if commits.token is None else commits.token
+        view, changes = self.canvas.commit(rows.view, commits.slots, token, commits.revoked)
         outcome = StepOutcome(
             commits.slots,
             rows.predicted,
-            score,
+            predicted.score,
             rows.view.window_start,
             rows.view.step == 0,
-            rows.by_slot(stats.entropy) if want_entropy and stats.entropy is not None else None,
+            predicted.entropy if want_entropy else None,
             found,
         )
         self.planning.next(view, outcome, rows.slots)
-        provisional = self.decoding.provisional(rows.slots)
-        result = self.canvas.emit(view, commits.slots, commits.revoked, provisional)
-        self.counters.add(rows, step.hooks, commits.slots)
+        tokens, num_tokens = self.canvas.emit(view, self.decoding.provisional(rows.slots))
+        result = StepResult(tokens, num_tokens, commits.slots, view.masked, commits.revoked, changes)
+        self.counters.add(rows, step.hooks, changes)
         return Closed(rows, stats, result, self.logprobs.record(rows, result, hidden, lm_head))

@@ -20,8 +20,8 @@ from vllm_d2cache.options.request import LONGEST_RUN
 from vllm_d2cache.options.sampling import EditSpec, SamplingSpec
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.requests.grammar_schema import check_schema, without_spare_whitespace
 from vllm_d2cache.requests.resolve import resolve
-from vllm_d2cache.requests.schema import check_schema, without_spare_whitespace
 
 RULES: list[dict[str, Any]] = [
     {},

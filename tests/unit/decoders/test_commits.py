@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.views import columns
-from vllm_d2cache.decoders.confidence import choose_commits
 from vllm_d2cache.decoders.scores import ranking_score
+from vllm_d2cache.ops.ranking import choose_commits
 from vllm_d2cache.ops.row_stats import RowStats
 from vllm_d2cache.options.request import SCORES
 
@@ -22,7 +22,7 @@ def commit(score: list[float], candidates: list[int] | None = None, **options: f
     mask = torch.zeros(1, width, dtype=torch.bool)
     mask[0, list(range(width)) if candidates is None else candidates] = True
     made = columns(1, **options)
-    chosen = choose_commits(torch.tensor([score]), mask, made, made.tokens_per_step)
+    chosen = choose_commits(torch.tensor([score]), mask, made.tokens_per_step, made.threshold, made.factor)
     return chosen[0].nonzero().flatten().tolist()
 
 
@@ -105,10 +105,10 @@ def test_rows_with_different_rules_do_not_mix(data: st.DataObject) -> None:
     options = columns(
         n, threshold=[t for t, _ in rules], factor=[f for _, f in rules], tokens_per_step=[float(c) for c in counts]
     )
-    got = choose_commits(score, candidates, options, options.tokens_per_step)
+    got = choose_commits(score, candidates, options.tokens_per_step, options.threshold, options.factor)
     for r in range(n):
         one = columns(1, threshold=rules[r][0], factor=rules[r][1], tokens_per_step=counts[r])
-        want = choose_commits(score[r : r + 1], candidates[r : r + 1], one, one.tokens_per_step)
+        want = choose_commits(score[r : r + 1], candidates[r : r + 1], one.tokens_per_step, one.threshold, one.factor)
         assert torch.equal(got[r : r + 1], want)
         assert not (got[r] & ~candidates[r]).any()
         assert bool(got[r].any()) == bool(candidates[r].any())
@@ -122,14 +122,14 @@ def test_each_row_is_ranked_by_its_own_statistic() -> None:
         torch.tensor([0.0, 1.0, 2.0]),
     )
     index = torch.tensor([SCORES.index(name) for name in ("confidence", "margin", "entropy")])
-    got = ranking_score(stats, index)
+    got = ranking_score(stats, index, torch.arange(3))
     torch.testing.assert_close(got, torch.tensor([0.5, 0.2, math.exp(-2.0)]))
 
 
 def test_lower_entropy_ranks_higher_and_stays_positive() -> None:
     entropy = torch.tensor([0.0, 0.5, 11.0])
     stats = RowStats(torch.zeros(3, dtype=torch.int64), torch.ones(3), None, entropy)
-    got = ranking_score(stats, torch.full((3,), SCORES.index("entropy")))
+    got = ranking_score(stats, torch.tensor([SCORES.index("entropy")]), torch.zeros(3, dtype=torch.int64))
     assert (got[:-1] > got[1:]).all()
     assert (got > 0).all()
     assert (got <= 1).all()

@@ -174,7 +174,7 @@ class TestPc:
     def test_the_debiased_confidence(self) -> None:
         stats = RowStats(torch.tensor([0, 1, 2, 3, 4]), torch.tensor([0.5, 0.5, 1.0, 1.0, 0.75]), None, None)
         decoder = made("pc", num_slots=2)
-        got = decoder.rescore(stats, torch.full((5,), math.nan), torch.tensor([0, 1, 0, 1, 0]))
+        got = decoder.rescore(stats, torch.full((5,), math.nan), torch.tensor([0, 1]), torch.tensor([0, 1, 0, 1, 0]))
         want = [0.5 * math.log(2), 0.5 * math.log(4), math.log(8), 0.0, 10.0]
         torch.testing.assert_close(got, torch.tensor(want), atol=1e-6, rtol=1e-6)
 
@@ -182,7 +182,7 @@ class TestPc:
         stats = RowStats(torch.tensor([4, 4]), torch.tensor([0.5, 1.0]), None, None)
         decoder = made("pc", num_slots=2)
         decoder.start(1, request("pc", clip_alpha=0.25))
-        got = decoder.rescore(stats, torch.zeros(2), torch.tensor([0, 1]))
+        got = decoder.rescore(stats, torch.zeros(2), torch.tensor([1, 0]), torch.tensor([1, 0]))
         torch.testing.assert_close(got, torch.tensor([10.0, 0.25]))
 
     def test_a_fixed_count_and_ties_to_the_lower_slot(self) -> None:

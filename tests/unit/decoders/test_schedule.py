@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from tests.unit.batches import MASK, Batch, FakeJob, run_alone
-from tests.unit.views import view_of
+from tests.unit.views import at_window_step, view_of
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.decoders.schedule import least_commits
 
@@ -64,19 +62,19 @@ def test_a_rule_that_commits_more_leaves_less_for_later_steps() -> None:
 
 def test_both_schedules_by_hand() -> None:
     view = view_of(["########", "####....", "##......"], [1, 2, 3], steps=4.0)
-    assert least_commits(replace(view, window_step=torch.tensor([0, 1, 3])), "even").tolist() == [2, 2, 2]
+    assert least_commits(at_window_step(view, [0, 1, 3]), "even").tolist() == [2, 2, 2]
     # Shares of the masks, about 1/4, 1/3, and all in the last step.
-    assert least_commits(replace(view, window_step=torch.tensor([0, 1, 3])), "timestep").tolist() == [1, 1, 2]
+    assert least_commits(at_window_step(view, [0, 1, 3]), "timestep").tolist() == [1, 1, 2]
 
 
 def test_requests_without_steps_keep_their_count() -> None:
     view = view_of(["########", "########"], [1, 1], steps=[0.0, 2.0], tokens_per_step=[3.0, 1.0])
-    assert least_commits(replace(view, window_step=torch.tensor([0, 0])), "even").tolist() == [3, 4]
+    assert least_commits(at_window_step(view, [0, 0]), "even").tolist() == [3, 4]
 
 
 def test_masks_behind_a_stop_token_keep_the_pace() -> None:
     view = view_of(["####.###"], [1], stops={0: [4]}, steps=4.0)
-    assert least_commits(replace(view, window_step=torch.tensor([1])), "even").tolist() == [3]
+    assert least_commits(at_window_step(view, [1]), "even").tolist() == [3]
 
 
 def test_a_new_tenant_starts_its_windows_anew() -> None:

@@ -244,7 +244,15 @@ def test_a_request_that_can_never_be_admitted() -> None:
 
 def test_the_rehearsal_takes_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = MemoryPlan(
-        canvases=1, policies=10, requests=100, graphs=1000, queries=1000, partial=1000, statistics=5000, rollout=7000
+        canvases=1,
+        policies=10,
+        requests=100,
+        graphs=1000,
+        queries=1000,
+        parts=500,
+        partial=500,
+        statistics=5000,
+        rollout=7000,
     )
     rehearsal = Rehearsal(plan, torch.device("meta"))
     with LiveMemory() as live:

@@ -70,7 +70,7 @@ def test_ten_lines_with_the_numbers() -> None:
     )
     queries = LAYERS * 2048 * 4 * (HEAD * 2 + 4) / 2**20
     step = by_name["memory of a step, beside the forward pass"]
-    assert step.startswith(f"queries {queries:.1f} MiB, copies of rows ")
+    assert step.startswith(f"queries {queries:.1f} MiB, parts of attention ")
     assert ", then statistics " in step
     assert by_name["execution"] == "eager"
     assert by_name["scheduling"] == "asynchronous"

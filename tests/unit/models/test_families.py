@@ -38,9 +38,21 @@ def test_no_two_families_have_one_model_type() -> None:
 def test_every_model_type_leads_to_the_architectures_class(architecture: str) -> None:
     family = FAMILIES[architecture]
     registered = {f.model_type: f.config_class() for f in FAMILIES.values()}
+    fields = {name: value for name, value in family.config_class()().to_dict().items() if name != "architectures"}
     for model_type in (family.model_type, *family.other_types):
-        raw = {"architectures": [architecture], "model_type": model_type}
-        assert type(registered[model_type].from_dict(raw)) is family.config_class()
+        cls = registered.get(model_type) or family.config_class().under(model_type)
+        assert cls.model_type == model_type
+        config = cls.from_dict({**fields, "architectures": [architecture], "model_type": model_type})
+        assert isinstance(config, family.config_class())
+        assert config.shape() == family.config_class()().shape()
+
+
+def test_the_architecture_decides_whatever_the_model_type() -> None:
+    sdar = FAMILIES["SDARForCausalLM"].config_class()
+    moe = FAMILIES["SDARMoeForCausalLM"].config_class()
+    fields = {name: value for name, value in moe().to_dict().items() if name != "architectures"}
+    assert type(sdar.from_dict({**fields, "architectures": ["SDARMoeForCausalLM"]})) is moe
+    assert type(moe.from_dict({**fields, "architectures": ["SDARForCausalLM"]})) is sdar
 
 
 def test_reading_the_table_loads_nothing_large() -> None:

@@ -1,4 +1,4 @@
-"""The Denoiser against the specification written out in loops, over random options of both families."""
+"""The step runner against the specification written out in loops, over random options of both families."""
 
 from __future__ import annotations
 

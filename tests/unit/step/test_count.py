@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.count.__main__ import SETTINGS, measure, release
+from vllm_d2cache.canvas.view import OptionColumns
+from vllm_d2cache.ops import texts
 
 ROOT = Path(__file__).parents[3]
 COUNTED = json.loads((ROOT / "benchmarks" / "results" / "count.json").read_text())
@@ -31,9 +33,29 @@ def test_padded_steps_wait_for_nothing_and_exact_ones_once() -> None:
     assert {(line["form"], line["waits"]) for line in default} == {("padded", 0), ("exact", 1)}
 
 
-def test_the_document_shows_the_figures_of_the_command() -> None:
-    printed = set((ROOT / "benchmarks" / "results" / "count.md").read_text().splitlines())
-    section = (ROOT / "docs" / "performance.md").read_text().split("## Kernels outside the layers")[1].split("\n## ")[0]
+@pytest.mark.parametrize(
+    ("result", "begin"),
+    [("count", "## Kernels outside the layers"), ("grid", "`make count` prints, without a GPU, how")],
+)
+def test_the_document_shows_the_figures_of_the_command(result: str, begin: str) -> None:
+    printed = set((ROOT / "benchmarks" / "results" / f"{result}.md").read_text().splitlines())
+    section = (ROOT / "docs" / "performance.md").read_text().split(begin)[1].split("\n##")[0]
     shown = [line for line in section.splitlines() if line.startswith("|")]
     assert len(shown) > 2
     assert set(shown) <= printed
+
+
+def test_a_lone_request_fills_a_card() -> None:
+    """Programs with work, LLaDA-8B at 1,024 positions: what issue and documents promise. And nothing spills in bf16."""
+    grid = json.loads((ROOT / "benchmarks" / "results" / "grid.json").read_text())
+    (line,) = (x for x in grid["grids"] if x["model"] == "LLaDA-8B" and x["length"] == 1024)
+    assert line["attention"][0] >= 120
+    assert line["map"][0] >= 240
+    assert len({x["architecture"] for x in grid["resources"]}) == 6
+    assert all(x["local"] == 0 for x in grid["resources"])
+
+
+def test_tables_have_the_columns_that_kernels_read_by_number() -> None:
+    assert OptionColumns._fields == texts.OPTIONS
+    assert set(texts.FLOATS) < set(texts.OPTIONS)
+    assert texts.INTEGERS[5:] == ("window", "tokens_per_step", "score", "steps", "longest_run")

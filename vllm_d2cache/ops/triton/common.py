@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from vllm_d2cache.ops.split import TILE
+
 # Triton's interpreter runs kernels on CPU tensors with NumPy (TRITON_INTERPRET=1 before Triton is imported).
 INTERPRETED: bool = triton.knobs.runtime.interpret
+
+# Columns of a line that a program looks at at a time, where it walks along the line.
+STRETCH = 1024
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -26,7 +33,30 @@ def tile_shape(dtype: torch.dtype) -> tuple[int, int]:
     Exact fp32 products do not run on tensor cores, and a larger tile needs more registers than a thread has
     (tests/triton/test_compiles_for_hopper.py). Not measured on a GPU yet; benchmarks/gpu times other sizes.
     """
-    return (16, 16) if dtype == torch.float32 else (32, 64)
+    return (16, 16) if dtype == torch.float32 else TILE
+
+
+def model_constants(query: torch.Tensor, kv_cache: torch.Tensor) -> dict[str, Any]:
+    """What the model's shape says to kernels that attend.
+
+    Args:
+        query: [N, heads, head size].
+        kv_cache: [blocks, kv heads, block size, 2 * head size].
+    """
+    heads, head_size = query.shape[1:]
+    return {
+        "HEADS": heads,
+        "GROUP": heads // kv_cache.shape[1],
+        "HEAD": head_size,
+        "BLOCK_SIZE": kv_cache.shape[2],
+        "BLOCK_D": triton.next_power_of_2(head_size),
+        "DOT": dot_type(query.dtype),
+    }
+
+
+def as_bytes(flags: torch.Tensor) -> torch.Tensor:
+    """Bools as a kernel sees them, without gaps."""
+    return flags.contiguous().view(torch.uint8)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ def _density_kernel(
     sigma,  # [R] float32
     stride_known,
     width,
+    MASKS: tl.constexpr,  # known says which are not
     REACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -40,13 +41,14 @@ def _density_kernel(
         norm += tl.sum(tl.where((d <= far) & (d < 3 * length), tl.exp(-0.5 * x * x), 0.0), 0)
 
     line = known + r * stride_known
-    last = tl.load(line + length - 1) > 0
+    last = (tl.load(line + length - 1) > 0) != MASKS
     slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float64)
     for d in range(-near, near + 1):
         at = slot + d
         inside = (at >= 0) & (at < length)
-        here = tl.load(line + at, mask=inside, other=0) > 0
+        here = (tl.load(line + at, mask=inside, other=0) > 0) != MASKS
+        here = here & inside
         # Known text on the left, as long as the canvas; copies of the last slot on the right.
         left = (at < 0) & (at >= -length)
         right = (at >= length) & (at < 2 * length) & last
@@ -56,7 +58,9 @@ def _density_kernel(
     tl.store(out + r * width + slot, tl.where(slot < length, density, 0.0), mask=slot < width)
 
 
-def certainty_density(known: torch.Tensor, canvas_len: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def certainty_density(
+    known: torch.Tensor, canvas_len: torch.Tensor, sigma: torch.Tensor, masks: bool = False
+) -> torch.Tensor:
     """See ops.density."""
     rows, width = known.shape
     out = torch.empty(rows, width, device=known.device)
@@ -71,6 +75,7 @@ def certainty_density(known: torch.Tensor, canvas_len: torch.Tensor, sigma: torc
             sigma.contiguous(),  # a column of the options
             flags.stride(0),
             width,
+            MASKS=masks,
             REACH=REACH_IN_SIGMAS,
             BLOCK=_BLOCK,
         )

@@ -11,14 +11,17 @@ import triton.language as tl
 from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.rollout import LayerRecord, TensorParallel
-from vllm_d2cache.ops.triton.common import dot_type, tile_shape
+from vllm_d2cache.ops.triton.common import model_constants, tile_shape
+from vllm_d2cache.ops.triton.work import find_piece, pieces
 
 _LOG2_E = math.log2(math.e)
 # Rows of a kept map, and positions, that are added up at a time. Not measured on a GPU yet.
-_ROWS, _COLUMNS = 32, 64
+_ROWS, _COLUMNS = 64, 16
+# More rows than a request has: a piece has all of them.
+_ALL_ROWS = 1 << 24
 
 
-@triton.jit(do_not_specialize=["stride"])
+@triton.jit(do_not_specialize=["stride", "num_requests"])
 def _map_product_kernel(
     out,  # [R, width] float32
     v,  # [R, width] float32
@@ -26,40 +29,41 @@ def _map_product_kernel(
     map_starts,  # [R] int64
     row_starts,  # [R + 1] int32
     lengths,  # [R] int32
+    piece_starts,  # [R + 1] int32, no pieces where there is no map
     positions,  # [N] int64
     slots,  # [N] int64
+    num_requests,
     stride,  # of out and v
     OWN: tl.constexpr,  # add what a position keeps; else the product alone
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    request = tl.program_id(0)
-    map_start = tl.load(map_starts + request)
-    length = tl.load(lengths + request)
-    if (map_start < 0) | (tl.program_id(1) * COLUMNS >= length):
-        return
-    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    in_text = j < length
-    line = request.to(tl.int64) * stride
-    begin = tl.load(row_starts + request)
-    end = tl.load(row_starts + request + 1)
-    acc = tl.zeros([COLUMNS], tl.float32)
-    refreshed = tl.zeros([COLUMNS], tl.int32)
-    for start in range(begin, end, ROWS):
-        row = start + tl.arange(0, ROWS)
-        live = (row < end) & (tl.load(slots + row, mask=row < end, other=-1) >= 0)
-        position = tl.load(positions + row, mask=live, other=-1)
-        u = 0.5 * tl.load(v + line + position, mask=live, other=0.0)
-        at = map_start + (row - begin).to(tl.int64)[:, None] * length + j[None, :]
-        a = tl.load(memory + at, mask=live[:, None] & in_text[None, :], other=0.0)
-        acc += tl.sum(u[:, None] * a, 0)
-        refreshed += tl.sum((position[:, None] == j[None, :]).to(tl.int32), 0)
-    if OWN:
-        acc += tl.load(v + line + j, mask=in_text, other=0.0) * tl.where(refreshed > 0, 0.5, 1.0)
-    tl.store(out + line + j, acc, mask=in_text)
+    for piece in range(tl.program_id(0), tl.load(piece_starts + num_requests), tl.num_programs(0)):
+        request, number = find_piece(piece_starts, piece, num_requests)
+        length = tl.load(lengths + request)
+        j = number * COLUMNS + tl.arange(0, COLUMNS)
+        in_text = j < length
+        line = request.to(tl.int64) * stride
+        begin = tl.load(row_starts + request)
+        end = tl.load(row_starts + request + 1)
+        map_start = tl.load(map_starts + request)
+        acc = tl.zeros([COLUMNS], tl.float32)
+        refreshed = tl.zeros([COLUMNS], tl.int32)
+        for start in range(begin, end, ROWS):
+            row = start + tl.arange(0, ROWS)
+            live = (row < end) & (tl.load(slots + row, mask=row < end, other=-1) >= 0)
+            position = tl.load(positions + row, mask=live, other=-1)
+            u = 0.5 * tl.load(v + line + position, mask=live, other=0.0)
+            at = map_start + (row - begin).to(tl.int64)[:, None] * length + j[None, :]
+            a = tl.load(memory + at, mask=live[:, None] & in_text[None, :], other=0.0)
+            acc += tl.sum(u[:, None] * a, 0)
+            refreshed += tl.sum((position[:, None] == j[None, :]).to(tl.int32), 0)
+        if OWN:
+            acc += tl.load(v + line + j, mask=in_text, other=0.0) * tl.where(refreshed > 0, 0.5, 1.0)
+        tl.store(out + line + j, acc, mask=in_text)
 
 
-@triton.jit(do_not_specialize=["stride_out", "stride_v"])
+@triton.jit(do_not_specialize=["stride_out", "stride_v", "stride_table"])
 def _replay_kernel(
     out,  # [m, heads, width] float32: each head's product
     v,  # [R, width] float32
@@ -144,9 +148,11 @@ def batched_rollout(
     if replayed or tensor_parallel is not None:
         keep = _kept_share(positions, layout, v)
     indices = upload(replayed, torch.int64, device) if replayed else None
+    # Layers write to the one and to the other in turn. Requests without a map keep their line, which is in both; the
+    # replayed ones are written below.
+    spare = v.clone() if tensor_parallel is None else None
     for layer in reversed(layers):
-        # Requests without a map keep their line; the replayed ones are written below.
-        out = v.clone() if tensor_parallel is None else torch.zeros_like(v)
+        out = torch.zeros_like(v) if spare is None else spare
         if plan.elements:
             _map_product(out, v, layer, layout, positions, own=tensor_parallel is None)
         if indices is not None:
@@ -155,8 +161,9 @@ def batched_rollout(
             out[indices] = product + own
         if tensor_parallel is not None:
             assert keep is not None
-            out = keep * v + tensor_parallel.all_reduce(out) / tensor_parallel.size
-        v = out
+            v = keep * v + tensor_parallel.all_reduce(out) / tensor_parallel.size
+        else:
+            v, spare = out, v
     return v
 
 
@@ -173,16 +180,19 @@ def _kept_share(positions: torch.Tensor, layout: PagedLayout, v: torch.Tensor) -
 def _map_product(
     out: torch.Tensor, v: torch.Tensor, layer: LayerRecord, layout: PagedLayout, positions: torch.Tensor, own: bool
 ) -> None:
-    grid = (v.shape[0], triton.cdiv(max(layout.lengths), _COLUMNS))
-    _map_product_kernel[grid](
+    plan = layer.maps.plan
+    work = pieces(layout, _ALL_ROWS, _COLUMNS, plan)
+    _map_product_kernel[(work.programs(),)](
         out,
         v,
         layer.maps.memory,
-        layer.maps.plan.starts_on(v.device),
+        plan.starts_on(v.device),
         layout.row_starts,
         layout.text_lengths,
+        work.starts,
         positions,
         layout.slots,
+        len(layout.counts),
         v.stride(0),
         OWN=own,
         ROWS=_ROWS,
@@ -197,7 +207,7 @@ def _replay(
     query, kv_cache, lse = layer.queries, layer.kv_cache, layer.maps.lse
     assert query is not None
     assert lse is not None
-    heads, head_size = query.shape[1:]
+    heads = query.shape[1]
     products = torch.zeros(indices.shape[0], heads, v.shape[1], device=v.device)
     rows, columns = tile_shape(query.dtype)
     grid = (indices.shape[0], triton.cdiv(max(layout.lengths), columns), heads)
@@ -219,13 +229,8 @@ def _replay(
         *query.stride()[:2],
         *kv_cache.stride()[:3],
         layout.block_table.stride(0),
-        HEADS=heads,
-        GROUP=heads // kv_cache.shape[1],
-        HEAD=head_size,
-        BLOCK_SIZE=kv_cache.shape[2],
         ROWS=rows,
         COLUMNS=columns,
-        BLOCK_D=triton.next_power_of_2(head_size),
-        DOT=dot_type(query.dtype),
+        **model_constants(query, kv_cache),
     )
     return products.mean(1)

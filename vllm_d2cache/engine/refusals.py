@@ -1,7 +1,7 @@
 """Who refuses a request, and in which order.
 
 1. The front end's request classes, before there are sampling parameters: fields that vLLM would drop
-   (requests/fields.py), a canvas that does not fit behind the prompt (``check_room``).
+   (requests/dropped_fields.py), a canvas that does not fit behind the prompt (``check_room``).
 2. vLLM's own checks of sampling parameters, ours among them (engine/request_check.py): whatever no server could do.
 3. ``check_request``, when the prompt has been tokenised: what depends on this server, its model and its options.
 
@@ -16,8 +16,8 @@ from vllm_d2cache.engine.memory_plan import check_memory
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.requests.asked import Asked
 from vllm_d2cache.requests.fit import check_fit, check_options_fit, check_room
+from vllm_d2cache.requests.grammar_schema import check_schema, without_spare_whitespace
 from vllm_d2cache.requests.resolve import server_options
-from vllm_d2cache.requests.schema import check_schema, without_spare_whitespace
 
 
 def check_request(request: Any, config: Any) -> None:

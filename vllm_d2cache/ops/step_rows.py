@@ -1,0 +1,188 @@
+"""Which positions a step computes and which canvas slots it predicts, and both packed side by side.
+
+Shapes: S slots, L positions at most, R rows (requests in this step), T positions, G canvas slots.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_d2cache.ops.canvas_columns import to_positions, to_slots
+from vllm_d2cache.ops.dispatch import dispatched
+from vllm_d2cache.ops.packing import pack_columns
+
+_TRITON = "vllm_d2cache.ops.triton.step_rows"
+
+
+class Choice(NamedTuple):
+    """What a step computes."""
+
+    refresh: torch.Tensor  # [R, T] bool, positions
+    candidates: torch.Tensor  # [R, G] bool, slots that may be committed
+    predicted: torch.Tensor  # [R, G] bool, slots whose statistics are taken
+    sums: torch.Tensor  # [2, R] int64, how many positions and how many predicted slots
+
+
+class PackedRows(NamedTuple):
+    """The same, packed into as many places as the host has set aside: N for positions, n for predicted slots."""
+
+    request: torch.Tensor  # [N] int64, row of the batch
+    positions: torch.Tensor  # [N] int64, 0 where a place is left over
+    live: torch.Tensor  # [N] bool, not left over
+    input_ids: torch.Tensor  # [N] int32
+    row_of: torch.Tensor  # [R, T] int64, place of each chosen position
+    who: torch.Tensor  # [n] int64, row of the batch
+    slot: torch.Tensor  # [n] int64, G where a place is left over
+    logits_rows: torch.Tensor  # [n] int64 into N, of the position that each slot is read from
+    place: torch.Tensor  # [R, G] int64, place of each predicted slot
+
+
+@dispatched(_TRITON)
+def choose_rows(
+    slots: torch.Tensor,
+    refresh: torch.Tensor,
+    observe: torch.Tensor,
+    eligible: torch.Tensor,
+    integers: torch.Tensor,
+    masked: torch.Tensor,
+    live: torch.Tensor,
+    observes_all: torch.Tensor | None,
+    ordered: bool,
+    shift: int,
+    num_positions: int,
+) -> Choice:
+    """What the plans of the last step come to now.
+
+    Args:
+        slots: [R] int64.
+        refresh: [S, L] bool by position, of the plans; ``observe`` and ``eligible`` [S, L] bool by canvas slot.
+        integers: [10, R] int64 (ops.texts.Texts).
+        masked, live: [R, G] bool.
+        observes_all: [R] bool, whether statistics of all masked slots that are computed are wanted; None = nobody's.
+        ordered: whether some request commits from left to right, as its ``longest_run`` > 0 says. The leftmost mask
+            of such a text can always be committed, whatever the policy would recompute; slots that are further away
+            than a step goes cannot.
+        shift: a slot is read from the position that many in front of it.
+        num_positions: T.
+    """
+    prompt_len, canvas_len, window_start, _, _, window, _, _, _, run = (x.unsqueeze(1) for x in integers)
+    width, open_slots = masked.shape[1], masked & live
+    slot = torch.arange(width, device=slots.device).unsqueeze(0)
+    position = torch.arange(num_positions, device=slots.device).unsqueeze(0)
+    chosen = refresh[slots, :num_positions] & (position < prompt_len + canvas_len)
+    inside = (slot >= window_start) & (slot < window_start + window) & (slot < canvas_len)
+    may_go = inside & eligible[slots, :width]
+    first = integers[0] - shift
+    if ordered:
+        lead = open_slots.to(torch.int8).argmax(1, keepdim=True)
+        at_lead = (slot == lead) & (run > 0)
+        may_go = (may_go & ((slot < lead + run) | (run == 0))) | at_lead
+        chosen = chosen | to_positions(at_lead, first, integers[1], num_positions)
+    wanted = observe[slots, :width]
+    if observes_all is not None:
+        wanted = wanted | observes_all.unsqueeze(1)
+    predictable = to_slots(chosen, first, integers[1], width) & open_slots
+    predicted = predictable & (may_go | wanted)
+    return Choice(chosen, predictable & may_go, predicted, torch.stack([chosen.sum(1), predicted.sum(1)]))
+
+
+@dispatched(_TRITON)
+def pack_rows(
+    slots: torch.Tensor,
+    chosen: torch.Tensor,
+    predicted: torch.Tensor,
+    places: torch.Tensor,
+    tokens: torch.Tensor,
+    first: torch.Tensor,
+    num_rows: int,
+    num_predictions: int,
+) -> PackedRows:
+    """Give the chosen positions and the predicted slots of each request its places (ops.packing).
+
+    Args:
+        slots: [R] int64.
+        chosen: [R, T] bool.
+        predicted: [R, G] bool.
+        places: [4, R] int64: first place of each request and how many it has, for positions, then for slots.
+        tokens: [S, L] int32 by position.
+        first: [R] int64, the position from which slot 0 is read.
+        num_rows, num_predictions: N and n.
+    """
+    starts, counts, slot_starts, slot_counts = places
+    request, positions, row_of = pack_columns(chosen, starts, counts, num_rows)
+    who, slot, place = pack_columns(predicted, slot_starts, slot_counts, num_predictions)
+    live, positions = positions >= 0, positions.clamp(min=0)
+    return PackedRows(
+        request,
+        positions,
+        live,
+        tokens[slots[request], positions],
+        row_of,
+        who,
+        torch.where(slot >= 0, slot, predicted.shape[1]),
+        row_of[who, (first[who] + slot).clamp(min=0)].clamp(min=0),
+        place,
+    )
+
+
+@dispatched(_TRITON)
+def store_plan(
+    slots: torch.Tensor,
+    refresh: torch.Tensor,
+    observe: torch.Tensor,
+    candidates: torch.Tensor | None,
+    tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """Keep plans until the next step.
+
+    Args:
+        slots: [R] int64.
+        refresh: [R, T] bool.
+        observe, candidates: [R, G] bool; no candidates = all may go.
+        tables: [S, L] bool of each, in that order; written.
+    """
+    width = observe.shape[1]
+    tables[0][slots, : refresh.shape[1]] = refresh
+    tables[1][slots, :width] = observe
+    tables[2][slots, :width] = True if candidates is None else candidates
+
+
+@dispatched(_TRITON)
+def spread(
+    predicted: torch.Tensor,
+    place: torch.Tensor,
+    score: torch.Tensor,
+    token: torch.Tensor,
+    entropy: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Statistics of predicted slots over all slots, 0 elsewhere: scores and tokens [R, G], and entropies or None.
+
+    Args:
+        predicted: [R, G] bool.
+        place: [R, G] int64, where each predicted slot stands in the others.
+        score: [n] float32.
+        token: [n] int64; they come out as int32.
+        entropy: [n] float32, or None.
+    """
+    none = torch.zeros(1, device=score.device)
+    at = torch.where(predicted, place, score.shape[0])
+    scores = torch.cat([score, none])[at]
+    tokens = torch.cat([token.int(), none.int()])[at]
+    return scores, tokens, None if entropy is None else torch.cat([entropy, none])[at]
+
+
+@dispatched(_TRITON)
+def page_slots(
+    table: torch.Tensor, request: torch.Tensor, positions: torch.Tensor, live: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """[N] int64: flat KV slot of each row, -1 where ``live`` [N] is False.
+
+    Args:
+        table: [R, blocks] int, KV block ids of each request.
+        request, positions: [N] int64.
+    """
+    block = positions.div(block_size, rounding_mode="floor")
+    slots = table[request, block].long() * block_size + (positions - block * block_size)
+    return torch.where(live, slots, -1)

@@ -1,0 +1,172 @@
+"""The texts of a step read from the tables of all slots, written back after the commits, and handed out.
+
+Shapes: S slots, L positions at most, R rows (requests in this step), T positions, G canvas slots.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_d2cache.ops.canvas_columns import to_positions
+from vllm_d2cache.ops.dispatch import dispatched
+
+_TRITON = "vllm_d2cache.ops.triton.texts"
+# Columns of the tables, in order. Kernels know them by number.
+COUNTS = ("prompt_len", "canvas_len", "step", "window_step", "emitted")
+OPTIONS = ("window", "tokens_per_step", "threshold", "factor", "score", "sigma", "steps", "longest_run")
+FLOATS = ("threshold", "factor", "sigma")
+_STATE = ("prompt_len", "canvas_len", "window_start", "step", "window_step")
+INTEGERS = (*_STATE, *(name for name in OPTIONS if name not in FLOATS))
+_WHOLE, _BROKEN = ([OPTIONS.index(name) for name in OPTIONS if (name in FLOATS) == broken] for broken in (False, True))
+
+
+class Texts(NamedTuple):
+    """The texts of R rows; canvas.view says what the columns mean."""
+
+    integers: torch.Tensor  # [10, R] int64: INTEGERS
+    floats: torch.Tensor  # [3, R] float32: FLOATS
+    masked: torch.Tensor  # [R, G] bool, canvas slots that still hold the mask
+    live: torch.Tensor  # [R, G] bool, canvas slots before the first committed stop token
+
+
+class Committed(NamedTuple):
+    """The texts of R rows after their commits."""
+
+    integers: torch.Tensor  # [10, R] int64
+    changes: torch.Tensor  # [2, R] int64: commits, and slots masked again
+    masked: torch.Tensor  # [R, G] bool
+    live: torch.Tensor  # [R, G] bool
+
+
+def live_slots(terminal: torch.Tensor) -> torch.Tensor:
+    """[R, G] bool: slots before the first of ``terminal`` [R, G] bool, which hold committed stop tokens."""
+    return terminal.cumsum(1) == 0
+
+
+def first_window(masked: torch.Tensor, live: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+    """[R] int64: start of the window with the first masked live slot, as windows fill up from left to right.
+
+    Args:
+        masked, live: [R, G] bool.
+        window: [R] int64, its length.
+    """
+    first = (masked & live).to(torch.int8).argmax(1)
+    return first - first % window
+
+
+@dispatched(_TRITON)
+def read_texts(
+    slots: torch.Tensor,
+    masked: torch.Tensor,
+    terminal: torch.Tensor,
+    counts: torch.Tensor,
+    numbers: torch.Tensor,
+    width: int,
+) -> Texts:
+    """The texts of ``slots`` as they are now, padded to ``width`` canvas slots.
+
+    Args:
+        slots: [R] int64.
+        masked, terminal: [S, L] bool, by canvas slot.
+        counts: [5, S] int64, COUNTS.
+        numbers: [S, 8] float32, OPTIONS.
+    """
+    masked, live = masked[slots, :width], live_slots(terminal[slots, :width])
+    options = numbers[slots].t()
+    integers = options[_WHOLE].long()
+    lengths = counts[:4, slots]
+    start = first_window(masked, live, integers[0]).unsqueeze(0)
+    return Texts(torch.cat([lengths[:2], start, lengths[2:], integers]), options[_BROKEN], masked, live)
+
+
+@dispatched(_TRITON)
+def commit_texts(
+    slots: torch.Tensor,
+    integers: torch.Tensor,
+    before: torch.Tensor,
+    committed: torch.Tensor,
+    token: torch.Tensor,
+    revoked: torch.Tensor | None,
+    tokens: torch.Tensor,
+    masked: torch.Tensor,
+    terminal: torch.Tensor,
+    counts: torch.Tensor,
+    stop_ids: torch.Tensor,
+    mask_token_id: int,
+    num_positions: int,
+) -> Committed:
+    """Write the committed tokens, mask the revoked ones, and count the step, in the tables of all slots.
+
+    Args:
+        slots: [R] int64.
+        integers: [10, R] int64, of the texts before (Texts).
+        before: [R, G] bool, masks before.
+        committed, revoked: [R, G] bool.
+        token: [R, G] int32, what is written where ``committed``.
+        tokens: [S, L] int32 by position; written.
+        masked, terminal: [S, L] bool by canvas slot; written.
+        counts: [5, S] int64, COUNTS; steps are written.
+        stop_ids: [S, n] int32, -1 where there is none.
+        num_positions: T.
+    """
+    prompt_len, canvas_len, window_start, step, window_step, window = integers[:6]
+    width = committed.shape[1]
+    text = tokens[slots, :num_positions]
+    where = to_positions(committed, prompt_len, canvas_len, num_positions)
+    text = torch.where(where, to_positions(token, prompt_len, canvas_len, num_positions), text)
+    stops = (token.unsqueeze(2) == stop_ids[slots].unsqueeze(1)).any(2)
+    left = before & ~committed
+    ends = terminal[slots, :width] | (stops & committed)
+    changes = [committed.sum(1), torch.zeros_like(step)]
+    if revoked is not None:
+        text = torch.where(to_positions(revoked, prompt_len, canvas_len, num_positions), mask_token_id, text)
+        left |= revoked
+        ends &= ~revoked
+        changes[1] = revoked.sum(1)
+    live = live_slots(ends)
+    start = first_window(left, live, window)
+    after = integers.clone()
+    after[2], after[3], after[4] = start, step + 1, torch.where(start == window_start, window_step + 1, 0)
+    tokens[slots, :num_positions] = text
+    masked[slots, :width], terminal[slots, :width] = left, ends
+    counts[2:4, slots] = after[3:5]
+    return Committed(after, torch.stack(changes), left, live)
+
+
+@dispatched(_TRITON)
+def emit_texts(
+    slots: torch.Tensor,
+    integers: torch.Tensor,
+    window_start: torch.Tensor,
+    masked: torch.Tensor,
+    live: torch.Tensor,
+    provisional: torch.Tensor | None,
+    tokens: torch.Tensor,
+    counts: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hand out the newly contiguous tokens from the left: [R, G] int64 left-aligned, and [R] int32 how many.
+
+    Args:
+        slots: [R] int64.
+        integers: [10, R] int64 (Texts).
+        window_start: [R] int64, of the window after the commits.
+        masked, live: [R, G] bool, after the commits.
+        provisional: [R] bool, tokens of the current window may be taken back and are kept; None = nobody's.
+        tokens: [S, L] int32 by position.
+        counts: [5, S] int64, COUNTS; what is emitted is written.
+    """
+    prompt_len, canvas_len = integers[:2]
+    slot = torch.arange(masked.shape[1], device=masked.device).unsqueeze(0)
+    done = (~masked & (slot < canvas_len.unsqueeze(1))).to(torch.int8).cumprod(1).sum(1)
+    if provisional is not None:
+        open_window = (masked & live).any(1) & provisional
+        done = torch.where(open_window, torch.minimum(done, window_start), done)
+    emitted = counts[4, slots]
+    fresh = (done - emitted).clamp(min=0)
+    # Whatever stands behind the fresh ones: nobody reads it.
+    index = torch.minimum(emitted.unsqueeze(1) + slot, (canvas_len - 1).unsqueeze(1))
+    handed = tokens[slots.unsqueeze(1), prompt_len.unsqueeze(1) + index]
+    counts[4, slots] = emitted + fresh
+    return handed.long(), fresh.int()
