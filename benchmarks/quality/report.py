@@ -42,17 +42,20 @@ PAIRED = (
 def reference(score: Score, scores: Sequence[Score]) -> Score | None:
     """What a setting is compared with: full recompute that decodes the same way, as far as it was run.
 
-    It is the setting of full recompute which shares most options and has none of its own besides. Full recompute with
-    options of decoding is compared in the same way with full recompute without them.
+    It is the setting of full recompute which shares most options and has none of its own besides; where there is none,
+    the first of full recompute. Full recompute with options of decoding is compared with full recompute without them.
     """
+    full = [s for s in scores if s.task == score.task and s.options.get("policy") == "full"]
     own = {name: value for name, value in score.options.items() if name != "policy"}
     found: tuple[int, Score] | None = None
-    for other in scores:
+    for other in full:
         options = {name: value for name, value in other.options.items() if name != "policy"}
-        fits = other.task == score.task and other.options.get("policy") == "full" and options.items() <= own.items()
-        if fits and other.setting != score.setting and (found is None or len(options) > found[0]):
+        fits = other.setting != score.setting and options.items() <= own.items()
+        if fits and (found is None or len(options) > found[0]):
             found = len(options), other
-    return found[1] if found else None
+    if found:
+        return found[1]
+    return full[0] if full and score.options.get("policy") != "full" else None
 
 
 def compared(score: Score, scores: Sequence[Score]) -> list[str]:

@@ -111,6 +111,13 @@ def test_settings_are_compared_with_full_recompute_that_decodes_alike() -> None:
     assert "-25.0 [-71.7, +38.3]" in markdown(scores, "note")
 
 
+def test_where_nothing_decodes_alike_the_first_full_recompute_is_named() -> None:
+    full, cached = score({"policy": "full", "window": 32}, "11"), score({"policy": "d2cache"}, "10")
+    scores = [full, score({"policy": "full", "window": 16}, "11"), cached]
+    assert [reference(s, scores) for s in scores] == [None, None, full]
+    assert cells(cached, scores)[4] == "policy full, window 32"
+
+
 def test_settings_without_marks_are_not_compared() -> None:
     full, cached = score({"policy": "full"}, ""), score({"policy": "d2cache"}, "")
     assert cells(cached, [full, cached])[3:6] == ["", "", ""]
