@@ -5,6 +5,7 @@
 #   VLLM     a release of vLLM, such as 0.31.0 (default: that of an existing environment, else the newest)
 
 VENV ?= .venv
+TASKS ?= gsm8k,humaneval
 BACKEND ?= auto
 ifndef PYTHON
   supported := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
@@ -22,7 +23,7 @@ pytest := $(test_env) OMP_NUM_THREADS=1 $(bin)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-matrix unit properties engine kernels test-gpu lint docs format clients fuzz bench bench-gpu
-.PHONY: count load eval train dist clean
+.PHONY: count load eval reproduce train dist clean
 
 help:  ## show this list
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv] [BACKEND=auto|cpu|cuda] [VLLM=0.31.0]'
@@ -97,6 +98,10 @@ dist: env  ## wheel and sdist into dist/, installed into an empty environment an
 
 eval: clients-env  ## lm-evaluation-harness over the server: scores and costs (ARGS='--help' lists options)
 	DO_NOT_TRACK=1 VLLM_NO_USAGE_STATS=1 $(bin)/python -m benchmarks.quality $(ARGS)
+
+reproduce: clients-env  ## the paper's settings from local files (MODEL=DIR TASKS=gsm8k,humaneval DATA=DIR; goes on after a break)
+	DO_NOT_TRACK=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 $(bin)/python -m benchmarks.reproduce \
+	  --model "$(MODEL)" --tasks "$(TASKS)" --data "$(DATA)" $(ARGS)
 
 load: env  ## 2,000 mixed requests at 64 concurrent against a server, each answer checked (many minutes on CPU)
 	$(test_env) OMP_NUM_THREADS=1 $(bin)/python -m benchmarks.load --out benchmarks/results/load $(ARGS)

@@ -2,13 +2,12 @@
 
     python tools/train_tiny.py --out models/tiny-llada --steps 6000     # train, export, report
     python tools/train_tiny.py --out models/tiny-llada --eval-only      # reprint the held-out table
-    python tools/train_tiny.py --family dream --from models/tiny-llada --mix --out models/tiny-dream --steps 1500
+    python tools/train_tiny.py --family dream --from models/tiny-llada --out models/tiny-dream --steps 1500
+    python tools/train_tiny.py --suite skills --again models/tiny-llada --out out/llada --minutes 120 --threads 1
 
-The model is a bidirectional llama-type transformer with the config keys and tensor names of its family. The
-objective is that of LLaDA's supervised finetuning: the prompt is never masked, the response (answer, then
-<|endoftext|> up to the canvas length) is. Of G response slots k ~ U{1..G} are masked, stratified over the
-batch, and the loss is the mean cross entropy over the k slots: the lower-variance form of masking at ratio
-t ~ U(0,1) with weight 1/t. Dream's logits are shifted: a slot is predicted at the position on its left.
+The model is a bidirectional llama-type transformer with the config keys and tensor names of its family; Dream's logits
+are shifted: a slot is predicted at the position on its left. tiny_data.py has the objective. Matrix products are in
+bfloat16, weights and sums in float32. An interrupted run goes on from its state file with --resume.
 
 A run by --steps depends on its seed only. With --minutes the schedule follows whichever of the two budgets
 is further spent, so that the run ends in time on a slow machine; training.json says whether that happened.
@@ -17,149 +16,48 @@ is further spent, so that the run ends in time on a slow machine; training.json 
 from __future__ import annotations
 
 import argparse
-import collections
 import json
 import math
-import random
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch import Tensor
 from tqdm import tqdm
 
 import tiny_dream
 import tiny_llada
-from tiny_model import Batch, Family, TinyLM, collate, evaluate
-from tiny_tasks import CANVASES, KINDS, Problem, held_out, train_problem
+import tiny_skills
+import tiny_tasks
+from tiny_data import Source, masked_loss, pool
+from tiny_model import Batch, Family, TinyLM, evaluate
+from tiny_optim import Muon
 
+SUITES = {"tasks": tiny_tasks, "skills": tiny_skills}
 FAMILIES: dict[str, Family] = {"llada": tiny_llada.LLADA, "dream": tiny_dream.DREAM}
-# With --mix, a canvas length's problems are cut into this many parts by prompt length, and each is shuffled.
+# With, a canvas length's problems are cut into this many parts by prompt length, and each is shuffled.
 MIXED_PARTS = 5
 Report = dict[str, dict[str, float]]
 
 
-def training_canvas(problem: Problem, progress: float, rng: random.Random) -> int:
-    """The problem's own canvas; one problem in six gets a longer one, late in training up to 256."""
-    sizes = (*CANVASES, 256)
-    index, roll = sizes.index(problem.canvas), rng.random()
-    if progress > 0.45 and roll < 0.012:
-        return sizes[-1]
-    if progress > 0.3 and roll < 0.05:
-        return rng.choice(sizes[index:-1])
-    return sizes[min(index + 1, len(sizes) - 2)] if roll < 0.17 else problem.canvas
-
-
-def pool(
-    tokenizer: Tokenizer,
-    family: Family,
-    seed: str,
-    progress: float,
-    tokens: int,
-    mix: bool,
-    curriculum: bool,
-    size: int = 6000,
-) -> list[Batch]:
-    """A shuffled pool of batches of about `tokens` positions each, similar shapes together.
-
-    The curriculum: no canvas above 48 and no few-shot prompt in the first tenth of training. `mix`: questions of
-    several kinds in each batch, as only coarsely similar prompt lengths stand together; costs padding.
-    """
-    rng = random.Random(seed)
-    early = curriculum and progress < 0.1
-    problems = [train_problem(rng, 0.0 if early else 0.08) for _ in range(size)]
-    problems = [p for p in problems if not early or p.canvas <= 48]
-    prompts = tokenizer.encode_batch([family.chat(p.prompt) for p in problems], add_special_tokens=False)
-    answers = tokenizer.encode_batch([p.answer for p in problems], add_special_tokens=False)
-    groups = collections.defaultdict(list)
-    for problem, prompt, answer in zip(problems, prompts, answers, strict=True):
-        groups[training_canvas(problem, progress, rng)].append((prompt.ids, answer.ids))
-    batches = []
-    for canvas, rows in groups.items():
-        rows.sort(key=lambda row: len(row[0]))
-        if mix:
-            size = -(-len(rows) // MIXED_PARTS)
-            parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-            rows = [row for part in parts for row in rng.sample(part, len(part))]
-        while rows:
-            longest = max(len(prompt) for prompt, _ in rows[:16])
-            count = max(4, tokens // (longest + canvas))
-            batches.append(collate(rows[:count], canvas, tokenizer.token_to_id(family.eos)))
-            rows = rows[count:]
-    rng.shuffle(batches)
-    return batches
-
-
-def masked_loss(model: TinyLM, batch: Batch, mask_id: int, generator: torch.Generator) -> Tensor:
-    """Mean over the rows of the mean cross entropy over the row's masked response slots."""
-    rows, canvas = len(batch.ids), batch.canvas
-    ratio = (torch.arange(rows) + torch.rand(1, generator=generator)) / rows
-    count = (ratio * canvas).long() + 1
-    rank = torch.rand(rows, canvas, generator=generator).argsort(1).argsort(1)
-    masked = torch.zeros_like(batch.ids, dtype=torch.bool)
-    masked[:, -canvas:] = rank < count[:, None]
-    hidden = model.hidden(batch.ids.masked_fill(masked, mask_id), batch.keys)
-    read = masked.roll(-model.config.shift, 1)
-    loss = F.cross_entropy(model.logits(hidden[read]), batch.ids[masked], reduction="none")
-    weight = (1.0 / (count * rows))[:, None].expand_as(masked)[masked]
-    return (loss * weight).sum()
-
-
-def report(model: TinyLM, tokenizer: Tokenizer, family: Family, count: int, canvas: int = 0) -> Report:
+def report(
+    model: TinyLM, tokenizer: Tokenizer, family: Family, suite: ModuleType, count: int, canvas: int = 0
+) -> Report:
     """Print and return the held-out table for plain confidence and for the certainty prior (sigma 10).
 
     `canvas` replaces the problems' own canvas where it is larger.
     """
-    problems = [replace(p, canvas=max(p.canvas, canvas)) for p in held_out(count, seed=1)]
+    problems = [replace(p, canvas=max(p.canvas, canvas)) for p in suite.held_out(count, seed=1)]
     table = {f"sigma={s:g}": evaluate(model, tokenizer, family, problems, s) for s in (0.0, 10.0)}
     print(f"held-out exact match in %, {count} problems, full recompute")
     print("| kind | sigma=0 | sigma=10 |\n|---|---|---|")
-    for kind in (*KINDS, "all"):
+    for kind in table["sigma=0"]:
         print(f"| {kind} | " + " | ".join(f"{100 * scores[kind]:.1f}" for scores in table.values()) + " |")
     return table
-
-
-class Muon:
-    """Momentum with orthogonalised updates for the blocks' matrices, AdamW for everything else."""
-
-    def __init__(self, model: TinyLM, lr: float, decay: float) -> None:
-        named = list(model.named_parameters())
-        self.matrices = [w for name, w in named if "blocks" in name and w.ndim == 2]
-        rest = [w for name, w in named if not ("blocks" in name and w.ndim == 2)]
-        self.adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-        self.momentum = [torch.zeros_like(w) for w in self.matrices]
-        self.decay = decay
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """One update; an orthogonal update is scaled to AdamW's typical size, so one lr serves both."""
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
-        groups = collections.defaultdict(list)
-        for weight, momentum in zip(self.matrices, self.momentum, strict=True):
-            momentum.lerp_(weight.grad, 0.05)
-            update = weight.grad.lerp(momentum, 0.95)
-            groups[(min(weight.shape), max(weight.shape))].append((weight, update))
-        for shape, pairs in groups.items():
-            flat = torch.stack([u if u.shape[0] <= u.shape[1] else u.T for _, u in pairs])
-            for (weight, _), update in zip(pairs, orthogonalise(flat), strict=True):
-                update = update if weight.shape[0] <= weight.shape[1] else update.T
-                weight.mul_(1 - lr * self.decay).add_(update, alpha=-lr * 0.2 * shape[1] ** 0.5)
-
-
-def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration (Muon's quintic) on a stack of matrices (n, a, b) with a <= b."""
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
 
 
 class Run:
@@ -169,10 +67,16 @@ class Run:
         torch.manual_seed(args.seed)
         self.args = args
         self.family = FAMILIES[args.family]
-        self.tokenizer = self.family.build_tokenizer()
-        self.mask_id = self.tokenizer.token_to_id(self.family.mask)
+        self.tokenizer = self.family.load_tokenizer(args.again) if args.again else self.family.build_tokenizer()
+        self.suite = SUITES[args.suite]
+        self.source = Source(
+            self.suite, self.tokenizer, self.family, args.tokens, curriculum=not (args.start or args.again)
+        )
+        self.eos, self.mask_id = (self.tokenizer.token_to_id(t) for t in (self.family.eos, self.family.mask))
         self.model, self.ema = TinyLM(self.family.config), TinyLM(self.family.config)
-        if args.start:
+        if args.again:
+            self.model.load_state_dict(load_checkpoint(args.again, self.family)[0].state_dict())
+        elif args.start:
             tiny_dream.start_from_llada(self.model, *load_checkpoint(args.start, tiny_llada.LLADA), self.tokenizer)
         self.ema.load_state_dict(self.model.state_dict())
         self.optimizer = Muon(self.model, args.lr, 0.1)
@@ -215,7 +119,7 @@ class Run:
     def update(self, batch: Batch, progress: float) -> float:
         """One optimiser step and the moving average of the weights; returns the loss."""
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.step)
-        loss = masked_loss(self.model, batch, self.mask_id, generator)
+        loss = masked_loss(self.model, batch, self.eos, self.mask_id, generator)
         self.model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -230,12 +134,13 @@ class Run:
 def train(run: Run, out: Path) -> None:
     """Train until the budget is spent, saving the state and the scores every --every steps."""
     args, begin, last = run.args, time.monotonic() - 60 * run.minutes, run.step
-    sample = held_out(126, seed=7)
+    sample = [
+        p for p in run.suite.held_out(6 * len(run.suite.KINDS), seed=7) if p.canvas <= 48
+    ]  # long ones would take minutes
     bar = tqdm(total=args.steps, initial=run.step, mininterval=10)
     progress = run.progress(run.minutes)
     while progress < 1:
-        seed, curriculum = f"{args.seed}-{run.pools}", not args.start
-        for batch in pool(run.tokenizer, run.family, seed, progress, args.tokens, args.mix, curriculum):
+        for batch in pool(run.source, f"{args.seed}-{run.pools}", progress):
             if progress >= 1:
                 break
             run.losses.append((run.step, run.update(batch, progress)))
@@ -246,14 +151,15 @@ def train(run: Run, out: Path) -> None:
         run.pools += 1
         if run.step - last >= args.every and progress < 1:
             last = run.step
-            scores = evaluate(run.ema, run.tokenizer, run.family, sample, 10.0)
+            with torch.autocast("cpu", torch.bfloat16):
+                scores = evaluate(run.ema, run.tokenizer, run.family, sample, 10.0)
             run.scores.append((run.step, run.minutes, scores))
             recent = [loss for _, loss in run.losses[-200:]]
             cells = " ".join(f"{kind} {100 * value:.0f}" for kind, value in scores.items())
             tqdm.write(f"step {run.step} loss {sum(recent) / len(recent):.4f} | {cells}")
             run.save(Path(args.state))
             if scores["all"] > 0.3:
-                export(run, out, {"sigma=10, 126 problems": scores})
+                export(run, out, {f"sigma=10, {len(sample)} short problems": scores})
     run.save(Path(args.state))
 
 
@@ -280,9 +186,10 @@ def record(run: Run, scores: Report) -> dict[str, Any]:
     """The facts of the run for training.json."""
     args = run.args
     return {
-        "family": args.family, "started_from": str(args.start) if args.start else None, "mixed_batches": args.mix,
+        "family": args.family, "suite": args.suite, "started_from": str(args.start or args.again or "nothing"),
         "seed": args.seed, "steps": run.step, "planned_steps": args.steps,
         "schedule_cut_by_time": run.accelerated,
+        "masking": "half of the rows anywhere, half right of a place", "matrix_products": "bfloat16",
         "positions_per_batch": args.tokens, "optimizer": "Muon for the blocks' matrices, AdamW for the rest",
         "lr": args.lr, "ema": 0.998, "model": asdict(run.model.config),
         "parameters": sum(weight.numel() for weight in run.model.parameters()),
@@ -305,7 +212,7 @@ def plot(run: Run, path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     left.semilogy(*zip(*smoothed(run), strict=True))
     left.set(xlabel="step", ylabel="loss (mean over the masked slots)", title="training loss")
-    for kind in (*KINDS, "all"):
+    for kind in (*run.suite.KINDS, "all"):
         values = [100 * scores.get(kind, 0.0) for _, _, scores in run.scores]
         style = {"color": "black", "linewidth": 2.5} if kind == "all" else {"linewidth": 1}
         right.plot([step for step, _, _ in run.scores], values, label=kind, **style)
@@ -329,8 +236,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True, help="checkpoint directory")
     parser.add_argument("--family", choices=FAMILIES, default="llada")
+    parser.add_argument("--suite", choices=SUITES, default="tasks", help="which problems (default: tasks)")
     parser.add_argument("--from", dest="start", type=Path, help="a tiny LLaDA whose weights a Dream starts from")
-    parser.add_argument("--mix", action="store_true", help="questions of all kinds in each batch")
+    parser.add_argument("--again", type=Path, help="a checkpoint of the family to start from")
     parser.add_argument("--steps", type=int, default=0, help="budget in steps (reproducible)")
     parser.add_argument("--minutes", type=float, default=0.0, help="budget in minutes")
     parser.add_argument("--seed", type=int, default=0)
@@ -347,7 +255,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.eval_only:
         family = FAMILIES[args.family]
-        report(*load_checkpoint(args.out, family), family, args.problems, args.canvas)
+        report(*load_checkpoint(args.out, family), family, SUITES[args.suite], args.problems, args.canvas)
         return
     if args.start and args.family != "dream":
         parser.error("--from: only a Dream starts from another checkpoint")
@@ -357,7 +265,7 @@ def main() -> None:
     if args.resume:
         run.load(args.resume)
     train(run, args.out)
-    export(run, args.out, report(run.ema, run.tokenizer, run.family, args.problems))
+    export(run, args.out, report(run.ema, run.tokenizer, run.family, run.suite, args.problems))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Score:
     rows: int
     full_rows: int  # rows of the same steps without a cache
     seconds: float  # from the first request's arrival to the last response
+    marks: str = ""  # of every problem, in an order that is the same for all settings: 1 right, 0 wrong
 
     @property
     def tokens_per_forward(self) -> float:
@@ -121,6 +123,7 @@ class Harness:
             "gen_kwargs": generation,
             "apply_chat_template": self.chat,
             "output_path": str(output),
+            "log_samples": True,
             "batch_size": 1,
             "seed": [self.seed] * 4,
         }
@@ -157,9 +160,11 @@ class Harness:
         if process.returncode or not found:
             raise HarnessError(f"{' '.join(command)}\n{log.read_text()[-4000:]}")
         results = json.loads(found[-1].read_text())
-        for path in found:
+        samples = list(scratch.rglob("samples_*.jsonl"))
+        marks = marks_of(samples, task.metric)
+        for path in [*found, *samples]:
             path.unlink()
-        return self._score(task, setting, results, begin)
+        return self._score(task, setting, results, begin, marks)
 
     def _first_request(self, process: subprocess.Popen[bytes]) -> float:
         """When the first trace file appeared: the harness itself takes a while to start."""
@@ -167,7 +172,7 @@ class Harness:
             time.sleep(0.02)
         return time.time()
 
-    def _score(self, task: Task, setting: Setting, results: dict[str, Any], begin: float) -> Score:
+    def _score(self, task: Task, setting: Setting, results: dict[str, Any], begin: float, marks: str = "") -> Score:
         values = {**results.get("results", {}), **results.get("groups", {})}.get(task.name, {})
         metric, _, filter_name = task.metric.partition(",")
         if task.metric not in values:
@@ -193,6 +198,7 @@ class Harness:
             sum(t.rows for t in traces),
             sum(t.full_rows for t in traces),
             end - begin,
+            marks,
         )
 
     def _traces(self) -> tuple[list[Trace], float]:
@@ -204,3 +210,26 @@ class Harness:
             time.sleep(0.1)
             traces = [read(path) for path in paths]
         return traces, max(path.stat().st_mtime for path in paths)
+
+
+def marks_of(paths: Iterable[Path], metric: str) -> str:
+    """Right and wrong of every problem, from the harness's files of samples, sorted by task and number.
+
+    Args:
+        paths: one file a task.
+        metric: "metric,filter".
+
+    Returns:
+        "" where the metric is not one of right and wrong: no two settings can be compared problem by problem then.
+    """
+    name, _, wanted = metric.partition(",")
+    found: dict[tuple[str, int], Any] = {}
+    for path in paths:
+        # samples_TASK_2026-01-01T00-00-00.jsonl
+        task = path.name.rpartition("_")[0]
+        for line in path.read_text().splitlines():
+            sample = json.loads(line)
+            if sample.get("filter") == wanted and name in sample:
+                found[task, sample["doc_id"]] = sample[name]
+    values = [found[key] for key in sorted(found)]
+    return "".join(str(int(v)) for v in values) if all(v in (0, 1) for v in values) else ""

@@ -12,11 +12,15 @@ from rich.table import Table
 
 from benchmarks.quality.aup import aup
 from benchmarks.quality.harness import Score
+from vllm_d2cache.cli.paired import difference
 
 HEADS = (
     "task",
     "setting",
     "score, %",
+    "difference, points",
+    "from",
+    "p",
     "requests",
     "output tokens",
     "canvas tokens",
@@ -29,13 +33,47 @@ HEADS = (
     "tokens/s",
 )
 
+PAIRED = (
+    "Score: with the half width of its 95 % interval. Difference: on the same problems, with the 95 % interval of "
+    "paired differences (Bonett and Price); p: McNemar's exact test."
+)
 
-def cells(score: Score) -> list[str]:
-    """One line as text."""
+
+def reference(score: Score, scores: Sequence[Score]) -> Score | None:
+    """What a setting is compared with: full recompute that decodes the same way, as far as it was run.
+
+    It is the setting of full recompute which shares most options and has none of its own besides; where there is none,
+    the first of full recompute. Full recompute with options of decoding is compared with full recompute without them.
+    """
+    full = [s for s in scores if s.task == score.task and s.options.get("policy") == "full"]
+    own = {name: value for name, value in score.options.items() if name != "policy"}
+    found: tuple[int, Score] | None = None
+    for other in full:
+        options = {name: value for name, value in other.options.items() if name != "policy"}
+        fits = other.setting != score.setting and options.items() <= own.items()
+        if fits and (found is None or len(options) > found[0]):
+            found = len(options), other
+    if found:
+        return found[1]
+    return full[0] if full and score.options.get("policy") != "full" else None
+
+
+def compared(score: Score, scores: Sequence[Score]) -> list[str]:
+    """The cells of the paired difference; empty where there is nothing to compare with."""
+    other = reference(score, scores)
+    if other is None or not score.marks or len(score.marks) != len(other.marks):
+        return ["", "", ""]
+    found = difference([m == "1" for m in score.marks], [m == "1" for m in other.marks])
+    return [str(found), other.setting, f"{found.p_value:.2g}"]
+
+
+def cells(score: Score, scores: Sequence[Score] = ()) -> list[str]:
+    """One line as text; `scores` has what it is compared with."""
     return [
         score.task,
         score.setting,
         f"{score.score:.1f} ± {score.interval:.1f}",
+        *compared(score, scores),
         str(score.requests),
         str(score.output_tokens),
         str(score.canvas_tokens),
@@ -65,7 +103,7 @@ def show(scores: Sequence[Score], console: Console) -> None:
     for head in HEADS:
         table.add_column(head, justify="left" if head in HEADS[:2] else "right")
     for score in scores:
-        table.add_row(*cells(score))
+        table.add_row(*cells(score, scores))
     console.print(table)
     for (task, curve), figure in accuracy_under_parallelism(scores).items():
         console.print(f"AUP of {curve} on {task}: {figure:.1f}")
@@ -74,10 +112,10 @@ def show(scores: Sequence[Score], console: Console) -> None:
 def markdown(scores: Sequence[Score], note: str) -> str:
     """The table for the documents."""
     lines = ["| " + " | ".join(HEADS) + " |", "|---" * len(HEADS) + "|"]
-    lines += ["| " + " | ".join(cells(s)) + " |" for s in scores]
+    lines += ["| " + " | ".join(cells(s, scores)) + " |" for s in scores]
     lines += ["", "| task | curve | AUP |", "|---|---|---|"]
     lines += [f"| {t} | {c} | {v:.1f} |" for (t, c), v in accuracy_under_parallelism(scores).items()]
-    return "\n".join([*lines, "", note, ""])
+    return "\n".join([*lines, "", PAIRED, "", note, ""])
 
 
 def plot(scores: Sequence[Score], path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality.harness import Harness, HarnessError, Setting
-from benchmarks.quality.report import accuracy_under_parallelism, cells, markdown
+from benchmarks.quality.harness import Harness, HarnessError, Score, Setting, marks_of
+from benchmarks.quality.report import accuracy_under_parallelism, cells, markdown, reference
 from benchmarks.quality.tasks import PUBLISHED, Task, write_tiny_tasks
 from tools.tiny_tasks import held_out
 
@@ -88,3 +88,55 @@ def test_group_scores_are_found(tmp_path: Path) -> None:
     results = {"results": {"t_1": {}}, "groups": {"t": {"exact_match,f": 1.0, "exact_match_stderr,f": "N/A"}}}
     score = harness(tmp_path)._score(Task("t", "exact_match,f"), Setting("x", "full", {}), results, 0.0)
     assert (score.score, score.interval) == (100.0, 0.0)
+
+
+def score(options: dict[str, object], marks: str, task: str = "t") -> Score:
+    right = 100 * marks.count("1") / max(len(marks), 1)
+    name = ", ".join(f"{k} {v}" for k, v in options.items())
+    return Score(task, name, "c", options, len(marks), right, 0.0, 1, 1, 1, 1, 1, 1, 1.0, marks)
+
+
+def test_settings_are_compared_with_full_recompute_that_decodes_alike() -> None:
+    full, fast = score({"policy": "full"}, "1111"), score({"policy": "full", "threshold": 0.9}, "1110")
+    cached, cached_fast = (
+        score({"policy": "d2cache", "current_k": 8}, "1101"),
+        score({"policy": "d2cache", "threshold": 0.9}, "0110"),
+    )
+    elsewhere = score({"policy": "full", "threshold": 0.9}, "0000", task="other")
+    scores = [elsewhere, full, fast, cached, cached_fast]
+    assert [reference(s, scores) for s in scores] == [None, None, full, full, fast]
+    assert cells(full, scores)[3:6] == ["", "", ""]
+    # One problem of four lost: (0 + 1) / 6 and (1 + 1) / 6 after a problem on either side.
+    assert cells(cached_fast, scores)[3:6] == ["-25.0 [-71.7, +38.3]", "policy full, threshold 0.9", "1"]
+    assert "-25.0 [-71.7, +38.3]" in markdown(scores, "note")
+
+
+def test_where_nothing_decodes_alike_the_first_full_recompute_is_named() -> None:
+    full, cached = score({"policy": "full", "window": 32}, "11"), score({"policy": "d2cache"}, "10")
+    scores = [full, score({"policy": "full", "window": 16}, "11"), cached]
+    assert [reference(s, scores) for s in scores] == [None, None, full]
+    assert cells(cached, scores)[4] == "policy full, window 32"
+
+
+def test_settings_without_marks_are_not_compared() -> None:
+    full, cached = score({"policy": "full"}, ""), score({"policy": "d2cache"}, "")
+    assert cells(cached, [full, cached])[3:6] == ["", "", ""]
+
+
+def samples(path: Path, rows: list[tuple[int, str, float]]) -> Path:
+    path.write_text("".join(json.dumps({"doc_id": i, "filter": f, "exact_match": v}) + "\n" for i, f, v in rows))
+    return path
+
+
+def test_marks_stand_in_one_order_whatever_the_files_have(tmp_path: Path) -> None:
+    first = samples(
+        tmp_path / "samples_tiny_16_2026-01-02T03-04-05.jsonl", [(1, "f", 0.0), (0, "f", 1.0), (0, "g", 0.0)]
+    )
+    second = samples(tmp_path / "samples_tiny_32_2026-01-02T03-04-09.jsonl", [(0, "f", 1.0), (1, "f", 1.0)])
+    assert marks_of([second, first], "exact_match,f") == marks_of([first, second], "exact_match,f") == "1011"
+    assert marks_of([first], "other,f") == ""
+
+
+def test_marks_are_only_of_right_and_wrong(tmp_path: Path) -> None:
+    path = samples(tmp_path / "samples_t_2026-01-02T03-04-05.jsonl", [(0, "f", 0.5), (1, "f", 1.0)])
+    assert marks_of([path], "exact_match,f") == ""

@@ -144,6 +144,8 @@ def _run_cells(llm: Any, prompts: list[Prompt], pairs: list[tuple[Setting, Setti
                 cell = measure(llm, counters, prompts, policy, decoder, one_by_one, bar.update)
             except VLLMValidationError as error:  # a prompt that does not fit
                 raise UsageError(f"{policy.label}, {decoder.label}: {error}") from error
-            cell.compare(full.setdefault(decoder.label, cell), prompts)
+            same_decoder = full.setdefault(decoder.label, cell)
+            cell.compare(same_decoder, prompts)
             cells.append(cell)
+            cell.set_against(cells[0] if cell is same_decoder else same_decoder)
     return cells

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_d2cache.cli import UsageError
+from vllm_d2cache.cli.paired import Difference, difference
 from vllm_d2cache.options.request import PREFIX
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.options.types import OptionError
@@ -140,6 +141,9 @@ class Cell:
         agreement: mean share of a response's tokens that are those of full recompute, position by position.
         identical: share of the responses that are those of full recompute.
         right: share of the responses that are the answer of the prompts file; None where it has none.
+        marks: of each prompt with an answer, whether it is.
+        difference: right answers against those of full recompute under the same decoder; full recompute itself against
+            full recompute under the first decoder. None without answers.
         canvas_tokens: positions that were there to be written, max_tokens summed.
         committed_tokens: masks turned into tokens, those behind an end-of-text token included.
         forwards, steps, rows, keys: see counters.StepCounters.
@@ -163,6 +167,8 @@ class Cell:
     agreement: float = 0.0
     identical: float = 0.0
     right: float | None = None
+    marks: list[bool] = field(default_factory=list, repr=False)
+    difference: Difference | None = None
 
     @property
     def output_tokens(self) -> int:
@@ -175,7 +181,12 @@ class Cell:
         self.agreement = sum(agreement(a, b) for a, b in pairs) / len(pairs)
         self.identical = sum(a == b for a, b in pairs) / len(pairs)
         answers = [(p.answer, t) for p, t in zip(prompts, self.texts, strict=True) if p.answer is not None]
-        self.right = sum(a.strip() == t.strip() for a, t in answers) / len(answers) if answers else None
+        self.marks = [a.strip() == t.strip() for a, t in answers]
+        self.right = sum(self.marks) / len(self.marks) if self.marks else None
+
+    def set_against(self, other: Cell) -> None:
+        """Fill in the difference, once both have been compared."""
+        self.difference = difference(self.marks, other.marks) if self.marks else None
 
 
 def agreement(a: list[int], b: list[int]) -> float:

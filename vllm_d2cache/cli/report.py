@@ -14,6 +14,8 @@ HEADS = (
     "policy",
     "decoder",
     "right, %",
+    "from full, points",
+    "p",
     "agreement, %",
     "identical, %",
     "tokens/forward",
@@ -32,6 +34,7 @@ def cells_of(cell: Cell) -> list[str]:
         cell.policy,
         cell.decoder,
         "" if cell.right is None else f"{100 * cell.right:.1f}",
+        *(("", "") if cell.difference is None else (str(cell.difference), f"{cell.difference.p_value:.2g}")),
         f"{100 * cell.agreement:.1f}",
         f"{100 * cell.identical:.1f}",
         f"{cell.output_tokens / cell.forwards:.2f}",
@@ -72,10 +75,15 @@ def markdown_table(cells: list[Cell], notes: list[str]) -> str:
 def notes_of(cells: list[Cell], facts: dict[str, Any], model: str, num_prompts: int, batch: int) -> list[str]:
     """What the figures are of."""
     tokens = cells[0].canvas_tokens
+    paired = (
+        "From full: right answers against those of full recompute under the same decoder (full recompute's own: under "
+        "the first decoder), with the 95 % interval of the paired difference; p: McNemar's exact test."
+    )
     return [
         f"{model}: {num_prompts} prompts, {tokens} canvas tokens, at most {batch} request(s) at a time, greedy.",
         "Agreement and identical: with the responses of full recompute under the same decoder. Tokens: of the "
         "responses, up to and including the end-of-text token.",
+        *([paired] if cells[0].difference else []),
         caption(facts) + ".",
     ]
 
@@ -85,7 +93,10 @@ def write_json(path: Path, cells: list[Cell], facts: dict[str, Any], about: dict
     rows = []
     for cell in cells:
         row = asdict(cell)
-        del row["outputs"], row["texts"]
+        del row["outputs"], row["texts"], row["marks"]
+        if cell.difference:
+            row["difference"] |= {"points": cell.difference.points, "interval": cell.difference.interval}
+            row["difference"]["p_value"] = cell.difference.p_value
         rows.append({**row, "output_tokens": cell.output_tokens})
     path.write_text(json.dumps({"machine": facts, **about, "cells": rows}, indent=1) + "\n")
 

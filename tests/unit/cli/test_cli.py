@@ -196,22 +196,38 @@ class TestReport:
         prompts = [Prompt(8, text="p", answer="ab"), Prompt(8, text="q", answer="c")]
         for one in (full, other):
             one.compare(full, prompts)
+            one.set_against(full)
         table = markdown_table([full, other], ["a note"]).splitlines()
         assert table[0].count("|") == len(HEADS) + 1
         figures = [line.strip("| ").split(" | ") for line in table[2:4]]
         # 6 output tokens, 8 forwards, 10 steps, 200 rows, 400 keys, 2 s, 3 MB.
         costs = ["0.75", "20.0", "40.0", "200.00", "3.0", "3"]
-        assert figures[0] == ["full", "confidence", "100.0", "100.0", "100.0", *costs]
-        assert figures[1] == ["d2cache", "confidence", "50.0", "87.5", "50.0", *costs]
+        # One of two problems lost: (0 + 1) / 4 and (1 + 1) / 4 after a problem on either side.
+        assert figures[0] == ["full", "confidence", "100.0", "+0.0 [-69.3, +69.3]", "1", "100.0", "100.0", *costs]
+        assert figures[1] == ["d2cache", "confidence", "50.0", "-50.0 [-100.0, +56.3]", "1", "87.5", "50.0", *costs]
         assert "a note" in table
 
     def test_columns_that_nobody_can_fill_are_left_out(self) -> None:
         one = cell("full", [[1]])
         one.peak_bytes = None
         one.compare(one, [Prompt(8, text="p")])
+        one.set_against(one)
         assert "right" not in text_table([one])
+        assert "from full" not in text_table([one])
         assert "peak" not in text_table([one])
         assert len({len(line) for line in text_table([one]).splitlines()}) == 1
+
+    def test_json_has_the_difference_and_what_it_was_made_from(self, tmp_path: Path) -> None:
+        full, other = cell("full", [[1], [2]], ["a", "b"]), cell("d2cache", [[1], [3]], ["a", "c"])
+        for one in (full, other):
+            one.compare(full, [Prompt(8, text="p", answer="a"), Prompt(8, text="q", answer="b")])
+            one.set_against(full)
+        write_json(tmp_path / "x.json", [full, other], {"device": "d"}, {"batch": 1})
+        found = json.loads((tmp_path / "x.json").read_text())["cells"][1]["difference"]
+        assert {name: found[name] for name in ("pairs", "gained", "lost", "points", "p_value")} == {
+            "pairs": 2, "gained": 0, "lost": 1, "points": -50.0, "p_value": 1.0,
+        }  # fmt: skip
+        assert len(found["interval"]) == 2
 
     def test_json_has_each_count_by_its_name(self, tmp_path: Path) -> None:
         one = cell("full", [[1, 2], [3]])
