@@ -125,7 +125,7 @@ class CanvasStates:
         """Live slots [R, G] and the current window's start [R], by what is masked."""
         block = self.traits.block_length
         live = live_slots(terminal, prompt_len, block)
-        return live, first_window(masked, live, window, 0 if block is None else prompt_len)
+        return live, first_window(masked, live, window, None if block is None else prompt_len)
 
     def commit(
         self,

@@ -109,17 +109,17 @@ def live_slots(
 
 
 def first_window(
-    masked: torch.Tensor, live: torch.Tensor, window: torch.Tensor, before: torch.Tensor | int = 0
+    masked: torch.Tensor, live: torch.Tensor, window: torch.Tensor, before: torch.Tensor | None = None
 ) -> torch.Tensor:
     """[R] int64: start of the window with the first masked live slot, as windows fill up from left to right.
 
     Args:
         masked, live: [R, G] bool.
         window: [R] int64, its length.
-        before: [R] int64, positions before the canvas from which windows are counted.
+        before: [R] int64, positions before the canvas from which windows are counted; None = none.
     """
     first = (masked & live).to(torch.int8).argmax(1)
-    return first - (first + before) % window
+    return first - (first if before is None else first + before) % window
 
 
 def canvas_to_positions(mask: torch.Tensor, view: CanvasView, shift: int = 0) -> torch.Tensor:
