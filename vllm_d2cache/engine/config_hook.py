@@ -80,13 +80,11 @@ class DiffusionConfigHook:
             logger.info("vllm-d2cache: %s", note)
         additional = vllm_config.additional_config
         section = additional.get(SECTION) if isinstance(additional, dict) else None
-        options = parse_server_options(section)
+        family = _family_defaults(vllm_config.model_config, section)
+        options = parse_server_options({**family, **section} if isinstance(section, dict) else section)
         if isinstance(additional, dict):
             # Where the scheduler and the workers read the options, too; what the operator set wins.
-            hf_config = vllm_config.model_config.hf_config
-            family = {**hf_config.decoding_defaults(), "block_length": hf_config.traits().block_length or 0}
             defaults = {**family, **_generation_defaults(vllm_config.model_config)}
-            _check_block_length(section, family["block_length"])
             graphs = _without_graphs(vllm_config, options)
             vllm_config.additional_config = {**additional, SECTION: {**defaults, **(section or {}), **graphs}}
             options = parse_server_options(vllm_config.additional_config[SECTION])
@@ -107,14 +105,18 @@ def _whole_blocks(model_config: ModelConfig) -> None:
     model_config.max_model_len = whole
 
 
-def _check_block_length(section: Any, block_length: int) -> None:
-    """It is the model's; it comes back where vLLM builds a configuration again."""
-    said = (section or {}).get("block_length", block_length)
-    if said != block_length:
+def _family_defaults(model_config: ModelConfig, section: Any) -> dict[str, Any]:
+    """Options that a family brings. A block length in ``section`` is ours, where vLLM builds a configuration again."""
+    traits = model_config.hf_config.traits()
+    if traits.block_length is None:
+        return {}
+    said = section.get("block_length", traits.block_length) if isinstance(section, dict) else traits.block_length
+    if said != traits.block_length:
         raise ValueError(
-            f'additional_config["{SECTION}"]["block_length"]: is set by the plugin ({block_length} with this model); '
-            f"leave it out, got {said!r}"
+            f'additional_config["{SECTION}"]["block_length"]: is set by the plugin ({traits.block_length} with this '
+            f"model); leave it out, got {said!r}"
         )
+    return {**model_config.hf_config.decoding_defaults(), "block_length": traits.block_length}
 
 
 def _check_checkpoint(model_config: ModelConfig) -> None:

@@ -69,17 +69,17 @@ def live_slots(
 
 
 def first_window(
-    masked: torch.Tensor, live: torch.Tensor, window: torch.Tensor, before: torch.Tensor | int = 0
+    masked: torch.Tensor, live: torch.Tensor, window: torch.Tensor, before: torch.Tensor | None = None
 ) -> torch.Tensor:
     """[R] int64: start of the window with the first masked live slot, as windows fill up from left to right.
 
     Args:
         masked, live: [R, G] bool.
         window: [R] int64, its length.
-        before: [R] int64, positions before the canvas from which windows are counted.
+        before: [R] int64, positions before the canvas from which windows are counted; None = none.
     """
     first = (masked & live).to(torch.int8).argmax(1)
-    return first - (first + before) % window
+    return first - (first if before is None else first + before) % window
 
 
 def _windows(
@@ -87,7 +87,7 @@ def _windows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Live slots [R, G], and the start of the current window [R]."""
     live = live_slots(terminal, prompt_len, block)
-    return live, first_window(masked, live, window, 0 if block is None else prompt_len)
+    return live, first_window(masked, live, window, None if block is None else prompt_len)
 
 
 @dispatched(_TRITON)
