@@ -339,6 +339,7 @@ def attend(
         WRITE_OUTPUT=output is not None,
         # Tiles of K and V in flight; in fp32 three of them exceed the shared memory of many cards.
         num_stages=2 if query.dtype == torch.float32 else 3,
+        maxnreg=255,
         **model_constants(query, kv_cache),
     )
     if split:
