@@ -165,6 +165,7 @@ def raw_config(level: OptimizationLevel = OptimizationLevel.O2, **compilation: A
     """What the hook reads to decide how steps are executed, before vLLM has filled in defaults."""
     return SimpleNamespace(
         model_config=SimpleNamespace(enforce_eager=False),
+        lora_config=None,
         parallel_config=SimpleNamespace(data_parallel_size=1),
         scheduler_config=SimpleNamespace(scheduler_cls=None),
         optimization_level=level,
@@ -180,6 +181,8 @@ def test_on_a_gpu_the_graphs_are_ours(on_cuda: None) -> None:
     assert not raw.model_config.enforce_eager, "what the operator says: the worker goes by it"
     raw.scheduler_config.scheduler_cls = config_hook.SCHEDULER
     assert config_hook._without_graphs(raw, parse_server_options(None)) == {}, "a configuration built anew"
+    raw.lora_config = object()
+    assert config_hook._without_graphs(raw, parse_server_options(None)) == {"graph_rows": 0}, "they know no adapters"
 
 
 @pytest.mark.parametrize("mode", [CompilationMode.VLLM_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE])
