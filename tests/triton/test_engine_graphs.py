@@ -54,7 +54,7 @@ def generate(engine: Engine) -> list[list[int]]:
 def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.attention import Attention
 
-    from vllm_d2cache.engine import cuda_graphs, warm_up
+    from vllm_d2cache.engine import cuda_graphs
     from vllm_d2cache.ops import dispatch
 
     options = {"d2cache": {"graph_rows": 32}}
@@ -67,8 +67,6 @@ def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, m
         monkeypatch.setitem(dispatch._chosen, "cpu", "triton")
         monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda device: emulator)
         monkeypatch.setattr(state, "_records_graphs", True)
-        monkeypatch.setattr(state, "_cold", True)
-        monkeypatch.setattr(warm_up, "_kinds", list)  # through the layers alone: the others are test_warm_up.py
         for layer in runner_of(engine).model.modules():
             if isinstance(layer, Attention):
                 # Seen through: behind vLLM's operator the recording would find nothing but the operator.

@@ -54,7 +54,7 @@ PURE = (
 )
 # Of the folders that import vLLM, modules that do not, and are tested in seconds.
 PURE_MODULES = (
-    *("engine.refusals", "engine.memory_plan", "engine.startup_log", "engine.warm_up", "engine.weight_check"),
+    *("engine.refusals", "engine.memory_plan", "engine.startup_log", "engine.weight_check"),
     *(
         "models.base_configs",
         "models.block_configs",

@@ -43,7 +43,7 @@ def read(directory: Path, **options: Any) -> ModelConfig:
 
 def test_start_up_says_why_a_family_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
     families = {**FAMILIES, "SDARForCausalLM": replace(FAMILIES["SDARForCausalLM"], unserved="a reason")}
-    monkeypatch.setattr("vllm_d2cache.models.configs.FAMILIES", families)
+    monkeypatch.setattr("vllm_d2cache.models.config_rules.FAMILIES", families)
     with pytest.raises(ValueError, match="vllm-d2cache cannot serve SDARForCausalLM yet: a reason"):
         read(BLOCK_ORACLE / "sdar")
 

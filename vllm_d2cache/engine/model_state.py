@@ -6,7 +6,6 @@ forward, sampler (engine/runner_sampler.py). It computes nothing itself.
 
 from __future__ import annotations
 
-import time
 from functools import cached_property
 from typing import Any
 
@@ -28,10 +27,9 @@ from vllm_d2cache.compat.adapters import adapter_of, leave_base_rows_alone, set_
 from vllm_d2cache.compat.grammars import Grammars
 from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
 from vllm_d2cache.engine.attention_backend import D2CacheMetadata, attention_shape
-from vllm_d2cache.engine.cuda_graphs import cache_of, eager_forward, record_graphs
+from vllm_d2cache.engine.cuda_graphs import record_graphs
 from vllm_d2cache.engine.memory_plan import Rehearsal, plan_memory
 from vllm_d2cache.engine.runner_sampler import D2CacheSampler
-from vllm_d2cache.engine.warm_up import Place, warm_up
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.partial_forward import PartialForward, RowHook
 from vllm_d2cache.observe.trace import TraceRecorder
@@ -76,8 +74,6 @@ class D2CacheModelState(ModelState):
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
         wants_graphs = self.options.graph_rows > 0 and not vllm_config.model_config.enforce_eager
         self._records_graphs = device.type == "cuda" and wants_graphs  # they are still to be recorded
-        # Kernels are still to be compiled. Not by synthetic steps where adapters know the rows of requests alone.
-        self._cold = backend != "torch" and self._adapters is None
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Replace vLLM's sampler; there is no rejection sampler."""
@@ -85,11 +81,8 @@ class D2CacheModelState(ModelState):
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Start a request, or start it over after a preemption: the result is the same, its cached K and V are gone."""
-        # The first request is one of vLLM's warm-up, at start-up; by then there is a KV cache.
-        if self._cold:
-            self._cold = False
-            self._warm_up()
         if self._records_graphs:
+            # The first request is one of vLLM's warm-up, at start-up; by then there is a KV cache.
             self._records_graphs = False
             ranks = self.steps.worker.tensor_parallel
             self.steps.forms.graphs = record_graphs(
@@ -131,23 +124,6 @@ class D2CacheModelState(ModelState):
         """Made for the first request that has one."""
         ranks = self.steps.worker.tensor_parallel
         return Grammars(self.vllm_config, self.device, None if ranks is None else ranks.all_reduce)
-
-    def _warm_up(self) -> None:
-        start, cache, config = time.monotonic(), cache_of(self.model), self.vllm_config
-        hidden = torch.empty(0, config.model_config.get_hidden_size(), dtype=config.model_config.dtype)
-        width = -(-self.max_model_len // cache.shape[2])
-        place = Place(
-            self.steps.worker,
-            eager_forward(self.model, config),
-            self.model.lm_logits,
-            hidden.to(self.device),
-            cache.shape[0],
-            cache.shape[2],
-            width,
-            config.scheduler_config.max_num_batched_tokens,
-        )
-        count = warm_up(place)
-        logger.info("Kernels compiled in %d synthetic steps, %.1f s.", count, time.monotonic() - start)
 
     def remove_request(self, req_id: str) -> None:
         """Forget a finished, aborted or preempted request."""

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vllm_d2cache.cli import main
 from vllm_d2cache.doctor import environment, model_directory
 from vllm_d2cache.doctor.finding import Finding
 from vllm_d2cache.doctor.model_directory import check_model
+from vllm_d2cache.models.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "models" / "tiny-llada"
@@ -107,7 +109,9 @@ def test_finds_what_is_wrong_with_a_checkpoint(model: Path, case: str) -> None:
     assert message in problems[name]
 
 
-def test_a_family_that_is_not_served_yet(model: Path) -> None:
+def test_a_family_that_is_not_served_yet(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = replace(FAMILIES["SDARForCausalLM"], unserved="block-causal attention")
+    monkeypatch.setitem(FAMILIES, "SDARForCausalLM", waiting)
     edit(model / "config.json", architectures=["SDARForCausalLM"], model_type="sdar")
     problems = named(list(check_model(model, None)), "problem")
     assert problems["architecture"].startswith("vllm-d2cache cannot serve SDARForCausalLM yet: block-causal attention")

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout
 from vllm_d2cache.ops.split import is_cut, most_stretches
-from vllm_d2cache.ops.triton.common import model_constants, tile_shape
+from vllm_d2cache.ops.triton.common import architecture, model_constants, tile_shape
 from vllm_d2cache.ops.triton.maps import attention_maps
 from vllm_d2cache.ops.triton.work import find_piece, pieces, stretch_of
 
@@ -316,13 +316,12 @@ def attend(
     assert visible is None or limits is None
     num_keys = layout.text_lengths if visible is None else visible.counts
     work = pieces(layout, rows, -1 if split else 0)
-    where = (layout.block_table, layout.row_starts, num_keys, work.starts, layout.slots)
+    where = (kv_cache, layout.block_table, layout.row_starts, num_keys, work.starts, layout.slots)
     _attention_kernel[(work.programs(kv_heads),)](
         query,
         out,
         lse,
         *parts,
-        kv_cache,
         *where,
         layout.text_lengths if visible is None else visible.positions,
         layout.text_lengths if visible is None else visible.starts,
@@ -339,11 +338,16 @@ def attend(
         WRITE_OUTPUT=output is not None,
         # Tiles of K and V in flight; in fp32 three of them exceed the shared memory of many cards.
         num_stages=2 if query.dtype == torch.float32 else 3,
-        maxnreg=255,
         **model_constants(query, kv_cache),
+        **_registers(split),
     )
     if split:
         _combine(layout, num_keys, out, lse, parts)
+
+
+def _registers(split: bool) -> dict[str, int]:
+    """For sm_80 the compiler would rather spill than let one block less share a multiprocessor."""
+    return {} if split or architecture() != 80 else {"maxnreg": 255}
 
 
 def _combine(

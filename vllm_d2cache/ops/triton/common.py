@@ -19,6 +19,11 @@ STRETCH = 1024
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
+def architecture() -> int:
+    """Of the card that kernels are compiled for, 90 for an H100; 0 in the interpreter."""
+    return 0 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)
+
+
 def dot_type(dtype: torch.dtype) -> tl.dtype:
     """The type in which operands of ``dtype`` enter a matrix product; sums are fp32 always.
 
