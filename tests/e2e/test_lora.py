@@ -1,4 +1,4 @@
-"""LoRA adapters by vLLM's own layers, whose rows change from step to step; closes its engine."""
+"""LoRA adapters by vLLM's own layers, whose rows change from step to step; closes its lora_engine."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def lora_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     settings: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "max_model_len": 256}
     made = Engine(tmp_path_factory.mktemp("lora"), model=str(ORACLE / "dream"), **settings)
     yield made
@@ -75,12 +75,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 Job = tuple[list[int], int, dict[str, Any], Path | None]  # prompt, canvas, options, adapter
 
 
-def run(engine: Engine, jobs: list[Job]) -> list[list[int]]:
+def run(lora_engine: Engine, jobs: list[Job]) -> list[list[int]]:
     """Tokens of jobs that are submitted at once."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    outputs = engine.llm.generate(
+    outputs = lora_engine.llm.generate(
         [{"prompt_token_ids": prompt} for prompt, _, _, _ in jobs],
         [
             SamplingParams(
@@ -102,12 +102,12 @@ def run(engine: Engine, jobs: list[Job]) -> list[list[int]]:
 
 @pytest.mark.parametrize("options", [{"policy": "full"}, {"policy": "full", "window": 8, "threshold": 0.05}], ids=str)
 def test_an_adapter_is_what_it_adds_to_the_weights(
-    engine: Engine, adapters: list[Path], options: dict[str, Any]
+    lora_engine: Engine, adapters: list[Path], options: dict[str, Any]
 ) -> None:
     prompt = list(range(20))
     found = []
     for adapter in (None, *adapters):
-        (tokens,) = run(engine, [(prompt, 16, options, adapter)])
+        (tokens,) = run(lora_engine, [(prompt, 16, options, adapter)])
         _, want = denoise(merged(adapter), prompt, 16, resolve(ServerOptions({}), options))
         assert tokens == want, adapter
         found.append(tokens)
@@ -124,20 +124,20 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def test_base_and_adapters_in_one_batch_give_what_each_gives_alone(engine: Engine, adapters: list[Path]) -> None:
+def test_base_and_adapters_in_one_batch_give_what_each_gives_alone(lora_engine: Engine, adapters: list[Path]) -> None:
     """Refresh sets change between steps, and rows of a decoder's own stand behind them."""
     prompts = [[(7 * i + j) % 300 for j in range(11 + 9 * i)] for i in range(6)]
     jobs: list[Job] = [(prompt, 16 + i, OPTIONS[i], (None, *adapters)[i % 3]) for i, prompt in enumerate(prompts)]
     jobs += [(prompts[0], 16, {}, adapter) for adapter in adapters]  # like the first, but for the adapter
-    together = run(engine, jobs)
+    together = run(lora_engine, jobs)
     assert len({tuple(together[i]) for i in (0, 6, 7)}) == 3
     for job, tokens in zip(jobs, together, strict=True):
-        assert run(engine, [job]) == [tokens], job
+        assert run(lora_engine, [job]) == [tokens], job
 
 
 @pytest.mark.parametrize("policy", ["dllm_cache", "spa", "es"])
-def test_policies_whose_layers_leave_rows_out_are_refused(engine: Engine, policy: str) -> None:
+def test_policies_whose_layers_leave_rows_out_are_refused(lora_engine: Engine, policy: str) -> None:
     from vllm.exceptions import VLLMValidationError
 
     with pytest.raises(VLLMValidationError, match=f"d2cache_policy: '{policy}' leaves rows out of layers, which ad"):
-        run(engine, [(list(range(9)), 16, {"policy": policy}, None)])
+        run(lora_engine, [(list(range(9)), 16, {"policy": policy}, None)])

@@ -34,10 +34,10 @@ def upload_arrays(arrays: Sequence[np.ndarray], device: torch.device) -> list[to
     """Each array as a tensor of its own type and shape; all of them go there in one copy."""
     # Every part begins where a number of any type may begin.
     ends = list(accumulate(-(-array.nbytes // 8) * 8 for array in arrays))
-    host = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    memory, starts = host.numpy(), [0, *ends]
+    memory, starts = np.zeros(ends[-1] if ends else 0, dtype=np.uint8), [0, *ends]
     for start, array in zip(starts, arrays, strict=False):
         memory[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    host = torch.tensor(memory, pin_memory=device.type == "cuda")
     there = host.to(device, non_blocking=True)
     types = {numpy_type: dtype for dtype, numpy_type in _NUMPY.items()}
     return [
