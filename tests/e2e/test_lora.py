@@ -1,4 +1,4 @@
-"""LoRA adapters by vLLM's own layers, whose rows change from step to step; closes its lora_engine."""
+"""LoRA adapters by vLLM's own layers, whose rows change from step to step; closes its engine."""
 
 from __future__ import annotations
 
