@@ -85,7 +85,7 @@ def test_attention_of_rows_that_end_at_different_keys(shape: Shape) -> None:
     layout = replace(batch.layout, limits=torch.ones(78, dtype=torch.int32))
     with launches() as found:
         attention.paged_attention(batch.query, batch.cache, layout, 0.1, batch.query.clone(), batch.maps([False] * 3))
-    assert {launch.name for launch in found} == {"_attention_kernel"}
+    assert {launch.name for launch in found} == {"_attention_kernel", "_combine_kernel", "_count_kernel"}
     for launch in found:
         check_resources(launch)
 
@@ -145,8 +145,9 @@ def test_no_kernel_is_compiled_again_for_another_batch() -> None:
                 packing.pack_columns(flags, places.cumsum(0) - 1, places, rows)
             for launch in found:
                 compiled[launch.name].add(launch.kernel.hash)
-    # Attention and maps with a program for each part of the keys or heads, and with one for all of them.
-    twice, pieces = ["_attention_kernel", "_map_kernel"], {"_count_kernel": 4}
+    # Attention and maps with a program for each part of the keys or heads, and with one for all of them; pieces of both
+    # and of the rollout are counted.
+    twice, pieces = ["_attention_kernel", "_map_kernel"], {"_count_kernel": 5}
     once = (LAYER | SMALL | {"_stats_kernel", "_density_kernel", "_pack_kernel"}) - {*twice, *pieces}
     found_hashes = {name: len(hashes) for name, hashes in compiled.items()}
     assert found_hashes == dict.fromkeys(once, 1) | dict.fromkeys(twice, 2) | pieces

@@ -16,6 +16,7 @@ from vllm.config.vllm import OptimizationLevel
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.reference.oracle import ORACLE
+from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.engine import config_hook
 from vllm_d2cache.engine.config_hook import DEFAULT_MAX_MODEL_LEN
 from vllm_d2cache.requests.resolve import parse_server_options
@@ -164,7 +165,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def raw_config(level: OptimizationLevel = OptimizationLevel.O2, **compilation: Any) -> Any:
     """What the hook reads to decide how steps are executed, before vLLM has filled in defaults."""
     return SimpleNamespace(
-        model_config=SimpleNamespace(enforce_eager=False),
+        model_config=SimpleNamespace(enforce_eager=False, hf_config=SimpleNamespace(traits=lambda: FamilyTraits(0))),
         lora_config=None,
         parallel_config=SimpleNamespace(data_parallel_size=1),
         scheduler_config=SimpleNamespace(scheduler_cls=None),

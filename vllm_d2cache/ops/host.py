@@ -32,8 +32,8 @@ def upload_lists(lists: Sequence[Sequence[int]], dtype: torch.dtype, device: tor
 
 def upload_arrays(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Each array as a tensor of its own type and shape; all of them go there in one copy."""
-    # Every part begins where a number of any type may begin.
-    ends = list(accumulate(-(-array.nbytes // 8) * 8 for array in arrays))
+    # Every part begins at a multiple of 16 bytes: compiled kernels differ by whether a pointer does.
+    ends = list(accumulate(-(-array.nbytes // 16) * 16 for array in arrays))
     memory, starts = np.zeros(ends[-1] if ends else 0, dtype=np.uint8), [0, *ends]
     for start, array in zip(starts, arrays, strict=False):
         memory[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -33,7 +33,10 @@ def stretch_of(length):
     return _STRETCH * tl.maximum(tl.cdiv(length, _STRETCH * _MOST_STRETCHES), 1)
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(
+    do_not_specialize=["num_requests"],
+    do_not_specialize_on_alignment=["starts", "row_starts", "lengths", "chosen"],
+)
 def _count_kernel(
     starts,  # [R + 1] int32
     row_starts,  # [R + 1] int32
