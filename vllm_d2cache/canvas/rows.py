@@ -99,7 +99,7 @@ class StepRows:
         slot = torch.where(live, slot[asked], self.predicted.shape[1])
         rows = replace(self, predicted_index=(who[asked], slot), logits_rows=self.logits_rows[stayed])
         predicted = rows.by_slot(live)
-        place = predicted.flatten().cumsum(0).view_as(predicted) - 1
+        place = predicted.flatten().cumsum(0).view(predicted.shape) - 1
         candidates, number = self.candidates & predicted, predicted.sum(1)
         rows = replace(rows, candidates=candidates, predicted=predicted, num_predicted=number, place=place)
         return rows, stayed

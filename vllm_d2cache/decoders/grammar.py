@@ -62,7 +62,7 @@ class GrammarDecoder(Decoder):
         chosen, bitmask = upload_arrays([members, words], rows.hidden.device)
         lead = view.lead[chosen]
         # Where the lead is not predicted there is nothing to commit, and the row does not matter.
-        place = (rows.predicted.view(-1).cumsum(0) - 1).view_as(rows.predicted)
+        place = (rows.predicted.flatten().cumsum(0) - 1).view(rows.predicted.shape)
         index = place[chosen, lead].clamp(min=0)
         params = rows.params.rows(index)
         edits = params.edits or RowEdits(LogitEdits(), chosen, lead)

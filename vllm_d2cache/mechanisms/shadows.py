@@ -53,7 +53,7 @@ class Shadows(Mechanism):
         # A slot is read where its family reads it: from the shadow, of a shifted family from that on the left; the
         # window's first slot then has none, and is read from the text.
         source = slot - canvas.traits.logit_shift
-        shadow_of = shadowed.view(-1).cumsum(0).view_as(shadowed) - 1
+        shadow_of = shadowed.flatten().cumsum(0).view(shadowed.shape) - 1
         in_shadow = source >= view.window_start[who]
         text_row = rows.row_of[who, view.prompt_len[who] + source]
         shadow_row = rows.request.shape[0] + shadow_of[who, source.clamp(min=0)]
