@@ -13,7 +13,6 @@ GROUP = "vllm_d2cache.policies"
 
 BUILT_IN = {
     "d2cache": "vllm_d2cache.policies.d2cache:D2CachePolicy",
-    "block": "vllm_d2cache.policies.block:BlockPolicy",
     "full": "vllm_d2cache.policies.full:FullPolicy",
     "prefix": "vllm_d2cache.policies.fast_dllm:PrefixPolicy",
     "dual": "vllm_d2cache.policies.fast_dllm:DualPolicy",
@@ -27,6 +26,7 @@ BUILT_IN = {
     "sparse_dllm": "vllm_d2cache.policies.sparse_dllm:SparseDLLMPolicy",
     "es": "vllm_d2cache.policies.es:ESPolicy",
     "elastic": "vllm_d2cache.policies.elastic:ElasticPolicy",
+    "block": "vllm_d2cache.policies.block:BlockPolicy",
 }
 
 
