@@ -45,7 +45,8 @@ def requests() -> list[dict[str, Any]]:
 
 
 def test_every_decoder_is_tried() -> None:
-    assert set(DECODERS) == set(DECODER_CLASSES)
+    # The two of texts in blocks: test_block_families.py.
+    assert set(DECODERS) == set(DECODER_CLASSES) - {"edit", "sequential"}
 
 
 def test_mixed_decoders_in_one_batch(engine: Engine) -> None:
