@@ -137,8 +137,7 @@ async def load(url: str, pid: int, plan: Plan) -> dict[str, Any]:
         watch = asyncio.create_task(memory.watch(SAMPLE_SECONDS))
         alone = [await ask(client, kind, stream=False) for kind in chosen]
         under = Load(client, chosen, alone, rng)
-        # The first loaded batches make the server grow to its working size: by 108, 57 and 29 MiB over
-        # three times a hundred requests.
+        # The first loaded batches make the server's memory grow to its working size, more slowly each time.
         warm_up = await under.send(20 * concurrency, concurrency)
         await _idle(client)
         before, begin = memory.sample(), len(memory.samples)
