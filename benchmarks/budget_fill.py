@@ -19,7 +19,7 @@ from statistics import mean, quantiles
 from typing import Any
 
 from benchmarks.machine import caption, machine
-from vllm_d2cache.step.runner import Step
+from vllm_d2cache.step.step import Step
 
 MODELS = ("models/tiny-llada", "models/tiny-dream")
 PROMPTS, CANVASES = (64, 256, 768), (64, 256)

@@ -26,7 +26,7 @@ from vllm_d2cache.requests.resolve import parse_request_options, parse_server_op
 from vllm_d2cache.step.logprobs import EmittedLogprobs
 from vllm_d2cache.step.pages import Pages
 from vllm_d2cache.step.runner import Closed, StepRunner
-from vllm_d2cache.step.runner import Step as RunningStep
+from vllm_d2cache.step.step import Step as RunningStep
 
 VOCAB, MASK = 13, 5
 LAYERS = 8  # as many as a policy that treats them differently may ask about

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_d2cache.canvas.extent import Extent, settled_positions
 from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.mechanisms.base import Worker
@@ -17,6 +18,7 @@ from vllm_d2cache.policies.budget import row_budget
 from vllm_d2cache.requests.resolve import parse_request_options, resolve
 from vllm_d2cache.step.pages import Pages
 from vllm_d2cache.step.runner import StepRunner
+from vllm_d2cache.step.step import Step
 
 SHIFTED = ("fast_dllm_v2",)
 
@@ -86,11 +88,17 @@ def start(runner: StepRunner, slot: int, job: BlockJob, server: ServerOptions) -
     length = len(job.prompt)
     canvas = options.canvas_length(length, job.max_tokens)
     budget = row_budget(options, length, canvas, None)
-    runner.add(slot, Request("r", length, canvas, options, job.sampling, budget), np.array(job.prompt))
+    end = settled_positions(length, 0, job.block_length) + job.block_length
+    request = Request("r", length, canvas, options, job.sampling, budget, first_end=end)
+    runner.add(slot, request, np.array(job.prompt))
 
 
-def run(job: BlockJob, model: Any, max_steps: int = 500) -> BlockJob:
-    """Run a request to its end on ``model`` (tests/reference/blocks.py, BlockModel)."""
+def run(job: BlockJob, model: Any, max_steps: int = 500, piece: int = 0) -> BlockJob:
+    """Run a request to its end on ``model`` (tests/reference/blocks.py, BlockModel).
+
+    Args:
+        piece: positions of the prompt that are computed at a time, as far as its first step allows; 0 = all at once.
+    """
     traits = FamilyTraits(
         model.config["mask_token_id"], job.shift, "window", model.config["num_hidden_layers"], "", job.block_length
     )
@@ -99,6 +107,12 @@ def run(job: BlockJob, model: Any, max_steps: int = 500) -> BlockJob:
     runner = StepRunner(Worker(2, longest, torch.device("cpu"), traits, server))
     start(runner, 1, job, server)
     model.reset(longest)
+    if piece:
+        extent = Extent(len(job.prompt), longest, 0, job.block_length, piece, job.block_length * job.shift)
+        reach = 0
+        while reach < extent.reusable(0):
+            reach += min(piece, extent.reusable(0) - reach)
+            fill(runner, model, reach)
     while not job.done:
         assert len(job.steps) < max_steps, "an endless loop"
         job.steps.append(step(runner, model, job))
@@ -110,21 +124,38 @@ def run(job: BlockJob, model: Any, max_steps: int = 500) -> BlockJob:
     return job
 
 
-def step(runner: StepRunner, model: Any, job: BlockJob) -> BlockStep:
-    """One step of the request in slot 1; rows of a block go through the network together, block by block."""
-    opened = runner.open(torch.tensor([1]), [1])
-    rows, prompt = opened.rows, len(job.prompt)
-    assert len(rows.positions) <= runner.canvas.requests[1].row_budget or not job.steps
-    placed = runner.place(opened, Pages(torch.zeros(1, 1 + rows.view.num_positions // 16, dtype=torch.int32), 16))
+def forward(runner: StepRunner, model: Any, opened: Step) -> tuple[torch.Tensor, list[int]]:
+    """Final hidden states of all rows, and their limits; rows of a block go through the network together."""
+    length = runner.canvas.requests[1].length
+    placed = runner.place(opened, Pages(torch.zeros(1, 1 + length // 16, dtype=torch.int32), 16))
     assert placed.layout is not None and placed.layout.limits is not None
-    limits = placed.layout.limits.tolist()
-    hidden = []
+    limits, hidden = placed.layout.limits.tolist(), []
+    positions, input_ids = opened.packed()
     for limit in sorted(set(limits)):
         mine = torch.tensor([n for n, other in enumerate(limits) if other == limit])
         model.visible = torch.arange(limit)
-        hidden.append(model.forward(rows.input_ids[mine].long(), rows.positions[mine])[0])
+        hidden.append(model.forward(input_ids[mine].long(), positions[mine])[0])
+    return torch.cat(hidden), limits
+
+
+def fill(runner: StepRunner, model: Any, reach: int) -> None:
+    """Store K and V of the request in slot 1 up to ``reach``."""
+    begin = runner.canvas.requests[1].computed
+    opened = runner.open(torch.tensor([1]), [1], reaches=[reach])
+    assert opened.rows is None and opened.packed()[0].tolist() == list(range(begin, reach))
+    assert opened.packed()[1].tolist() == runner.canvas.tokens[1, begin:reach].tolist()
+    forward(runner, model, opened)
+
+
+def step(runner: StepRunner, model: Any, job: BlockJob) -> BlockStep:
+    """One step of the request in slot 1."""
+    opened = runner.open(torch.tensor([1]), [1])
+    rows, prompt = opened.rows, len(job.prompt)
+    assert rows is not None
+    assert len(rows.positions) <= runner.canvas.requests[1].row_budget or not job.steps
+    hidden, limits = forward(runner, model, opened)
     before = runner.canvas.tokens[1].tolist()
-    closed = runner.close(opened, torch.cat(hidden)[rows.logits_rows], model.lm_head)
+    closed = runner.close(opened, hidden[rows.logits_rows], model.lm_head)
     after, result = runner.canvas.tokens[1].tolist(), closed.result
     predicted = {
         prompt + slot: (int(token), float(confidence))

@@ -22,7 +22,8 @@ from vllm_d2cache.ops.row_stats import RowStats
 from vllm_d2cache.options.sampling import SamplingSpec
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.requests.resolve import resolve
-from vllm_d2cache.step.runner import Step, StepRunner
+from vllm_d2cache.step.runner import StepRunner
+from vllm_d2cache.step.step import Step
 
 MASK = 370
 

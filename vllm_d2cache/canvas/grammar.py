@@ -105,6 +105,11 @@ class GrammarState:
             tokens.append(self._accept(token))
         return tokens
 
+    def go_on(self, tokens: Sequence[int]) -> None:
+        """Behind these tokens, which stand in the text already."""
+        for token in tokens:
+            self._accept(token)
+
     def _accept(self, token: int) -> int:
         if not self._allows(token) or not self._matcher.accept_tokens("", [token]):
             token = self._stop_token_ids[0]

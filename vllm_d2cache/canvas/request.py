@@ -23,12 +23,19 @@ class Request:
     reserved_len: int = 0  # positions it takes the request for: the text, and room for rows behind it
     grammar: GrammarState | None = None  # what its text must follow; given where options.ordered
     computed: int = 0  # positions whose K and V some step has written, from the left
+    first_end: int = 0  # how far its first step must reach; until then it can only be filled
+    reach: int = 0  # up to which position it has memory in the step under way; 0 = all of its text
     revises: bool = False  # its decoder may write over tokens of the current window, and says when that is over
 
     @property
     def length(self) -> int:
         """Positions of its text as it is now, T."""
         return self.prompt_len + self.canvas_len
+
+    @property
+    def visible(self) -> int:
+        """Positions of its text that a step can see."""
+        return min(self.length, self.reach or self.length)
 
     @property
     def most_rows(self) -> int:

@@ -32,6 +32,7 @@ class StepRows:
     slots: list[int]  # of the requests, on the host
     prompt_lens: list[int]  # likewise
     lengths: list[int]  # T of each request, likewise
+    visible: list[int]  # of these, how many positions have memory and can be seen
     counts: list[int]  # rows of each request, padding included
     refreshed: torch.Tensor  # [R] int64, rows of each request without padding and extra rows
     num_predicted: torch.Tensor  # [R] int64, predicted slots of each

@@ -139,6 +139,35 @@ def place_output_token(request: Request, token_id: int) -> None:
     request._output_token_ids.append(token_id)
 
 
+def cache_when_told(manager: Any) -> None:
+    """Have vLLM's KVCacheManager put blocks into the prefix cache by :func:`cache_stored` alone.
+
+    It would do so when it allocates them, masks included.
+    """
+    original = manager.allocate_slots
+
+    def allocate_slots(*args: Any, **kwargs: Any) -> Any:
+        kwargs["delay_cache_blocks"] = True
+        return original(*args, **kwargs)
+
+    manager.allocate_slots = allocate_slots
+
+
+def cache_stored(manager: Any, request: Request, length: int, block_size: int) -> None:
+    """Put the blocks of the first ``length`` positions into the prefix cache: their K and V are final."""
+    blocks = length // block_size
+    hashes = request.block_hashes
+    if blocks > len(hashes) and request._block_hasher is not None:
+        # It goes on behind the hashes that are there, to the last token, which may be a mask.
+        hashes.extend(request._block_hasher(request)[: blocks - len(hashes)])
+    manager.cache_blocks(request, min(blocks, len(hashes)) * block_size)
+
+
+def forget_hashes(request: Request, blocks: int) -> None:
+    """Let ``request`` find no more than its first ``blocks`` blocks in the prefix cache."""
+    del request.block_hashes[blocks:]
+
+
 def settle_request_state(req_states: RequestState, slot: int, num_written: int, num_computed: int) -> None:
     """After a request's first step: where output goes, and that later rows are no longer a prefill.
 

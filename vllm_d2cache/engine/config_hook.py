@@ -13,6 +13,8 @@ from vllm.logger import init_logger
 from vllm_d2cache.compat import cpu_runner, front_end
 from vllm_d2cache.compat.internals import model_file, unsupported_version
 from vllm_d2cache.decoders.frequencies import load_frequencies
+from vllm_d2cache.engine.changes import log_change
+from vllm_d2cache.engine.prefill import configure_pieces
 from vllm_d2cache.engine.refusals import check_request
 from vllm_d2cache.options.request import SECTION
 from vllm_d2cache.options.server import ServerOptions
@@ -53,7 +55,8 @@ class DiffusionConfigHook:
             raise RuntimeError(problem)
         cpu_runner.check()
         _check_checkpoint(model_config)
-        if model_config.original_max_model_len is None and model_config.max_model_len > DEFAULT_MAX_MODEL_LEN:
+        whole = model_config.hf_config.traits().block_length is None
+        if whole and model_config.original_max_model_len is None and model_config.max_model_len > DEFAULT_MAX_MODEL_LEN:
             logger.info(
                 "max_model_len is %d instead of the checkpoint's %d: a request's first step computes all of its "
                 "positions at once. --max-model-len sets another.",
@@ -81,12 +84,13 @@ class DiffusionConfigHook:
         additional = vllm_config.additional_config
         section = additional.get(SECTION) if isinstance(additional, dict) else None
         family = _family_defaults(vllm_config.model_config, section)
-        options = parse_server_options({**family, **section} if isinstance(section, dict) else section)
+        options = parse_server_options({**family, **section} if isinstance(section, dict) else section or family)
         if isinstance(additional, dict):
             # Where the scheduler and the workers read the options, too; what the operator set wins.
             defaults = {**family, **_generation_defaults(vllm_config.model_config)}
             graphs = _without_graphs(vllm_config, options)
-            vllm_config.additional_config = {**additional, SECTION: {**defaults, **(section or {}), **graphs}}
+            pieces = configure_pieces(vllm_config, options)
+            vllm_config.additional_config = {**additional, SECTION: {**defaults, **(section or {}), **graphs, **pieces}}
             options = parse_server_options(vllm_config.additional_config[SECTION])
         if options.token_frequencies is not None:
             load_frequencies(options.token_frequencies, vllm_config.model_config.hf_config.vocab_size)
@@ -101,7 +105,7 @@ def _whole_blocks(model_config: ModelConfig) -> None:
     whole = model_config.max_model_len // block * block
     if not whole:
         raise ValueError(f"--max-model-len {model_config.max_model_len}: must be at least {block}, one block")
-    _log_change(f"max_model_len is {whole}, not {model_config.max_model_len}", f"whole blocks of {block} positions")
+    log_change(f"max_model_len is {whole}, not {model_config.max_model_len}", f"whole blocks of {block} positions")
     model_config.max_model_len = whole
 
 
@@ -212,16 +216,17 @@ def _configure(config: VllmConfig) -> None:
     """Set what stock flags would have to; every change of a default is logged with its reason."""
     scheduler, cache = config.scheduler_config, config.cache_config
     max_len = config.model_config.max_model_len
-    if cache.enable_prefix_caching:
-        _log_change("prefix caching is off", "with bidirectional attention a prefix has no keys of its own")
-    cache.enable_prefix_caching = False
-    if scheduler.enable_chunked_prefill:
-        _log_change("chunked prefill is off", "a request's first step computes all of its positions at once")
-    scheduler.enable_chunked_prefill = False
-    scheduler.long_prefill_token_threshold = 0
-    if scheduler.max_num_batched_tokens < max_len:
+    if not config.model_config.hf_config.traits().block_length:
+        if cache.enable_prefix_caching:
+            log_change("prefix caching is off", "with bidirectional attention a prefix has no keys of its own")
+        cache.enable_prefix_caching = False
+        if scheduler.enable_chunked_prefill:
+            log_change("chunked prefill is off", "a request's first step computes all of its positions at once")
+        scheduler.enable_chunked_prefill = False
+        scheduler.long_prefill_token_threshold = 0
+    if not scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens < max_len:
         change = f"max_num_batched_tokens is {max_len}, not {scheduler.max_num_batched_tokens}"
-        _log_change(change, "a request's first step computes all of its positions, up to max_model_len, at once")
+        log_change(change, "a request's first step computes all of its positions, up to max_model_len, at once")
         scheduler.max_num_batched_tokens = max_len
     scheduler.scheduler_cls = SCHEDULER
     _configure_grammars(config.structured_outputs_config)
@@ -237,7 +242,7 @@ def _set_execution(config: VllmConfig) -> None:
     if current_platform.is_cuda_alike():
         mode = config.compilation_config.cudagraph_mode
         if mode not in (None, CUDAGraphMode.NONE):
-            _log_change(f"vLLM's CUDA graphs are off, not {mode.name}", "refresh steps have graphs of their own")
+            log_change(f"vLLM's CUDA graphs are off, not {mode.name}", "refresh steps have graphs of their own")
         config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         if not compiled:
             # vLLM would compile by default: seconds to minutes of a start, for a gain that nobody has measured here.
@@ -246,7 +251,7 @@ def _set_execution(config: VllmConfig) -> None:
     if compiled:
         return
     if not config.model_config.enforce_eager:
-        _log_change("execution is eager", f"there are no CUDA graphs on {current_platform.device_type}")
+        log_change("execution is eager", f"there are no CUDA graphs on {current_platform.device_type}")
     config.model_config.enforce_eager = True
 
 
@@ -255,10 +260,10 @@ def _configure_grammars(config: StructuredOutputsConfig) -> None:
         # With auto each request chooses its backend, but an engine has one, that of its first request: what another one
         # was chosen for would be ignored.
         config.backend = GRAMMAR_BACKENDS[0]
-        _log_change(f"structured output is by {GRAMMAR_BACKENDS[0]}, not auto", "an engine has one backend for all")
+        log_change(f"structured output is by {GRAMMAR_BACKENDS[0]}, not auto", "an engine has one backend for all")
     if not config.disable_any_whitespace:
         config.disable_any_whitespace = True
-        _log_change("structured output is JSON without spare whitespace", "whitespace without end would fill a canvas")
+        log_change("structured output is JSON without spare whitespace", "whitespace without end would fill a canvas")
 
 
 def _without_graphs(config: VllmConfig, options: ServerOptions) -> dict[str, int]:
@@ -283,9 +288,5 @@ def _without_graphs(config: VllmConfig, options: ServerOptions) -> dict[str, int
     found = [reason for reason, present in reasons.items() if present]
     if not found:
         return {}
-    _log_change("there are no CUDA graphs", "; ".join(found))
+    log_change("there are no CUDA graphs", "; ".join(found))
     return {"graph_rows": 0}
-
-
-def _log_change(change: str, reason: str) -> None:
-    logger.info("vllm-d2cache changed a default: %s (%s)", change, reason)

@@ -21,8 +21,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_d2cache.canvas.extent import settled_positions
 from vllm_d2cache.canvas.request import Request
-from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.compat.adapters import adapter_of, leave_base_rows_alone, set_row_adapters
 from vllm_d2cache.compat.grammars import Grammars
 from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
@@ -40,7 +40,8 @@ from vllm_d2cache.requests.asked import Asked
 from vllm_d2cache.requests.resolve import server_options
 from vllm_d2cache.requests.sampling import sampling_spec
 from vllm_d2cache.step.pages import Pages
-from vllm_d2cache.step.runner import Step, StepRunner
+from vllm_d2cache.step.runner import StepRunner
+from vllm_d2cache.step.step import Step
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -80,7 +81,10 @@ class D2CacheModelState(ModelState):
         return D2CacheSampler(self, sampler), None
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """Start a request, or start it over after a preemption: the result is the same, its cached K and V are gone."""
+        """Start a request, or start it again after a preemption: the result is the same, its cached K and V are gone.
+
+        It starts over, or behind the last whole block that has been emitted.
+        """
         if self._records_graphs:
             # The first request is one of vLLM's warm-up, at start-up; by then there is a KV cache.
             self._records_graphs = False
@@ -96,6 +100,11 @@ class D2CacheModelState(ModelState):
         asked = Asked.of(params)
         options = asked.options(self.options)
         canvas_len = options.canvas_length(len(prompt), params.max_tokens)
+        # Only tokens already emitted stand in a resumed canvas, and they stand at its left end.
+        written = text[len(prompt) :]
+        emitted = int((np.asarray(written) != self.steps.worker.traits.mask_token_id).sum())
+        settled = settled_positions(len(prompt), emitted, options.block)
+        known = tuple(written[: max(0, settled - len(prompt))])
         request = Request(
             req_id,
             len(prompt),
@@ -103,12 +112,14 @@ class D2CacheModelState(ModelState):
             options,
             sampling_spec(params, req_id, self.vllm_config.model_config.seed),
             row_budget(options, len(prompt), canvas_len, self.options.refresh_budget),
-            asked.canvas,
+            (*known, *[-1] * (canvas_len - len(known))) if known else asked.canvas,
             len(text),
             self._grammars.start(params) if asked.constrained else None,
+            computed=new_req_data.num_computed_tokens,
+            first_end=settled + options.block,
         )
-        # Only tokens already emitted stand in a resumed canvas, and they stand at its left end.
-        emitted = int((np.asarray(text[len(prompt) :]) != self.steps.worker.traits.mask_token_id).sum())
+        if request.grammar is not None:
+            request.grammar.go_on(known)
         self.steps.add(req_index, request, np.asarray(prompt), emitted)
         if asked.snapshots:
             self.watched.add(req_index)
@@ -146,14 +157,18 @@ class D2CacheModelState(ModelState):
         slots = input_batch.idx_mapping_np.tolist()
         if any(slot not in self.steps.canvas.requests for slot in slots):
             return  # vLLM's own warm-up batch
-        self.step = self.steps.open(input_batch.idx_mapping, slots)
-        rows = self.step.rows
-        count = rows.positions.shape[0]
+        reaches = None
+        if self.steps.worker.traits.block_length is not None:
+            reaches = (input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens).tolist()
+        self.step = self.steps.open(input_batch.idx_mapping, slots, reaches=reaches)
+        positions, input_ids = self.step.packed()
+        count = positions.shape[0]
         if count > input_batch.num_tokens:
             raise RuntimeError(f"the refresh sets have {count} rows, more than the {input_batch.num_tokens} reserved")
-        input_batch.positions[:count] = rows.positions
-        input_batch.input_ids[:count] = rows.input_ids
-        set_logits_rows(input_batch, rows.logits_rows)
+        input_batch.positions[:count] = positions
+        input_batch.input_ids[:count] = input_ids
+        rows = self.step.rows
+        set_logits_rows(input_batch, input_batch.idx_mapping[:0] if rows is None else rows.logits_rows)
 
     def prepare_attn(
         self,
@@ -188,23 +203,20 @@ class D2CacheModelState(ModelState):
             if not self.model.layers[0].pages.numel():
                 self.rehearsal.forward()  # there is no KV cache yet: vLLM measures what it may take
             return {}
-        for slot in self.step.rows.slots:
+        for slot in input_batch.idx_mapping_np.tolist():
             if slot in self._unsettled:
                 request = self.steps.canvas.requests[slot]
-                computed = request.reserved_len - request.row_budget
+                computed = max(0, request.reserved_len - request.row_budget)
                 settle_request_state(req_states, slot, request.prompt_len + self._unsettled.pop(slot), computed)
         if self._adapters is not None:
-            self._place_adapters(self._adapters, self.step.rows)
-        count = self.step.rows.positions.shape[0]
+            self._place_adapters(self._adapters, self.step)
+        count = self.step.num_rows
         return {"input_ids": input_batch.input_ids[:count], "positions": input_batch.positions[:count]}
 
-    def _place_adapters(self, adapters: dict[int, int], rows: StepRows) -> None:
-        """Which row is whose, in the order in which the rows are packed: those of the text, then those behind it."""
-        requests = [adapters[slot] for slot in rows.slots]
-        packed: list[int] = []
-        for counts in (rows.counts, rows.extra):
-            packed += [adapter for adapter, count in zip(requests, counts, strict=True) for _ in range(count)]
-        set_row_adapters(self.model, requests, packed)
+    def _place_adapters(self, adapters: dict[int, int], step: Step) -> None:
+        """Which row is whose, in the order in which the rows are packed."""
+        packed = [adapters[slot] for slot, count in step.owners() for _ in range(count)]
+        set_row_adapters(self.model, [adapters[slot] for slot in step.slots], packed)
 
     def finish_step(self) -> None:
         """Called by the sampler at its end."""

@@ -13,7 +13,8 @@ from vllm_d2cache.engine.memory_plan import Rehearsal
 from vllm_d2cache.observe.snapshots import append_snapshots
 from vllm_d2cache.observe.trace import TraceRecorder
 from vllm_d2cache.ops.host import upload
-from vllm_d2cache.step.runner import Step, StepRunner
+from vllm_d2cache.step.runner import StepRunner
+from vllm_d2cache.step.step import Step
 
 
 class StepHolder(Protocol):
@@ -67,15 +68,21 @@ class D2CacheSampler:
         if state.step is None:
             state.rehearsal.sample()
             return _nothing(input_batch.num_reqs, logits.device)
-        canvas = state.steps.canvas
-        closed = state.steps.close(state.step, logits, state.model.lm_logits)
+        step, canvas = state.step, state.steps.canvas
+        if step.rows is None:
+            state.finish_step()
+            nothing = _nothing(input_batch.num_reqs, logits.device)
+            nothing.num_nans = _report(step, [], state)
+            return nothing
+        closed = state.steps.close(step, logits, state.model.lm_logits)
         rows, result = closed.rows, closed.result
         if state.tracer:
             state.tracer.step(rows, result, canvas, closed.stats.confidence)
         # The worker's computed count stays where the scheduler rolls it back to.
         rejected = canvas.row_budget[rows.view.slots]
-        state.finish_step()
-        logprobs = None if closed.logprobs is None else LogprobsTensors(*closed.logprobs)
+        logprobs = closed.logprobs
+        if logprobs is not None:
+            logprobs = LogprobsTensors(*logprobs[:3], step.starts_of_batch(logprobs.starts))
         # Rows and commits of each request: compat/internals.py, take_step_report.
         counts = rows.refreshed
         if any(rows.extra):
@@ -83,13 +90,33 @@ class D2CacheSampler:
         commits, revoked = result.changes
         if result.revoked is not None:
             commits = commits - revoked
-        report = torch.stack([counts, commits], dim=1)
-        if state.watched:
-            report = append_snapshots(report, canvas, rows.slots, state.watched)
+        report = _report(step, [counts, commits], state)
         # vLLM copies all columns to the host, and turns them into Python's numbers.
         most = max(canvas.requests[slot].most_emitted for slot in rows.slots)
         tokens = result.tokens[:, :most].contiguous()
-        return SamplerOutput(tokens, logprobs, report, result.num_tokens, rejected)
+        state.finish_step()
+        of_all = (step.of_batch(values) for values in (result.num_tokens, rejected))
+        return SamplerOutput(step.of_batch(tokens), logprobs, report, *of_all)
+
+
+def _report(step: Step, columns: list[torch.Tensor], state: StepHolder) -> torch.Tensor:
+    """[R, 2 + c] int64: rows and commits of each request of the batch, and canvases of those who watch.
+
+    For one that is filled it is no step: its commits are -1.
+
+    Args:
+        columns: [R] int64 each, of those that decide.
+    """
+    device, slots = state.steps.worker.device, step.slots_of_batch()
+    watched, fills = state.watched, step.fills
+    if fills is None:
+        report = torch.stack(columns, dim=1)
+    else:
+        filled = [[count, -1] for count in fills.counts]
+        there = upload([n for pair in filled for n in pair], torch.int64, device).view(-1, 2)
+        report = step.of_batch(torch.stack(columns, dim=1) if columns else there[:0], there)
+        watched = watched - {*fills.slots}
+    return append_snapshots(report, state.steps.canvas, slots, watched) if watched else report
 
 
 def _nothing(num_reqs: int, device: torch.device) -> SamplerOutput:

@@ -4,6 +4,9 @@ A request enters with its canvas appended, so that stock scheduling computes all
 allocates every KV block the request will need. After each scheduling its computed count is rolled back by its row
 budget: every later step is then an extension by that many rows, whatever the worker answers, so asynchronous
 scheduling works unchanged.
+
+A text that is cut into blocks enters with the masks of two blocks, and gets more when tokens are emitted; its prompt is
+computed in pieces (canvas/extent.py). What is stored of it never changes and is put into vLLM's prefix cache.
 """
 
 from __future__ import annotations
@@ -21,9 +24,13 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_d2cache.canvas.extent import Extent
 from vllm_d2cache.compat.internals import (
     append_canvas,
     attach_totals,
+    cache_stored,
+    cache_when_told,
+    forget_hashes,
     place_output_token,
     snapshot_output,
     take_step_report,
@@ -46,11 +53,14 @@ class D2CacheScheduler(AsyncScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.options = server_options(self.vllm_config)
-        self.mask_token_id: int = self.vllm_config.model_config.hf_config.mask_token_id
+        traits = self.vllm_config.model_config.hf_config.traits()
+        self.mask_token_id: int = traits.mask_token_id
+        self._shift = int(traits.logit_shift > 0)
         # A canvas position needs no further slot behind the last one, unlike a sampled token.
         self.num_sampled_tokens_per_step = 0
         self._most_active: int = self.max_num_active_reqs
-        self._budgets: dict[str, int] = {}
+        self._extents: dict[str, Extent] = {}
+        self._started: set[str] = set()  # running requests whose first step has been scheduled
         self._admitted: set[str] = set()  # waiting requests that the step being scheduled may admit
         self._network = Network.of(self.vllm_config)
         self._memory = request_memory(self.options, self._network, self.vllm_config.model_config.max_model_len)
@@ -59,6 +69,11 @@ class D2CacheScheduler(AsyncScheduler):
         self._reporting: set[str] = set()  # requests that want their figures
         self._intervals: dict[str, int] = {}  # steps between snapshots, of requests that want any
         self._totals: Counter[tuple[str, str]] = Counter()  # by policy and name, since they were last sent
+        if self.options.prefill_piece:
+            # vLLM asks ``_mamba_block_aligned_split`` how much of a text a step computes.
+            self.need_mamba_block_aligned_split = True
+        if self.cache_config.enable_prefix_caching:
+            cache_when_told(self.kv_cache_manager)
         for line in plan_lines(self.vllm_config, self.options, self.kv_cache_config.num_blocks):
             logger.info("vllm-d2cache %s", line)
 
@@ -70,10 +85,18 @@ class D2CacheScheduler(AsyncScheduler):
         options = asked.options(self.options)
         prompt_len = request.num_prompt_tokens
         canvas_len = options.canvas_length(prompt_len, request.max_tokens)
-        # Rows without a place in the text are reserved behind it.
-        append_canvas(request, self.mask_token_id, canvas_len + extra_rows(options, canvas_len))
         budget = self.options.refresh_budget
-        self._budgets[request.request_id] = row_budget(options, prompt_len, canvas_len, budget)
+        extent = self._extents[request.request_id] = Extent(
+            prompt_len,
+            # Rows without a place in the text are reserved behind it.
+            prompt_len + canvas_len + extra_rows(options, canvas_len),
+            row_budget(options, prompt_len, canvas_len, budget),
+            options.block,
+            self.options.prefill_piece,
+            options.block * self._shift,
+        )
+        append_canvas(request, self.mask_token_id, extent.known(0) - prompt_len)
+        forget_hashes(request, extent.reusable(0) // self.block_size)
         self._held[request.request_id] = self._network.request_bytes(options, prompt_len, canvas_len, budget)
         self._figures[request.request_id] = RequestFigures(options.policy, prompt_len + canvas_len, canvas_len)
         if asked.snapshots:
@@ -94,20 +117,37 @@ class D2CacheScheduler(AsyncScheduler):
         A running request's rows must never be cut short, so what it will need is counted, not what it needs now. Who
         waits for a grammar to be compiled lets others pass.
         """
-        later = now = sum(self._budgets[r.request_id] for r in self.running)
+        later = now = sum(self._later(r, r.num_computed_tokens) for r in self.running)
         held = sum(self._held[r.request_id] for r in self.running)
         limit = self.max_num_scheduled_tokens
         admitted: set[str] = set()
         for request in islice(self.waiting, self._most_active):
             if not super()._handle_blocked_waiting_request(request):
                 continue
-            later += self._budgets[request.request_id]
-            now += request.num_tokens
+            later += self._later(request, 0)
+            now += self._extents[request.request_id].first(0, request.num_output_tokens)
             held += self._held[request.request_id]
             if later > limit or now > limit or held > self._memory:
                 break
             admitted.add(request.request_id)
         return admitted
+
+    def _later(self, request: Request, computed: int) -> int:
+        """A bound on the rows of any later step of its own."""
+        extent = self._extents[request.request_id]
+        if request.request_id in self._started:
+            return extent.budget
+        return extent.later(computed, request.num_output_tokens)
+
+    def _mamba_block_aligned_split(
+        self, request: Request, num_new_tokens: int, num_local: int = 0, num_external: int = 0
+    ) -> int:
+        """How much of a text that is computed in pieces a step takes; 0 = none, as there is no room for a piece."""
+        if request.request_id in self._started:
+            return num_new_tokens
+        start = request.num_computed_tokens + num_local + num_external
+        piece = self._extents[request.request_id].first(start, request.num_output_tokens)
+        return piece if piece <= num_new_tokens else 0
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         # A grammar may be ready since; then its request has not been counted.
@@ -121,8 +161,17 @@ class D2CacheScheduler(AsyncScheduler):
         # AsyncScheduler would add placeholders for sampled tokens; a step here emits any number of tokens or none.
         Scheduler._update_after_schedule(self, scheduler_output)
         for req_id in scheduler_output.num_scheduled_tokens:
-            request = self.requests[req_id]
-            request.num_computed_tokens = request.num_tokens - self._budgets[req_id]
+            request, extent = self.requests[req_id], self._extents[req_id]
+            emitted = request.num_output_tokens
+            if request.num_computed_tokens < request.num_tokens:
+                stored = request.num_computed_tokens  # a piece of the prompt
+            else:
+                # What a step left final is stored by the next one, which is scheduled by now.
+                stored = extent.settled(emitted)
+                self._started.add(req_id)
+                request.num_computed_tokens = extent.resumed_at(emitted)
+            if self.cache_config.enable_prefix_caching:
+                cache_stored(self.kv_cache_manager, request, stored, self.block_size)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -135,7 +184,11 @@ class D2CacheScheduler(AsyncScheduler):
                 # A worker that does not wait for its device cannot say so itself, and has left rows out.
                 raise RuntimeError(f"the refresh set of {req_id} has {rows} rows, more than the {reserved} reserved")
             # A request that has ended since may have run one step more.
-            if figures := self._figures.get(req_id):
+            if (figures := self._figures.get(req_id)) is None:
+                continue
+            if commits < 0:
+                figures.observe_fill(rows, self._totals)
+            else:
                 figures.observe(rows, commits, reserved, self._totals)
         snapshots = self._snapshots(report) if self._intervals else []
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -172,7 +225,19 @@ class D2CacheScheduler(AsyncScheduler):
             if self._stops(request, token_id):
                 del new_token_ids[count:]
                 return new_token_ids, True
+        extent = self._extents[request.request_id]
+        missing = extent.known(request.num_output_tokens) - request.num_tokens
+        if missing > 0:
+            append_canvas(request, self.mask_token_id, missing)
+            if request.request_id in self._started:
+                request.num_computed_tokens = extent.resumed_at(request.num_output_tokens)
         return new_token_ids, False
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        self._started.discard(request.request_id)
+        extent = self._extents[request.request_id]
+        forget_hashes(request, extent.reusable(request.num_output_tokens) // self.block_size)
+        super()._preempt_request(request, *args, **kwargs)
 
     @staticmethod
     def _stops(request: Request, token_id: int) -> bool:
@@ -189,7 +254,8 @@ class D2CacheScheduler(AsyncScheduler):
         return request.is_finished()
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
-        self._budgets.pop(request.request_id, None)
+        self._extents.pop(request.request_id, None)
+        self._started.discard(request.request_id)
         self._held.pop(request.request_id, None)
         self._intervals.pop(request.request_id, None)
         figures = self._figures.pop(request.request_id, None)

@@ -58,6 +58,11 @@ class RequestFigures:
         for name, value in step.items():
             totals[self.policy, name] += value
 
+    def observe_fill(self, rows: int, totals: Counter[tuple[str, str]]) -> None:
+        """Add rows of a prompt that were computed before its first step: they cost, and are no step."""
+        self.rows += rows
+        totals[self.policy, "rows_refreshed"] += rows
+
     def report(self, num_tokens: int) -> dict[str, Any]:
         """What the client is told; ``num_tokens`` were emitted."""
         everything = self.steps * self.total_len

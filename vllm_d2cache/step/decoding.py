@@ -141,7 +141,9 @@ class Decoding:
         )
         canvas, view = self.canvas, rows.view
         if samples or filters:
-            seeds = (canvas.seed, canvas.step) if samples else None
+            # A text in blocks may go on at the beginning of a block: draws must not depend on what came before.
+            number = canvas.step if canvas.traits.block_length is None else canvas.window_step
+            seeds = (canvas.seed, number) if samples else None
             found = sampling_of_rows(who, slot, view.slots, view.prompt_len, canvas.sampling, seeds)
         else:
             found = sampling_of_nobody(canvas.device)

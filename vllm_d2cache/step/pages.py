@@ -8,15 +8,36 @@ import torch
 
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.ops.dispatch import chosen
+from vllm_d2cache.ops.host import upload
+from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.step_rows import page_slots
+from vllm_d2cache.step.fills import Fills
 
 
-def spans(rows: StepRows, block_length: int | None) -> torch.Tensor | None:
-    """[N - S] int32: before which position the keys of each row of the text end; None = behind the whole text."""
-    if block_length is None:
-        return None
-    positions = rows.text_positions
-    return (positions + block_length - positions % block_length).int()
+def spans(positions: torch.Tensor, block_length: int | None) -> torch.Tensor | None:
+    """[N] int32: before which position the keys of a row at each of ``positions`` end; None = behind the whole text."""
+    return None if block_length is None else (positions + block_length - positions % block_length).int()
+
+
+def place_rows(rows: StepRows | None, fills: Fills | None, pages: Pages, block_length: int | None) -> PagedLayout:
+    """Where the keys of a step's requests lie, and where those of its rows go.
+
+    Args:
+        pages: a line for each request of ``rows``, then one for each of ``fills``.
+    """
+    counts, lengths, where, slots = [], [], [], []
+    if rows is not None:
+        counts, lengths = list(rows.counts), list(rows.visible)
+        where.append(rows.text_positions)
+        slots.append(pages.slots(rows.request, rows.text_positions, rows.live))
+    if fills is not None:
+        owner = fills.request + len(counts)
+        counts, lengths = counts + fills.counts, lengths + fills.lengths
+        where.append(fills.positions)
+        slots.append(pages.slots(owner, fills.positions, torch.ones_like(owner, dtype=torch.bool)))
+    limits = spans(where[0] if len(where) == 1 else torch.cat(where), block_length)
+    to = slots[0] if len(slots) == 1 else torch.cat(slots)
+    return PagedLayout(counts, lengths, pages.table, pages.first_blocks(lengths), to, limits=limits)
 
 
 @dataclass(frozen=True)
@@ -26,9 +47,15 @@ class Pages:
     table: torch.Tensor  # [R, blocks] int, KV block ids; those behind a request's own say nothing
     block_size: int
 
-    def slots(self, rows: StepRows) -> torch.Tensor:
-        """[N - S] int64: flat KV slot of each row of the text, -1 for padding."""
-        return page_slots(self.table, rows.request, rows.text_positions, rows.live, self.block_size)
+    def of(self, lines: list[int] | None) -> Pages:
+        """Those of these requests of the batch, in this order; None = all, as they are."""
+        if lines is None:
+            return self
+        return Pages(self.table[upload(lines, torch.int64, self.table.device)], self.block_size)
+
+    def slots(self, request: torch.Tensor, positions: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+        """[N] int64: flat KV slot of each row; -1 for padding, which is not ``live`` [N] bool."""
+        return page_slots(self.table, request, positions, live, self.block_size)
 
     def first_blocks(self, lengths: list[int]) -> list[int]:
         """Of each request of ``lengths`` positions, its first block where its blocks are consecutive, else -1.

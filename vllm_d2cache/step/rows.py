@@ -50,6 +50,7 @@ def select_rows(
         slots=list(slots_host),
         prompt_lens=[r.prompt_len for r in requests],
         lengths=[r.length for r in requests],
+        visible=[r.visible for r in requests],
         counts=counts,
         refreshed=chosen.sums[0],
         num_predicted=chosen.sums[1],

@@ -18,32 +18,21 @@ import torch
 from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.rows import StepResult, StepRows
 from vllm_d2cache.canvas.states import CanvasStates
-from vllm_d2cache.graphs.step_graphs import GraphSize, GraphStep
-from vllm_d2cache.mechanisms.base import Hook, Mechanisms, Worker
+from vllm_d2cache.mechanisms.base import Mechanisms, Worker
 from vllm_d2cache.observe.counters import StepCounters
-from vllm_d2cache.ops.host import Writes
-from vllm_d2cache.ops.paged_attention import PagedLayout
+from vllm_d2cache.ops.host import Writes, upload
 from vllm_d2cache.ops.row_stats import RowStats
 from vllm_d2cache.policies.base import StepOutcome
 from vllm_d2cache.policies.budget import uses_of
 from vllm_d2cache.step.constraints import Constraints
 from vllm_d2cache.step.decoding import Decoding, LMHead
+from vllm_d2cache.step.fills import Fills, part_lines
 from vllm_d2cache.step.form import StepForms
 from vllm_d2cache.step.logprobs import EmittedLogprobs, LogprobRecorder
-from vllm_d2cache.step.pages import Pages, spans
+from vllm_d2cache.step.pages import Pages, place_rows
 from vllm_d2cache.step.planning import Planning
 from vllm_d2cache.step.rows import select_rows
-
-
-@dataclass
-class Step:
-    """A step under way."""
-
-    rows: StepRows
-    hooks: tuple[Hook, ...]  # of the mechanisms that its requests use; a graph in their place
-    size: GraphSize | None = None  # the graph that does it; None = eager
-    layout: PagedLayout | None = None  # once it is placed
-    graph: GraphStep | None = None  # replayed in place of the forward pass
+from vllm_d2cache.step.step import Step
 
 
 @dataclass(frozen=True)
@@ -94,7 +83,13 @@ class StepRunner:
         self.logprobs.remove(slot)
         self.canvas.remove(slot)
 
-    def open(self, slots: torch.Tensor, slots_host: Sequence[int], padded: bool = False) -> Step:
+    def open(
+        self,
+        slots: torch.Tensor,
+        slots_host: Sequence[int],
+        padded: bool = False,
+        reaches: Sequence[int] | None = None,
+    ) -> Step:
         """The rows of a step of these requests: [R] int64 on the device, and the same on the host.
 
         They come from the plans that ``close`` of the last step has left in three tables of the canvas: what to
@@ -103,9 +98,26 @@ class StepRunner:
         Args:
             padded: give each request as many rows as it can need (step/rows.py), also where no graph wants it; only
                 where ``forms.can_pad``.
+            reaches: up to which position each may be computed, where texts are computed in pieces. One whose first
+                step that leaves out is only filled (step/fills.py).
         """
-        size = self.forms.fitting_graph(slots_host)
+        fills = lines = None
+        if reaches is not None:
+            for slot, reach in zip(slots_host, reaches, strict=True):
+                self.canvas.requests[slot].reach = reach
+            deciding, filled = part_lines(self.canvas, slots_host, reaches)
+            if filled:
+                lines = deciding + filled
+                fills = Fills.of(self.canvas, [slots_host[n] for n in filled], [reaches[n] for n in filled])
+                for n in filled:
+                    self.canvas.requests[slots_host[n]].computed = reaches[n]
+                slots_host = [slots_host[n] for n in deciding]
+                slots = upload(slots_host, torch.int64, self.worker.device)
+        if not slots_host:
+            return Step(None, fills=fills, lines=lines)
+        size = self.forms.fitting_graph(slots_host) if fills is None else None
         observes = self.decoding.observes_all(slots_host)
+        self.canvas.leave_out_computed(slots_host)
         rows = select_rows(self.canvas, slots, slots_host, observes, padded or size is not None)
         for slot in slots_host:
             request = self.canvas.requests[slot]
@@ -113,17 +125,15 @@ class StepRunner:
         if size is not None:
             return Step(rows, (), size)
         hooks = self.mechanisms.open(rows)
-        return Step(rows.with_extra([hook.extra for hook in hooks if hook.extra is not None]), hooks)
+        rows = rows.with_extra([hook.extra for hook in hooks if hook.extra is not None])
+        return Step(rows, hooks, fills=fills, lines=lines)
 
     def place(self, step: Step, pages: Pages) -> Step:
         """Where K and V of the rows go, and what the layers are to leave behind."""
         rows = step.rows
-        first_blocks = pages.first_blocks(rows.lengths)
-        limits = spans(rows, self.worker.traits.block_length)
-        layout = PagedLayout(rows.counts, rows.lengths, pages.table, first_blocks, pages.slots(rows), limits=limits)
-        step.layout = layout
+        layout = step.layout = place_rows(rows, step.fills, pages.of(step.lines), self.worker.traits.block_length)
         if step.size is not None:
-            assert self.forms.graphs is not None
+            assert self.forms.graphs is not None and rows is not None
             uses = [self.mechanisms.uses(slot) for slot in rows.slots]
             step.graph = self.forms.graphs.step(step.size, rows, layout, uses)
             step.hooks = (step.graph,)
@@ -137,6 +147,7 @@ class StepRunner:
         Args:
             hidden: [n + v, d] final hidden states of ``rows.logits_rows``.
         """
+        assert step.rows is not None
         rows = step.rows
         for hook in step.hooks:
             if (present := hook.present()) is not None:

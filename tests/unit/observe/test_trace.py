@@ -16,7 +16,8 @@ from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.observe.trace import TraceRecorder, _file_name
 from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.sampling import SamplingSpec
-from vllm_d2cache.step.runner import Closed, Step
+from vllm_d2cache.step.runner import Closed
+from vllm_d2cache.step.step import Step
 
 
 class TracedBatch(Batch):

@@ -71,3 +71,18 @@ def test_a_finished_block_costs_no_forward_of_its_own(name: str) -> None:
         entered = step.rows[-1] != last.rows[-1]
         changed = bool(last.committed or last.edited)
         assert len(step.rows) == (2 if entered and changed else 1) * length
+
+
+@pytest.mark.parametrize("name", trace_names()[::11])
+def test_a_prompt_in_pieces_gives_the_same_steps(name: str) -> None:
+    """Its first step has the rows that are left; all others are the same."""
+    trace = load_trace(name)
+    model = MODELS[trace["checkpoint"]](BLOCK_ORACLE / trace["checkpoint"])
+    whole = run(job_of(trace), model).steps
+    parts = run(job_of(trace), model, piece=2 * trace["settings"]["block_length"]).steps
+    length, prompt = trace["settings"]["block_length"], len(trace["prompt_ids"])
+    open_block = prompt - prompt % length
+    assert [s.committed for s in parts] == [s.committed for s in whole]
+    assert [s.rows for s in parts[1:]] == [s.rows for s in whole[1:]]
+    first = open_block - length * job_of(trace).shift
+    assert parts[0].rows == whole[0].rows[max(0, first) :]
