@@ -15,6 +15,7 @@ from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.config.vllm import OptimizationLevel
 from vllm.engine.arg_utils import EngineArgs
 
+from tests.reference.blocks import BLOCK_ORACLE
 from tests.reference.oracle import ORACLE
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.engine import config_hook
@@ -233,3 +234,36 @@ def test_a_cpu_stays_eager(checkpoint: Path) -> None:
 def test_sizes_of_vllms_own_graphs_are_refused(checkpoint: Path, wish: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="graph_rows"):
         configured(checkpoint, compilation_config=wish)
+
+
+BLOCKS = BLOCK_ORACLE / "sdar"  # block length 4
+
+
+def test_texts_in_blocks_keep_vllms_prefix_cache_and_chunks() -> None:
+    config = configured(BLOCKS)
+    assert config.cache_config.enable_prefix_caching
+    assert config.scheduler_config.enable_chunked_prefill
+    assert config.model_config.max_model_len == 1024  # config.json's, not DEFAULT_MAX_MODEL_LEN
+    assert options(config)["prefill_piece"] == config.scheduler_config.max_num_batched_tokens // 4
+
+
+def test_the_operators_pieces() -> None:
+    config = configured(BLOCKS, long_prefill_token_threshold=50, max_num_batched_tokens=256)
+    assert options(config)["prefill_piece"] == 48
+    # vLLM must not cut what we cut.
+    assert config.scheduler_config.long_prefill_token_threshold == 0
+    assert options(configured(BLOCKS, enable_chunked_prefill=False))["prefill_piece"] == 0
+
+
+@pytest.mark.parametrize(
+    ("block", "page", "caching", "size"),
+    [(4, None, True, 128), (4, 16, True, 16), (32, None, True, 32), (32, 16, False, 16), (32, 64, True, 64)],
+)
+def test_pages_of_whole_blocks(block: int, page: int | None, caching: bool, size: int) -> None:
+    settings = {} if page is None else {"block_size": page}
+    config = configured(BLOCKS, hf_overrides={"block_size": block}, **settings)
+    assert (config.cache_config.enable_prefix_caching, config.cache_config.block_size) == (caching, size)
+
+
+def test_no_prefix_cache_is_the_operators_choice() -> None:
+    assert not configured(BLOCKS, enable_prefix_caching=False).cache_config.enable_prefix_caching

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import inspect
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_d2cache.compat import internals
@@ -47,6 +52,45 @@ def test_output_replaces_masks_from_the_left() -> None:
     assert request.num_tokens == 7
 
 
+def hashing_request(tokens: list[int]) -> Any:
+    """A request whose blocks of four tokens are hashed."""
+    init_none_hash(sha256)
+    request = make_request(tokens, 8)
+    request._block_hasher = get_request_block_hasher(4, sha256)
+    request.update_block_hashes()
+    return request
+
+
+def test_only_what_is_stored_gets_into_the_prefix_cache() -> None:
+    request, told = hashing_request(list(range(6))), []
+    manager = SimpleNamespace(
+        allocate_slots=lambda *args, **kwargs: kwargs, cache_blocks=lambda _, length: told.append(length)
+    )
+    internals.cache_when_told(manager)
+    assert manager.allocate_slots(request, 4, delay_cache_blocks=False) == {"delay_cache_blocks": True}
+    internals.append_canvas(request, 9, 10)
+    assert len(request.block_hashes) == 1
+    for length in (3, 4, 9):
+        internals.cache_stored(manager, request, length, 4)
+    # No block beyond what is stored is hashed: the masks of the last one are there already.
+    assert told == [0, 4, 8]
+    assert request.block_hashes == hashing_request([*range(6), 9, 9]).block_hashes
+    internals.forget_hashes(request, 1)
+    assert request.block_hashes == hashing_request(list(range(6))).block_hashes
+
+
+def test_vllm_lets_a_scheduler_say_when_blocks_are_cached_and_how_much_is_computed() -> None:
+    allocate = inspect.signature(KVCacheManager.allocate_slots).parameters
+    assert allocate["delay_cache_blocks"].default is False
+    assert [*inspect.signature(KVCacheManager.cache_blocks).parameters][1:3] == ["request", "num_computed_tokens"]
+    split = [*inspect.signature(Scheduler._mamba_block_aligned_split).parameters]
+    assert split[1:3] == ["request", "num_new_tokens"]
+    source = inspect.getsource(Scheduler.schedule)
+    assert source.count("if self.need_mamba_block_aligned_split:") == 2
+    assert source.count("self._preempt_request(") >= 1
+    assert "num_computed_tokens_np" in InputBatch.__annotations__
+
+
 def test_registering_twice_is_registering_once() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
@@ -71,7 +115,7 @@ def test_installed_vllm_is_inside_the_window(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_scheduler_overrides_what_vllm_has() -> None:
     own = [name for name, value in vars(D2CacheScheduler).items() if inspect.isfunction(value)]
-    private = {"_admissible", "_snapshots", "_stops"}
+    private = {"_admissible", "_later", "_snapshots", "_stops"}
     for name in set(own) - private:
         assert hasattr(AsyncScheduler, name), name
     assert "num_computed_tokens" in inspect.getsource(Scheduler._update_after_schedule)

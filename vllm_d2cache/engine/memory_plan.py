@@ -16,12 +16,13 @@ from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.decoders.registry import DECODER_CLASSES
 from vllm_d2cache.graphs.step_graphs import graph_bytes, graph_sizes
-from vllm_d2cache.mechanisms.base import RequestSize, Worker
+from vllm_d2cache.mechanisms.base import KEYS, RequestSize, Worker
 from vllm_d2cache.ops.row_stats import statistics_bytes
 from vllm_d2cache.ops.split import parts_bytes
 from vllm_d2cache.options.request import PREFIX, SECTION, RequestOptions
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.policies.base import CachePolicy
 from vllm_d2cache.policies.budget import row_budget, uses_of
 from vllm_d2cache.policies.registry import POLICY_CLASSES
 from vllm_d2cache.requests.resolve import resolve
@@ -140,16 +141,18 @@ def plan_memory(config: Any, options: ServerOptions) -> MemoryPlan:
     slots, rows, length = scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len
     graphs = graph_sizes(graph_rows(config, options), slots)
     handed_on = rows * network.hidden_size * network.itemsize
+    # Maps and the queries they are made of are for policies that look at what rows attend to.
+    looks = any(KEYS in use.needs for policy in _policies(options) for use in policy.uses)
     return MemoryPlan(
         canvases=state_bytes(slots, length),
         policies=_policy_bytes(slots, length, options, network.layers),
         requests=request_memory(options, network, length),
         graphs=graph_bytes(graphs, length, network.layers, network.hidden_size, network.itemsize),
-        queries=network.layers * rows * network.heads * (network.head_size * network.itemsize + 4),
+        queries=looks * network.layers * rows * network.heads * (network.head_size * network.itemsize + 4),
         parts=parts_bytes(network.heads, network.head_size, length) * (2 if graphs else 1),
         partial=rows * network.partial_row_bytes(),
         statistics=statistics_bytes(network.vocab_size, network.itemsize) + handed_on,
-        rollout=slots * (network.heads + 4) * length * 4,
+        rollout=looks * slots * (network.heads + 4) * length * 4,
     )
 
 
@@ -160,10 +163,15 @@ def graph_rows(config: Any, options: ServerOptions) -> int:
     return min(options.graph_rows, config.scheduler_config.max_num_batched_tokens)
 
 
+def _policies(options: ServerOptions) -> list[type[CachePolicy]]:
+    """Those that requests of this server may ask for."""
+    return [cls for cls in POLICY_CLASSES.values() if cls.keeps_blocks or not options.block_length]
+
+
 def _policy_bytes(slots: int, length: int, options: ServerOptions, layers: int) -> int:
     """State of every policy, decoder and mechanism of this server."""
     worker = Worker(slots, length, torch.device("meta"), FamilyTraits(0, num_layers=layers), options)
-    owners: list[Any] = [*POLICY_CLASSES.values(), *DECODER_CLASSES.values()]
+    owners: list[Any] = [*_policies(options), *DECODER_CLASSES.values()]
     made: list[Any] = [cls(worker) for cls in owners]
     mechanisms = {type(use): use.make(worker) for cls in owners for use in cls.uses}
     for mechanism in mechanisms.values():

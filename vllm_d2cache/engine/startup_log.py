@@ -35,7 +35,7 @@ def plan_lines(config: VllmConfig, options: ServerOptions, num_kv_blocks: int) -
         f"model: {model.model} ({', '.join(model.architectures)}), {_plain(model.dtype)}, {length} positions a request",
         f"decoding unless a request says otherwise: {_decoding(defaults)}",
         f"budget: {_budget(defaults, options)}",
-        f"batch: {slots} requests and {scheduler.max_num_batched_tokens} rows a step at most",
+        f"batch: {slots} requests and {scheduler.max_num_batched_tokens} rows a step at most{_pieces(config, options)}",
         f"KV cache: {num_kv_blocks} blocks of {block}, {positions} positions: {positions // length} requests of the "
         f"longest kind; {_mib(num_kv_blocks * block * per_position)} on each of {parallel.tensor_parallel_size} ranks",
         f"memory of running requests: {_mib(plan.requests)} for maps and stored outputs, of which one of "
@@ -48,6 +48,15 @@ def plan_lines(config: VllmConfig, options: ServerOptions, num_kv_blocks: int) -
         "scheduling: " + ("asynchronous" if scheduler.async_scheduling else "synchronous"),
         f"traces: {options.trace_dir} (they hold the prompts' token ids)" if options.trace_dir else "traces: off",
     ]
+
+
+def _pieces(config: VllmConfig, options: ServerOptions) -> str:
+    """What is done with prompts where a text is cut into blocks."""
+    if not options.block_length:
+        return ""
+    pieces = f"in pieces of {options.prefill_piece} positions" if options.prefill_piece else "at once"
+    found = "are found again" if config.cache_config.enable_prefix_caching else "are computed again (no prefix caching)"
+    return f"; prompts are computed {pieces}, equal prefixes {found}"
 
 
 def _decoding(options: RequestOptions) -> str:
