@@ -42,5 +42,7 @@ def test_all_traces_through_generate(checkpoint: str, length: int, tmp_path: Pat
         wanted, prompt = wanted_steps(trace), len(trace["prompt_ids"])
         for want, line in zip(wanted, lines[1:-1], strict=False):
             assert [[prompt + slot, token] for slot, token in line["committed"]] == want["committed"], trace["case"]
+            edited = [[position, new] for position, _, new in want.get("edited", [])]
+            assert [[prompt + slot, token] for slot, token in line.get("edited", [])] == edited, trace["case"]
         assert tokens == trace["output_ids"][: len(tokens)], trace["case"]
         assert len(tokens) == job_of(trace).max_tokens or tokens[-1] in trace["settings"]["eos_ids"]

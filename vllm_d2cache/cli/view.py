@@ -71,7 +71,8 @@ def _texts(request: RecordedRequest, tokenizer: Path | None) -> dict[int, str]:
         directory = Path(request.model)
     if directory is None:
         return {}
-    tokens = [*request.prompt, *request.given.values(), *(c.token for step in request.steps for c in step.commits)]
+    written = (c.token for step in request.steps for c in (*step.commits, *step.edited))
+    tokens = [*request.prompt, *request.given.values(), *written]
     try:
         return texts_of(tokens, token_decoder(directory))
     except ValueError as error:

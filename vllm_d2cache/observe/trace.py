@@ -84,6 +84,8 @@ class TraceRecorder:
             }
             if rows.extra[r] and result.revoked is not None:
                 line |= {"shadows": rows.extra[r], "revoked": result.revoked[r].nonzero().flatten().tolist()}
+            if result.revised is not None and (edited := result.revised[r].nonzero().flatten().tolist()):
+                line["edited"] = [[s, int(tokens[s])] for s in edited]
             self._write(slot, line)
             self._steps[slot] += 1
             if result.num_tokens[r] > 0:

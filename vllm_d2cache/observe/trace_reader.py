@@ -28,6 +28,7 @@ class Step:
     refreshed: list[int] | None  # ascending positions; None = all
     commits: list[Commit]
     revoked: list[int]  # slots committed earlier and masked again; of decoders that verify
+    edited: list[Commit]  # slots committed earlier that hold another token now; of decoders that edit
     elapsed: float | None  # seconds from the first line; None in files that do not have it
 
 
@@ -68,7 +69,7 @@ class RecordedRequest:
         for number, step in enumerate(self.steps[:done]):
             for slot in step.revoked:
                 state.pop(slot, None)
-            state |= {commit.slot: (number, commit) for commit in step.commits}
+            state |= {commit.slot: (number, commit) for commit in (*step.commits, *step.edited)}
         return state
 
     @property
@@ -139,9 +140,11 @@ def _step(record: dict[str, Any], canvas_len: int, num_positions: int) -> Step:
     commits = [Commit(int(s), int(t), c) for (s, t), c in zip(committed, confidence, strict=True)]
     refreshed = record["refreshed"]
     revoked = [int(slot) for slot in record.get("revoked") or []]
-    for name, slots in (("committed", [c.slot for c in commits]), ("revoked", revoked)):
+    edited = [Commit(int(slot), int(token), None) for slot, token in record.get("edited") or []]
+    named = (("committed", [c.slot for c in commits]), ("revoked", revoked), ("edited", [c.slot for c in edited]))
+    for name, slots in named:
         if any(not 0 <= slot < canvas_len for slot in slots):
             raise ValueError(f"{name}: a slot is not in 0..{canvas_len - 1}")
     if refreshed is not None and any(not 0 <= p < num_positions for p in refreshed):
         raise ValueError(f"refreshed: a position is not in 0..{num_positions - 1}")
-    return Step(refreshed, commits, revoked, record.get("elapsed"))
+    return Step(refreshed, commits, revoked, edited, record.get("elapsed"))

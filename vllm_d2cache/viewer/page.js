@@ -10,12 +10,13 @@ let done = S;
 // --- what was recorded ---------------------------------------------------------------------------------------------
 
 // commitsOf[slot]: the [step, token, confidence] of its commits, in order. Step -1: the request gave the token. No token:
-// a decoder took it back.
+// a decoder took it back. An edit is a commit of another token.
 const commitsOf = Array.from({ length: G }, () => []);
 for (const [slot, token] of data.given) commitsOf[slot].push([-1, token, null]);
 data.commits.forEach((commits, step) => {
   for (const slot of data.revoked[step]) commitsOf[slot].push([step, null, null]);
   for (const [slot, token, confidence] of commits) commitsOf[slot].push([step, token, confidence]);
+  for (const [slot, token] of data.edited[step]) commitsOf[slot].push([step, token, null]);
 });
 
 function commitBefore(slot, step) {
@@ -298,7 +299,8 @@ function describe(list, entries) {
 }
 
 const lengths = (lists) => sum(lists.map((list) => list.length));
-const commits = lengths(data.commits), rows = sum(data.rows), revoked = lengths(data.revoked);
+const commits = lengths(data.commits), rows = sum(data.rows);
+const revoked = lengths(data.revoked), edited = lengths(data.edited);
 $("title").textContent = data.id;
 const ends = { stop: "ended by a stop token", length: "canvas filled", abort: "aborted or ended by the front end" };
 $("subtitle").textContent = [data.model, `policy ${data.options.policy}`, ends[data.finish] ?? "no last line: still running, or cut off"]
@@ -308,6 +310,7 @@ describe($("figures"), [
   ["commits per step", S ? number(commits / S) : "–"],
   ...(data.given.length ? [["given tokens", number(data.given.length)]] : []),
   ...(revoked ? [["masked again", number(revoked)]] : []),
+  ...(edited ? [["edited", number(edited)]] : []),
   ["rows refreshed", S ? `${number(rows)} · ${number((100 * rows) / (S * T))} % of full` : "0"],
   ...(data.seconds ? [["time", `${seconds(sum(data.seconds))} · ${seconds(sum(data.seconds) / S)} a step`]] : []),
 ]);

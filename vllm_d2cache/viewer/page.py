@@ -41,6 +41,7 @@ def _data(request: RecordedRequest, texts: Mapping[int, str]) -> dict[str, Any]:
         "refreshed": [None if s.refreshed is None else ranges(s.refreshed) for s in request.steps],
         "commits": [[[c.slot, c.token, c.confidence] for c in s.commits] for s in request.steps],
         "revoked": [s.revoked for s in request.steps],
+        "edited": [[[c.slot, c.token] for c in s.edited] for s in request.steps],
         "given": list(request.given.items()),
         "rows": request.step_rows,
         "seconds": request.step_seconds,

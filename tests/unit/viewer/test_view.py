@@ -79,6 +79,8 @@ BROKEN = {
     '{"refreshed": null, "committed": [[2, 5]]}\n': "line 2: committed: a slot is not in 0..1",
     '{"request_id": "a", "prompt_token_ids": [1], "canvas_length": 2, "options": {}}\n'
     '{"refreshed": null, "committed": [], "revoked": [2]}\n': "line 2: revoked: a slot is not in 0..1",
+    '{"request_id": "a", "prompt_token_ids": [1], "canvas_length": 2, "options": {}}\n'
+    '{"refreshed": null, "committed": [], "edited": [[2, 5]]}\n': "line 2: edited: a slot is not in 0..1",
     '{"request_id": "a", "prompt_token_ids": [1], "canvas_length": 2, "options": {}, "canvas": [1]}\n': (
         "line 1: canvas: 1 slots instead of 2"
     ),
@@ -113,14 +115,14 @@ def test_usage_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def write_revoking_trace(path: Path) -> Path:
-    """Slot 1 is given; slot 0 is committed, masked again, and committed as another token."""
+    """Slot 1 is given; slot 0 is committed, masked again, and committed as another token; slot 2 is edited then."""
     head = {"request_id": "r", "prompt_token_ids": [7], "canvas_length": 3, "options": {"policy": "full"}}
     lines: list[dict[str, Any]] = [
         {**head, "canvas": [-1, 50, -1]},
         {"refreshed": None, "committed": [[0, 60]]},
         {"refreshed": [1, 3], "committed": [[2, 61]], "revoked": [0]},
-        {"refreshed": [1], "committed": [[0, 62]]},
-        {"output_token_ids": [62, 50, 61], "finish_reason": "length"},
+        {"refreshed": [1], "committed": [[0, 62]], "edited": [[2, 63]]},
+        {"output_token_ids": [62, 50, 63], "finish_reason": "length"},
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -133,7 +135,7 @@ def test_given_and_revoked_tokens(tmp_path: Path) -> None:
         {1: (-1, 50)},
         {1: (-1, 50), 0: (0, 60)},
         {1: (-1, 50), 2: (1, 61)},
-        {1: (-1, 50), 2: (1, 61), 0: (2, 62)},
+        {1: (-1, 50), 2: (2, 63), 0: (2, 62)},
     ]
 
 
@@ -259,7 +261,8 @@ def test_given_and_revoked_tokens_in_the_page(page: Page, tmp_path: Path) -> Non
     assert text(page, ".given") == "[50]"
     assert page.run("document.querySelectorAll('.fresh').length") == 1  # the legend's
     page.press("End")
-    assert page.run(shown) == ["[62]", "[50]", "[61]"]
+    assert page.run(shown) == ["[62]", "[50]", "[63]"]
+    assert "edited" in text(page, "#figures")
     assert page.problems == []
 
 
