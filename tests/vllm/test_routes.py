@@ -172,6 +172,21 @@ def test_a_completion_may_ask_for_its_prompt_alone(server: FrontEnd) -> None:
     assert (response.status_code, response.json()["choices"][0]["text"]) == (200, "a")
 
 
+@pytest.mark.parametrize("left", [1, 2, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_ends_within_a_character_does_not_come_back(server: FrontEnd, left: int, stream: bool) -> None:
+    """Token ids may be cut anywhere; a text may end in the sign for a broken character itself."""
+    ids = server.post("/tokenize", {"prompt": "ab\U0001f336"}).json()["tokens"]
+    expected = send(server, "completions", prompt="ab").json()["choices"][0]["text"]
+    assert expected
+    for prompt in (ids[:-left], "ab" + "\ufffd" * left):
+        response = send(server, "completions", prompt=prompt, stream=stream)
+        chunks = [response.json()] if not stream else [
+            json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")
+        ]  # fmt: skip
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_canvas_that_does_not_fit(server: FrontEnd, route: str) -> None:
     """Which of us says so depends on the length: beyond max_model_len it is vLLM."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_d2cache.compat import early_checks, routes, snapshot_stream
+from vllm_d2cache.compat import early_checks, prompt_ends, routes, snapshot_stream
 from vllm_d2cache.compat.internals import as_validation_error, loaded, stop_at_pad
 from vllm_d2cache.options.request import CANVAS
 from vllm_d2cache.options.server import DEFAULT_CANVAS_LENGTH
@@ -271,6 +271,7 @@ def install_request_check(architectures: frozenset[str], check: Callable[[Any, A
         request = original(self, *args, **kwargs)
         params = request.sampling_params
         if params is not None and not ours.isdisjoint(self.model_config.architectures):
+            prompt_ends.watch(getattr(self, "tokenizer", None))
             stop_at_pad(params, self.model_config.hf_config, getattr(self, "tokenizer", None))
             as_validation_error(check, request, self.vllm_config)
             as_validation_error(snapshot_stream.check_listener, params.extra_args)
