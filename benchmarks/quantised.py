@@ -40,7 +40,7 @@ def main() -> None:
     """Run every form of every checkpoint, print the table, write it and the answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--problems", type=int, default=1000)
+    parser.add_argument("--problems", type=int, default=504)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantised"))
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
