@@ -23,7 +23,7 @@ pytest := $(test_env) OMP_NUM_THREADS=1 $(bin)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-matrix unit properties engine kernels test-gpu lint docs format clients fuzz bench bench-gpu
-.PHONY: count load eval reproduce train dist clean
+.PHONY: count load eval reproduce train dist clean long
 
 help:  ## show this list
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv] [BACKEND=auto|cpu|cuda] [VLLM=0.31.0]'
@@ -50,7 +50,10 @@ properties: env  ## the long ones of these: property tests and many runs (minute
 
 engine: env  ## tests inside vLLM, and end to end in an engine and a server (many minutes)
 	$(pytest) -n auto --dist loadfile tests/vllm
-	$(pytest) tests/e2e
+	$(pytest) tests/e2e -m "not long"
+
+long: env  ## end to end tests of more than a minute, which make test leaves out: two engines behind one server
+	$(pytest) tests/e2e -m long
 
 kernels: env  ## Triton kernels against their PyTorch twins in the interpreter, and compiled for sm_80 to sm_120 (minutes)
 	TRITON_INTERPRET=1 $(pytest) -n auto tests/triton --deselect tests/triton/test_compiles_for_hopper.py

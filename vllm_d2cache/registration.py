@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from vllm_d2cache.models.config_rules import architecture_problem, family_of
 from vllm_d2cache.models.families import FAMILIES, Family
 
 
 def register_all() -> None:
     """Register all families (models/families.py) and the patches of patches/README.md."""
     from vllm_d2cache.compat import config_files, cpu_runner, front_end
-    from vllm_d2cache.models.config_rules import architecture_problem
     from vllm_d2cache.models.quantisation import of_separate_file
-    from vllm_d2cache.requests.dropped_fields import check_fields
+    from vllm_d2cache.requests.dropped_fields import check_fields, check_nested
     from vllm_d2cache.requests.fit import check_room
 
     for architecture, family in FAMILIES.items():
         _register(architecture, family)
-    config_files.install(frozenset(FAMILIES), architecture_problem, of_separate_file)
+    config_files.install(frozenset(FAMILIES), architecture_problem, of_separate_file, _judge)
     cpu_runner.install(frozenset(FAMILIES))
-    front_end.install(frozenset(FAMILIES), front_end.FieldChecks(check_fields, check_room))
+    front_end.install(frozenset(FAMILIES), front_end.FieldChecks(check_fields, check_nested, check_room))
+
+
+def _judge(content: dict[str, Any]) -> str | None:
+    """What a config.json of one of the families says that is not supported; None if there is nothing."""
+    found = family_of(content)
+    return None if found is None else "; ".join(found[1].config_class().from_dict(content).unsupported()) or None
 
 
 def _register(architecture: str, family: Family) -> None:

@@ -36,6 +36,10 @@ def test_all_traces_through_generate(checkpoint: str, length: int, tmp_path: Pat
     try:
         together = engine.run(requests)
         assert engine.tokens(requests[:1]) == [together[0][0]]
+        longest = engine.llm.llm_engine.model_config.max_model_len
+        # A last block that ends with the longest text there is, and one that ends within it.
+        edges = [{"prompt": [64] * (longest - left), "max_tokens": asked} for left, asked in ((3, 3), (2, 1), (1, 1))]
+        assert [len(tokens) for tokens in engine.tokens(edges)] == [3, 1, 1]
     finally:
         engine.close()
     for trace, (tokens, lines) in zip(traces, together, strict=True):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +136,17 @@ def test_kubernetes_starts_vllm_with_the_same_flags(compose: dict[str, Any]) -> 
     assert container["args"] == compose["services"]["replica-a"]["command"]
 
 
-def test_the_router_streams_and_passes_by_a_replica_that_is_down(server: Server, tmp_path: Path) -> None:
+@contextlib.contextmanager
+def router(name: str, replicas: tuple[str, str], tmp_path: Path) -> Iterator[str]:
+    """The URL of nginx with that configuration of examples/deploy, before two replicas (host:port)."""
     nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if nginx is None:
         pytest.skip("no nginx on this machine")
-    port, replica = free_port(), server.url.removeprefix("http://")
-    config = (EXAMPLES / "deploy" / "nginx.conf").read_text()
+    port = free_port()
+    config = (EXAMPLES / "deploy" / name).read_text()
     for old, new in {
-        "replica-a:8000": replica,
-        "replica-b:8000": f"127.0.0.1:{free_port()}",  # nobody listens there
+        "replica-a:8000": replicas[0],
+        "replica-b:8000": replicas[1],
         "listen 8000": f"listen 127.0.0.1:{port}",
         "/tmp/": f"{tmp_path}/",
     }.items():
@@ -148,13 +154,22 @@ def test_the_router_streams_and_passes_by_a_replica_that_is_down(server: Server,
         config = config.replace(old, new)
     (tmp_path / "nginx.conf").write_text(config)
     tmp_path.chmod(0o755)
-    router = subprocess.Popen([nginx, "-e", "stderr", "-c", str(tmp_path / "nginx.conf"), "-g", "daemon off;"])
+    process = subprocess.Popen([nginx, "-e", "stderr", "-c", str(tmp_path / "nginx.conf"), "-g", "daemon off;"])
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 20
         while not healthy(url):
-            assert router.poll() is None and time.monotonic() < deadline
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_the_router_streams_and_passes_by_a_replica_that_is_down(server: Server, tmp_path: Path) -> None:
+    replicas = (server.url.removeprefix("http://"), f"127.0.0.1:{free_port()}")  # nobody listens there
+    with router("nginx.conf", replicas, tmp_path) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
         model = client.models.list().data[0].id
 
@@ -168,9 +183,52 @@ def test_the_router_streams_and_passes_by_a_replica_that_is_down(server: Server,
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=fields, timeout=120) as stream:
             times = [time.monotonic() for line in stream.iter_lines() if line.startswith("data: ")]
         assert times[-1] - times[0] > 0.2, "the router held the stream back"
+
+
+@contextlib.contextmanager
+def name_server(name: str) -> Iterator[tuple[str, ThreadingHTTPServer]]:
+    """A replica that answers everything with its name."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(name)))
+            self.end_headers()
+            self.wfile.write(name.encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    replica = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=replica.serve_forever, daemon=True).start()
+    try:
+        yield f"127.0.0.1:{replica.server_port}", replica
     finally:
-        router.terminate()
-        router.wait(20)
+        replica.shutdown()
+        replica.server_close()
+
+
+def test_a_session_stays_with_its_replica(tmp_path: Path) -> None:
+    with (
+        name_server("a") as (a, _),
+        name_server("b") as (b, other),
+        router("nginx-sessions.conf", (a, b), tmp_path) as url,
+    ):
+
+        def ask(session: str | None) -> str:
+            headers = {} if session is None else {"X-Session-Id": session}
+            answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=60)
+            assert answer.status_code == 200
+            return answer.text
+
+        sessions = [f"session {i}" for i in range(24)]
+        homes = [ask(session) for session in sessions]
+        assert set(homes) == {"a", "b"}
+        assert [ask(session) for session in sessions] == homes
+        assert {ask(None) for _ in range(24)} == {"a", "b"}, "without a session all go to one"
+        other.shutdown()
+        other.server_close()
+        assert {ask(session) for session in sessions} == {"a"}, "a session is lost with its replica"
 
 
 def test_the_start_up_log_has_the_plan_and_each_changed_default(server: Server) -> None:

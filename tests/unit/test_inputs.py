@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = [line for line in (ROOT / "docs/inputs.md").read_text().splitlines() if line.startswith("| ")][1:]
+LINES = (ROOT / "docs/inputs.md").read_text().splitlines()
+# A table's heading is the line before its rule.
+ROWS = [
+    line for line, below in zip(LINES, [*LINES[1:], ""], strict=True) if line.startswith("| ") and below[:4] != "|---"
+]
 TESTS = [(file, name) for row in ROWS for file, name in re.findall(r"`(tests/[\w/]+\.py)`: `(test_\w+)`", row)]
 
 

@@ -98,6 +98,7 @@ class FrontEnd:
 @contextlib.contextmanager
 def front_end(monkeypatch: pytest.MonkeyPatch, model: str = TINY, *flags: str) -> Iterator[FrontEnd]:
     """Serve ``model`` with these flags of ``vllm serve``."""
+    import vllm.entrypoints.launchers.app  # noqa: F401  # as `vllm serve` does, before there is a configuration
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -83,6 +83,7 @@ REFUSALS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"logit_bias": {"999999": 1.0}}, "logit_bias", ("completions", "chat", "responses")),
     ({"allowed_token_ids": [MASK]}, "allowed_token_ids", ("completions", "chat")),
     ({"priority": 3}, "priority", ("completions", "chat", "responses")),
+    ({"stop_token_ids": [99999]}, "stop_token_ids", ("completions", "chat", "responses")),
     ({"stop_token_ids": list(range(200))}, "stop_token_ids", ("completions", "chat", "responses")),
     ({"structured_outputs": {"regex": "(qsecretq"}}, "regex", ("completions", "chat", "responses")),
     ({"structured_outputs": {"regex": "a[^\\s\\S]"}}, "structured_outputs", ("completions", "chat", "responses")),
@@ -90,6 +91,27 @@ REFUSALS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"structured_outputs": {"json": SCHEMA}}, "structured_outputs", ("completions", "chat", "responses")),
     ({"structured_outputs": {"regex": "a+"}, "vllm_xargs": {"d2cache_decoder": "eb"}}, "d2cache_decoder",
      ("completions", "chat", "responses")),
+    ({"min_p": 0.1}, "min_p", ("completions", "chat", "responses")),
+    ({"stream_interval": 2**70}, "stream_interval", ("completions", "chat")),
+    ({"top_k": 2**70, "temperature": 1.0}, "top_k", STREAMING),
+    ({"structured_outputs": {"regex": "a", "qsecretq": 1}}, "structured_outputs", ("completions", "chat", "responses")),
+    ({"structured_outputs": {"json": {}, "whitespace_pattern": "qsecretq"}}, "structured_outputs.whitespace_pattern",
+     ("completions", "chat", "responses")),
+    ({"structured_outputs": {"json": "qsecretq"}}, "structured_outputs", ("completions", "chat", "responses")),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs", ("completions", "chat", "responses")),
+    ({"response_format": {"type": "json_object", "schema": {"type": "object"}}}, "response_format.schema",
+     ("completions", "chat")),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}, "qsecretq": 1}}},
+     "response_format.json_schema", ("completions", "chat")),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format",
+     ("completions", "chat")),
+    ({"stream": True, "stream_options": {"qsecretq": 1}}, "stream_options.qsecretq", ("completions", "chat")),
+    ({"text": {"verbosity": "high"}}, "text.verbosity", ("responses",)),
+    ({"text": {"qsecretq": 1}}, "text.qsecretq", ("responses",)),
+    ({"reasoning": {"summary": "auto"}}, "reasoning.summary", ("responses",)),
+    ({"top_logprobs": 5}, "top_logprobs", ("responses",)),
+    ({"output_config": {"qsecretq": 1}}, "output_config.qsecretq", ("messages",)),
+    ({"vllm_xargs": {"d2cache_window": 2**70}}, "vllm_xargs", STREAMING),
     ({"suffix": "qsecretq"}, "suffix", ("completions",)),
     ({"use_beam_search": True}, "use_beam_search", ("chat",)),
     ({"top_k": -5}, "top_k", STREAMING),
@@ -108,6 +130,63 @@ def test_refused_before_a_stream_begins(
 ) -> None:
     refused(server, route, name, **{"stream": stream, **fields})
     assert "qsecretq" not in server.log
+
+
+# A field of a wrong type, or one that is empty, and the routes whose vLLM checks break on it or do not name it.
+WRONG: list[tuple[str, Any, tuple[str, ...]]] = [
+    *(("structured_outputs", value, ("completions", "chat")) for value in ("x", 0, 1.5, True, [], [1], {})),
+    *(("messages", value, ("chat",)) for value in (None, 5, False)),
+    ("messages", [], ("chat", "messages")),
+    ("messages", [{"role": "user", "content": [1]}], ("chat",)),
+    ("input", [], ("responses",)),
+    *(("tools", value, ("responses",)) for value in (-1, 1.5, True)),
+    *(("prompt", value, ("completions",)) for value in ([9999], [[]], [""], [])),
+    ("max_completion_tokens", -1, ("chat",)),
+    ("truncate_prompt_tokens", 0, ("completions", "chat")),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("field", "value", "route"), [(f, v, route) for f, v, routes in WRONG for route in routes], ids=str
+)
+def test_a_field_of_a_wrong_type_is_named(server: FrontEnd, field: str, value: Any, route: str, stream: bool) -> None:
+    """vLLM answers some of these with HTTP 500, and others with Python's words for what went wrong."""
+    message = refused(server, route, field.partition("_prompt_")[0], stream=stream, **{field: value})
+    assert "has no attribute" not in message and "NoneType' object" not in message
+
+
+@pytest.mark.parametrize("length", [0, -1])
+@pytest.mark.parametrize("route", ["completions", "chat", "responses", "batch"])
+def test_an_empty_canvas_is_refused_by_the_routes_own_name(server: FrontEnd, route: str, length: int) -> None:
+    assert refused(server, route, ROUTES[route][2], length=length)
+
+
+def test_null_is_the_default(server: FrontEnd) -> None:
+    """The answers of /v1/responses repeat these fields and had no word for null."""
+    for field in ("background", "truncation"):
+        for stream in (False, True):
+            answered(server, "responses", stream=stream, **{field: None})
+
+
+def test_a_completion_may_ask_for_its_prompt_alone(server: FrontEnd) -> None:
+    response = send(server, "completions", length=0, echo=True)
+    assert (response.status_code, response.json()["choices"][0]["text"]) == (200, "a")
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_ends_within_a_character_does_not_come_back(server: FrontEnd, left: int, stream: bool) -> None:
+    """Token ids may be cut anywhere; a text may end in the sign for a broken character itself."""
+    ids = server.post("/tokenize", {"prompt": "ab\U0001f336"}).json()["tokens"]
+    expected = send(server, "completions", prompt="ab").json()["choices"][0]["text"]
+    assert expected
+    for prompt in (ids[:-left], "ab" + "\ufffd" * left):
+        response = send(server, "completions", prompt=prompt, stream=stream)
+        chunks = [response.json()] if not stream else [
+            json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")
+        ]  # fmt: skip
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -13,11 +13,14 @@ Problem = Callable[[object, object], str | None]
 Quantised = Callable[[Callable[[str], dict[str, Any]]], dict[str, Any] | None]
 
 
-def install(ours: frozenset[str], problem: Problem, quantised: Quantised) -> None:
+def install(
+    ours: frozenset[str], problem: Problem, quantised: Quantised, judge: Callable[[dict[str, Any]], str | None]
+) -> None:
     """Wrap ``HFConfigParser.parse``; idempotent. Called in every process.
 
     Args:
         ours: the architectures of this package.
+        judge: what in the content of a config.json of ours is not supported, or None.
         quantised: given what reads a JSON file of the checkpoint by its name, the quantization_config that another file
             than config.json stands for, or None.
         problem: why a checkpoint with these ``architectures`` and this ``model_type`` is none of ours, or None.
@@ -36,7 +39,10 @@ def install(ours: frozenset[str], problem: Problem, quantised: Quantised) -> Non
         try:
             content, config = original(self, model, *args, **kwargs)
         except Exception:
-            reason = _whose(model, kwargs.get("revision"), ours, problem)
+            content = _content(model, kwargs.get("revision"))
+            reason = _whose(content, ours, problem)
+            if reason is None and _named(content) & ours:
+                reason = judge(content)  # what transformers stumbles over may have a name
             if reason is None:
                 raise
         else:
@@ -58,14 +64,18 @@ def install(ours: frozenset[str], problem: Problem, quantised: Quantised) -> Non
     HFConfigParser.parse = parse
 
 
-def _whose(model: Any, revision: str | None, ours: frozenset[str], problem: Problem) -> str | None:
+def _content(model: Any, revision: str | None) -> dict[str, Any]:
+    """config.json; empty where it cannot be read: then the reader's own error says more."""
+    try:
+        return model_file(str(model), "config.json", revision)
+    except Exception:
+        return {}
+
+
+def _whose(content: dict[str, Any], ours: frozenset[str], problem: Problem) -> str | None:
     """Why a config.json that could not be read is nobody's; None if it may be somebody's."""
     from vllm import ModelRegistry
 
-    try:
-        content = model_file(str(model), "config.json", revision)
-    except Exception:  # then the reader's own error says more
-        return None
     names = _named(content)
     if not names or names & (set(ModelRegistry.get_supported_archs()) - ours):
         return None

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_d2cache.compat import early_checks, routes, snapshot_stream
+from vllm_d2cache.compat import early_checks, prompt_ends, routes, snapshot_stream
 from vllm_d2cache.compat.internals import as_validation_error, loaded, stop_at_pad
 from vllm_d2cache.options.request import CANVAS
 from vllm_d2cache.options.server import DEFAULT_CANVAS_LENGTH
@@ -66,11 +66,13 @@ class FieldChecks:
 
     Attributes:
         fields: of the fields that the request sets, the defaults of those without effect, and fields that are none.
+        nested: of the name of an object in it, what it has, and the keys that vLLM knows.
         room: of the name of a field, the canvas length that it asks for, the positions left for it, whether the length
             is the default, and the operator's cap or None.
     """
 
     fields: Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], None]
+    nested: Callable[[str, dict[str, Any], Set[str]], None]
     room: Callable[[str, int, int, bool, int | None], None]
 
 
@@ -159,6 +161,9 @@ def _canvas_length(
     if asked is None and isinstance(given, list):
         return max(1, len(given))  # whether it fits is asked where it is checked
     field, length = asked or (names[-1], defaults["max_tokens"])
+    # A completion with echo may ask for its prompt alone.
+    if length < 1 and not (length == 0 and getattr(request, "echo", False) and names == ("max_tokens",)):
+        as_validation_error(_refuse_short, field, length)
     as_validation_error(checks.room, field, length, room, asked is None, defaults.cap)
     return int(length)
 
@@ -171,6 +176,10 @@ def _without_echoed_logprobs(request: Any, params: Any) -> Any:
         as_validation_error(_refuse_echo)
     params.prompt_logprobs = None
     return params
+
+
+def _refuse_short(field: str, length: int) -> None:
+    raise OptionError(f"{field}: a canvas has at least 1 position, got {length}")
 
 
 def _refuse_echo() -> None:
@@ -220,8 +229,24 @@ def _check_fields(request: Any, checks: FieldChecks) -> None:
     defaults = {n: None if fields[n].default is True else fields[n].default for n in WITHOUT_EFFECT if n in fields}
     said = {name: value for name, value in vars(request).items() if name in request.model_fields_set}
     as_validation_error(checks.fields, said, defaults, request.model_extra or {})
+    for name, part in _parts(request):
+        as_validation_error(
+            checks.nested, name, {**dict(part), **(part.model_extra or {})}, type(part).model_fields.keys()
+        )
     if request.stream and type(request).__name__ != "ResponsesRequest":
         snapshot_stream.expect_stream()
+
+
+def _parts(request: Any) -> Iterator[tuple[str, Any]]:
+    """Objects in a request that keep keys which nobody reads."""
+    for name in ("response_format", "stream_options", "text", "reasoning"):
+        part = getattr(request, name, None)
+        if part is not None and hasattr(part, "model_extra"):
+            yield name, part
+            inner = {"response_format": "json_schema", "text": "format"}.get(name, "")
+            deeper = getattr(part, inner, None)
+            if hasattr(deeper, "model_extra"):
+                yield f"{name}.{inner}", deeper
 
 
 def install_request_check(architectures: frozenset[str], check: Callable[[Any, Any], None]) -> None:
@@ -246,6 +271,7 @@ def install_request_check(architectures: frozenset[str], check: Callable[[Any, A
         request = original(self, *args, **kwargs)
         params = request.sampling_params
         if params is not None and not ours.isdisjoint(self.model_config.architectures):
+            prompt_ends.watch(getattr(self, "tokenizer", None))
             stop_at_pad(params, self.model_config.hf_config, getattr(self, "tokenizer", None))
             as_validation_error(check, request, self.vllm_config)
             as_validation_error(snapshot_stream.check_listener, params.extra_args)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 from vllm_d2cache.compat.internals import as_validation_error, loaded
 from vllm_d2cache.requests.bodies import check_body
+from vllm_d2cache.requests.naming import field_of
 
 _MARK = "_vllm_d2cache"
 # Class that answers a route -> its method, and the route. Subclasses convert requests of other protocols, which have
@@ -45,15 +47,56 @@ def _checked(cls: Any, original: Any, route: str, only_for: type) -> Any:
             return await original(self, request, raw_request)
         try:
             if raw_request is not None:
-                as_validation_error(check_body, route, await raw_request.body(), _fields(request))
-            return await original(self, request, raw_request)
+                as_validation_error(check_body, route, await raw_request.body(), _fields(request), _nested())
+            _null_is_default(request)
+            return _named(await original(self, request, raw_request), request)
         except Exception as error:
-            if route != "messages":
+            named = _with_field(error, request)
+            if route == "messages":
+                return _refusal(named)
+            if named is error:
                 raise
-            return _refusal(error)
+            raise named from error
 
     setattr(create, _MARK, True)
     return create
+
+
+def _nested() -> dict[str, set[str]]:
+    """Keys of objects whose class keeps no others."""
+    from vllm.entrypoints.anthropic.protocol import AnthropicOutputConfig
+    from vllm.sampling_params import StructuredOutputsParams
+
+    grammar = {field.name for field in dataclasses.fields(StructuredOutputsParams) if not field.name.startswith("_")}
+    return {"structured_outputs": grammar, "output_config": set(AnthropicOutputConfig.model_fields)}
+
+
+def _null_is_default(request: Any) -> None:
+    """Answers to /v1/responses repeat the request, and cannot repeat null where it says nothing."""
+    for name in ("background", "truncation"):
+        if name in request.model_fields_set and getattr(request, name, ...) is None:
+            setattr(request, name, type(request).model_fields[name].default)
+
+
+def _named(answer: Any, request: Any) -> Any:
+    """An answer; an error names the field that it is about."""
+    error = getattr(answer, "error", None)
+    if error is not None and isinstance(getattr(error, "message", None), str):
+        field = field_of(error.message, request.model_fields_set)
+        if field is not None:
+            error.message, error.param = f"{field}: {error.message}", field
+    return answer
+
+
+def _with_field(error: Exception, request: Any) -> Exception:
+    """The same refusal, naming the field that it is about; any other error as it is."""
+    from vllm.exceptions import VLLMClientError, VLLMValidationError
+
+    if not isinstance(error, ValueError | TypeError | VLLMClientError):
+        return error
+    message = str(error.args[0] if isinstance(error, VLLMValidationError) else error)
+    field = field_of(message, request.model_fields_set)
+    return error if field is None else VLLMValidationError(f"{field}: {message}", parameter=field)
 
 
 def _fields(request: Any) -> set[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from vllm_d2cache.compat import cpu_runner, front_end
+from vllm_d2cache.compat import broken_bodies, cpu_runner, front_end
 from vllm_d2cache.compat.internals import model_file, unsupported_version
 from vllm_d2cache.decoders.frequencies import load_frequencies
 from vllm_d2cache.engine.changes import log_change
@@ -18,7 +18,7 @@ from vllm_d2cache.engine.prefill import configure_pieces
 from vllm_d2cache.engine.refusals import check_request
 from vllm_d2cache.options.request import SECTION
 from vllm_d2cache.options.server import ServerOptions
-from vllm_d2cache.requests.dropped_fields import check_fields
+from vllm_d2cache.requests.dropped_fields import check_fields, check_nested
 from vllm_d2cache.requests.fit import check_room
 from vllm_d2cache.requests.generation_defaults import default_problems, read_generation_defaults
 from vllm_d2cache.requests.resolve import parse_server_options
@@ -66,8 +66,9 @@ class DiffusionConfigHook:
             model_config.max_model_len = DEFAULT_MAX_MODEL_LEN
         ours = frozenset(model_config.architectures)
         _whole_blocks(model_config)
+        broken_bodies.install(ours)
         front_end.install_request_check(ours, check_request)
-        front_end.install_beam_search_check(ours, front_end.FieldChecks(check_fields, check_room))
+        front_end.install_beam_search_check(ours, front_end.FieldChecks(check_fields, check_nested, check_room))
         processors = list(model_config.logits_processors or [])
         if REQUEST_CHECK not in processors:
             model_config.logits_processors = [*processors, REQUEST_CHECK]

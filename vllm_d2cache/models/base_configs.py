@@ -41,7 +41,12 @@ class DiffusionLMConfig(PretrainedConfig):
     mask_token_id: Any  # None where config.json has none; refused by unsupported
 
     def __init__(self, **kwargs: Any) -> None:
-        self.spelled_twice = config_rules.spelled_twice(kwargs, self.attribute_map)
+        self.misspelled = [
+            *config_rules.spelled_twice(kwargs, self.attribute_map),
+            *config_rules.null_problems(kwargs),
+        ]
+        if kwargs.get("quantization_config") is None and kwargs.get("compression_config") is not None:
+            kwargs["quantization_config"] = kwargs.pop("compression_config")  # its older name, which vLLM reads too
         # Keys that would replace what this class is made of, or that transformers would act on.
         fields = {field.name for field in dataclasses.fields(PretrainedConfig)}
         own = {key for key in kwargs if hasattr(type(self), key) and key not in {*fields, "name_or_path"}}
@@ -135,7 +140,7 @@ class DiffusionLMConfig(PretrainedConfig):
         problem = self.quantisation_problem(quantisation.method_of(values.get("quantization_config")))
         reasons = [
             *([problem] if problem else []),
-            *self.spelled_twice,
+            *self.misspelled,
             *config_rules.asked_problems(self.asked, rope.KINDS if self.scales_rope else ()),
             *config_rules.type_problems(values),
             *config_rules.absent_problems(values, () if self.null_is_absent else self.defaults),
@@ -153,6 +158,7 @@ class DiffusionLMConfig(PretrainedConfig):
         return [
             *config_rules.token_problems(values, shape.vocab_size),
             *config_rules.shape_problems(shape),
+            *config_rules.size_problems(values, shape),
             *self.disagreements(),
         ]
 

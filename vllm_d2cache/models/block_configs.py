@@ -104,7 +104,7 @@ class SDARConfig(BlockDiffusionConfig):
 
     def disagreements(self) -> list[str]:
         """Published files do not say their block length; the name of the checkpoint does."""
-        named = re.search(r"-b(\d+)/?$", self.name_or_path or "")
+        named = re.search(r"-b(\d+)/?$", str(self.name_or_path))
         ours = self.traits().block_length
         problems = super().disagreements()
         if named and int(named[1]) != ours and not self._given_block_lengths():
@@ -193,6 +193,7 @@ class LLaDA2Config(BlockDiffusionConfig):
         "use_qkv_bias": (False,),
         "use_qk_norm": (True, None),
         "use_rmsnorm": (True,),
+        "norm_topk_prob": (True, None),
         "norm_head": (False,),
         "norm_softmax": (False,),
         "score_function": ("sigmoid",),

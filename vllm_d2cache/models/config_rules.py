@@ -23,6 +23,12 @@ _COUNTS = frozenset({
     "max_sequence_length", "max_position_embeddings", "n_group", "topk_group", "rotary_dim", "block_size", "bd_size",
     "block_length",
 })  # fmt: skip
+# Other words for the longest text: vLLM looks for them in any family's file and takes the smallest.
+_LENGTHS = frozenset({
+    "max_seq_len", "max_seq_length", "max_target_positions", "model_max_length", "n_positions", "seq_len", "seq_length",
+})  # fmt: skip
+# Words for the number of experts: vLLM takes the first that is there.
+_EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
 # The same of at least zero.
 _MAYBE_NONE = frozenset({"num_shared_experts", "first_k_dense_replace"})
 # Longer positions are not exact in fp32, in which angles are computed.
@@ -32,24 +38,27 @@ TOKENS = ("mask_token_id", "eos_token_id", "pad_token_id")
 # Keys that vLLM itself reads for any family, and what they must be for it to compute what the model class does.
 _FOR_ALL: dict[str, tuple[Any, ...]] = {
     "attention_chunk_size": (None,),
+    "dual_chunk_attention_config": (None,),
+    "hidden_act": ("silu", "swish", None),
+    "is_causal": (False, None),
     "partial_rotary_factor": (None, 1),
     "sliding_window": (None,),
 }
 # Keys that are judged here, not by transformers, whose own checks come first and break on some values.
 JUDGED = frozenset(
-    {*_COUNTS, *_MAYBE_NONE, *_FLAGS, *TOKENS, "rms_norm_eps", "rope_theta", "layer_types", "bos_token_id"}
+    {*_COUNTS, *_LENGTHS, *_MAYBE_NONE, *_FLAGS, *TOKENS, "rms_norm_eps", "rope_theta", "layer_types", "bos_token_id"}
 )
 # Keys of config.json that transformers would act on while it reads the file, or that vLLM must not see as they are.
 ACTED_ON = frozenset({
-    "architectures", "dtype", "is_encoder_decoder", "per_layer_config", "rope_parameters", "rope_scaling",
-    "scaled_rope", "torch_dtype",
+    "architectures", "audio_config", "dtype", "is_encoder_decoder", "per_layer_config", "rope_parameters",
+    "rope_scaling", "scaled_rope", "text_config", "torch_dtype", "vision_config",
 })  # fmt: skip
 # Keys that say nothing of the network: of classifiers, and switches of transformers' own implementation.
 IGNORED = frozenset({
     "attn_implementation", "chunk_size_feed_forward", "experts_implementation", "id2label", "label2id", "model_type",
     "num_labels", "output_attentions", "output_hidden_states", "problem_type", "return_dict", "transformers_version",
     "use_return_dict",
-    "asked", "spelled_twice",  # of a configuration that was written out by this package
+    "asked", "misspelled",  # of a configuration that was written out by this package
 })  # fmt: skip
 _ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
@@ -149,6 +158,8 @@ def absent_problems(values: Mapping[str, Any], needed: Iterable[str]) -> Iterato
 
 def _valid(key: str) -> tuple[Callable[[Any], bool], str] | None:
     """Whether a value will do for a key, and the valid ones in words; None for keys without a rule of types."""
+    if key in _LENGTHS:  # transformers writes 10**30 for no limit
+        return lambda v: _is_number(v) and v >= 1, "a number of at least 1"
     if key in _COUNTS or key in _MAYBE_NONE:
         least, most = int(key in _COUNTS), _MOST.get(key, 2**31 - 1)
         return lambda v: _is_whole(v) and least <= v <= most, f"a whole number from {least} to {most}"
@@ -162,6 +173,8 @@ def _valid(key: str) -> tuple[Callable[[Any], bool], str] | None:
         return lambda v: isinstance(v, bool), "true or false"
     if key == "quantization_config":
         return lambda v: isinstance(v, Mapping), "an object"
+    if key == "auto_map":  # its code is not run, but transformers looks into it
+        return lambda v: isinstance(v, Mapping | list | str), "an object, or be left out"
     return None
 
 
@@ -210,6 +223,17 @@ def shape_problems(shape: TransformerShape) -> Iterator[str]:
         yield f"{mixture.per_token} experts a token of {mixture.num_experts}"
 
 
+def size_problems(values: Mapping[str, Any], shape: TransformerShape) -> Iterator[str]:
+    """Sizes that vLLM reads from any family's file, and that follow from others: they must be what is computed."""
+    experts = 0 if shape.mixture is None else shape.mixture.num_experts
+    computed = {**dict.fromkeys(_EXPERTS, experts), "head_dim": shape.head_size}
+    if shape.rotary_dim is None:
+        computed["rotary_dim"] = shape.head_size
+    for key, value in computed.items():
+        if values.get(key) is not None and values[key] != value:
+            yield f"{key}={values[key]!r} (supported: {value})"
+
+
 def read_rope(entry: object) -> tuple[dict[str, Any], object]:
     """What ``rope_parameters`` or ``rope_scaling`` say that is computed, and what they say besides.
 
@@ -244,6 +268,11 @@ def mask_contradiction(tokenizer_config: Mapping[str, Any], mask_token_id: int) 
         f"mask_token_id={mask_token_id}, but tokenizer_config.json's mask_token {text!r} has the id {', '.join(ids)} "
         f"(--hf-overrides '{{\"mask_token_id\": {ids[0]}}}' if that is right)"
     )
+
+
+def null_problems(given: Mapping[str, Any]) -> list[str]:
+    """Keys that may be absent, but not null: what reads them breaks."""
+    return ["auto_map=None (must be an object, or be left out)"] if given.get("auto_map", {}) is None else []
 
 
 def spelled_twice(given: Mapping[str, Any], other_names: Mapping[str, str]) -> list[str]:

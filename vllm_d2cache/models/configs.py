@@ -9,6 +9,9 @@ from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.models.base_configs import DiffusionLMConfig, HubConfig
 from vllm_d2cache.models.shape import Mixture, TransformerShape
 
+# How files of block-diffusion models name the length of a block: here a row sees all of its text.
+_NO_BLOCKS: dict[str, tuple[Any, ...]] = {"block_size": (None,), "bd_size": (None,), "block_length": (None,)}
+
 
 class LLaDAConfig(DiffusionLMConfig):
     """LLaDA's config.json (docs/methods/d2cache.md, section 9) under the names vLLM looks for."""
@@ -37,6 +40,7 @@ class LLaDAConfig(DiffusionLMConfig):
         "weight_tying": False,
     }
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **_NO_BLOCKS,
         "activation_type": ("silu",),
         "block_type": ("llama",),
         "layer_norm_type": ("rms",),
@@ -117,6 +121,7 @@ class LLaDAMoEConfig(HubConfig):
         "tie_word_embeddings": False,
     }
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **_NO_BLOCKS,
         "hidden_act": ("silu",),
         "attention_bias": (False,),
         "qk_layernorm": (True,),
@@ -173,6 +178,7 @@ class DreamConfig(HubConfig):
         "tie_word_embeddings": False,
     }
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **_NO_BLOCKS,
         "hidden_act": ("silu",),
         "use_sliding_window": (False,),
         "use_mrope": (False,),

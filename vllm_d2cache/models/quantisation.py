@@ -42,10 +42,11 @@ def problem(method: object, settings: object) -> str | None:
     """
     if method is None:
         return None
+    where = "" if settings is None else "quantization_config: "
     if method not in METHODS:
-        return f"weights quantised by {method} (supported: {', '.join(METHODS)})"
+        return f"{where}weights quantised by {method} (supported: {', '.join(METHODS)})"
     if method == "compressed-tensors" and not list(_weights(settings)):
-        return f"weights quantised by {method}, whose quantization_config.config_groups names no weights"
+        return f"{where}weights quantised by {method}, whose config_groups names no weights"
     return None
 
 

@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from vllm_d2cache.options.request import REPORT, SNAPSHOTS
 from vllm_d2cache.options.types import OptionError
-from vllm_d2cache.requests.dropped_fields import refuse_unknown
+from vllm_d2cache.requests.dropped_fields import check_nested, refuse_unknown
 
-# A JSON escape of half a character: most bodies have none, and need not be read a second time.
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# A JSON escape of half a character, or an object that vLLM reads in part: most bodies have none, and need not be read a
+# second time.
+_LOOKED_AT = re.compile(rb'\\u[dD][89a-fA-F]|"structured_outputs"')
 
 
-def check_body(route: str, body: bytes, fields: set[str]) -> None:
+def check_body(route: str, body: bytes, fields: set[str], nested: Mapping[str, Set[str]]) -> None:
     """Refuse what a route would drop, or fail on.
 
     Args:
         route: ``completions``, ``chat``, ``batch``, ``responses`` or ``messages``.
         body: JSON, an object.
         fields: those that the route's class has; fields of other routes' classes are asked for elsewhere.
+        nested: objects of which vLLM's class keeps no other keys than these.
 
     Raises:
         OptionError: naming the first such field.
     """
-    if route not in ("batch", "messages") and not _SURROGATE.search(body):
+    if route not in ("batch", "messages") and not _LOOKED_AT.search(body):
         return
     content = json.loads(body)
     for field, value in content.items():
         if any(_is_broken(text) for text in _texts({field: value})):
             name = field.encode("ascii", "backslashreplace").decode()
             raise OptionError(f"{name}: has half of a surrogate pair, which is no character; send whole ones")
+    for name, keys in nested.items():
+        if isinstance(content.get(name), dict):
+            check_nested(name, content[name], keys)
     if route == "messages":
         refuse_unknown({name: value for name, value in content.items() if name not in fields})
     if route == "batch":

@@ -55,8 +55,10 @@ def check_sampling_params(params: Any, streams: bool) -> None:
             f"stop_token_ids: at most {_MOST_STOP_TOKENS} (every committed token is compared with each), "
             f"got {len(params.stop_token_ids)}"
         )
-    if params.seed is not None and not -(2**63) <= params.seed < 2**63:
-        raise ValueError(f"seed: must be an integer of 64 bits, got {params.seed}")
+    for field in type(params).__struct_fields__:  # they cross to another process
+        value = getattr(params, field)
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{field}: must be an integer of 64 bits, got {value}")
     # Whether the options go together depends on the server's as well: engine/refusals.py asks that.
     asked = Asked.of(params)
     if asked.constrained:

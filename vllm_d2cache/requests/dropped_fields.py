@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from vllm_d2cache.options.request import REPORT, SNAPSHOTS
@@ -34,6 +34,18 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
     "verbosity": ("medium",),
 }
+# Objects of which vLLM drops some keys: name -> keys that it knows and drops, and values of those that ask for nothing.
+NESTED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "output_config": {},
+    "reasoning": {"generate_summary": (), "summary": ()},
+    "response_format": {},
+    "response_format.json_schema": {},
+    "stream_options": {"include_obfuscation": (False,)},
+    "structured_outputs": {"disable_additional_properties": (False,), "whitespace_pattern": ()},
+    "text": {"verbosity": ("medium",)},
+    "text.format": {},
+}
+_LOGPROBS = "message.output_text.logprobs"  # how /v1/responses is asked for log-probabilities
 # Of these an empty object is a wish.
 _ASKED_FOR_BY_EMPTY = frozenset({"web_search_options"})
 
@@ -49,6 +61,23 @@ def refuse_unknown(unknown: Mapping[str, Any]) -> None:
         empty = value in (None, False, "") or (value in ([], {}) and field not in _ASKED_FOR_BY_EMPTY)
         if not empty and value not in _NEUTRAL.get(field, ()):
             raise OptionError(f"{field}: no such field; plugin options go into vllm_xargs")
+
+
+def check_nested(name: str, content: Mapping[str, Any], known: Set[str]) -> None:
+    """Refuse keys of an object in a request that are dropped, but for values that ask for nothing.
+
+    Args:
+        name: the object's own, one of :data:`NESTED`.
+        content: all that it has.
+        known: names that vLLM's class has for its keys.
+
+    Raises:
+        OptionError: naming the first such key.
+    """
+    for key in sorted(content):
+        dropped = key not in known or key in NESTED[name]
+        if dropped and content[key] is not None and content[key] not in NESTED[name].get(key, ()):
+            raise OptionError(f"{name}.{key}: has no effect here; leave it out")
 
 
 def check_fields(values: Mapping[str, Any], defaults: Mapping[str, Any], unknown: Mapping[str, Any]) -> None:
@@ -67,6 +96,10 @@ def check_fields(values: Mapping[str, Any], defaults: Mapping[str, Any], unknown
         # False is the wish to be without, also where the default is None.
         if value is not None and value is not False and value != defaults[field]:
             raise OptionError(f"{field}: has no effect here ({reason}), got {value!r}; leave it out")
+    if values.get("min_p"):  # vLLM forgets it at temperature 0
+        raise OptionError(f"min_p: not supported for diffusion language models, got {values['min_p']!r}; leave it out")
+    if values.get("top_logprobs") and not values.get("logprobs") and _LOGPROBS not in (values.get("include") or ()):
+        raise OptionError(f"top_logprobs: has no effect without logprobs, or include [{_LOGPROBS!r}]; leave it out (0)")
     refuse_unknown(unknown)
     xargs = values.get("vllm_xargs") or {}
     prompt = values.get("prompt")

@@ -58,7 +58,7 @@ def test_what_was_never_tried_is_let_through_and_said(settings: Any, said: str) 
 @pytest.mark.parametrize("settings", REFUSED, ids=str)
 def test_what_nobody_supports_is_refused_by_name(settings: Any) -> None:
     text = problem(method_of(settings), settings)
-    assert text is not None and text.startswith(f"weights quantised by {method_of(settings)}")
+    assert text is not None and text.startswith(f"quantization_config: weights quantised by {method_of(settings)}")
 
 
 def test_a_method_that_the_operator_names_counts() -> None:
