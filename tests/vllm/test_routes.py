@@ -222,10 +222,10 @@ def test_the_default_canvas_is_refused_where_it_does_not_fit(server: FrontEnd, r
 
 def test_a_prompt_that_leaves_no_room(server: FrontEnd) -> None:
     for length in (None, 1):
-        message = refused(
-            server, "completions", "the prompt leaves no room", length=length, **long_prompt("completions", 0)
-        )
-        assert "shorten it by at least 1 tokens" in message
+        message = refused(server, "completions", "prompt", length=length, **long_prompt("completions", 0))
+        ours = "the prompt leaves no room for a canvas; shorten it by at least 1 tokens" in message
+        # vLLM 0.31 asks first where the request names a length.
+        assert ours or (length == 1 and "maximum context length" in message), message
         assert "1 to 0" not in message
 
 
