@@ -65,9 +65,11 @@ def configured(architecture: str, **settings: Any) -> VllmConfig:
 @pytest.mark.parametrize("architecture", DIRECTORIES)
 def test_a_family_brings_its_own_defaults_and_the_operator_wins(architecture: str) -> None:
     defaults = DEFAULTS[architecture]
-    assert configured(architecture).additional_config["d2cache"] == defaults
+    plain = configured(architecture)
+    piece = {"prefill_piece": plain.scheduler_config.max_num_batched_tokens // 4}
+    assert plain.additional_config["d2cache"] == {**defaults, **piece}
     own = configured(architecture, additional_config={"d2cache": {"threshold": 0.5}}).additional_config["d2cache"]
-    assert own == {**defaults, "threshold": 0.5}
+    assert own == {**defaults, **piece, "threshold": 0.5}
     options = resolve(parse_server_options(own), {})
     assert (options.policy, options.threshold, options.sigma) == ("block", 0.5, 0.0)
     assert options.block == defaults["block_length"]
