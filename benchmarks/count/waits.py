@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from vllm_d2cache.policies.registry import POLICY_CLASSES
 from vllm_d2cache.requests.resolve import resolve
 from vllm_d2cache.step.pages import Pages
 from vllm_d2cache.step.runner import StepRunner
+from vllm_d2cache.step.step import Step
 
 # At 64 requests their predicted rows are more than a tile of statistics.
 PROMPT, CANVAS, PAGE, MASK = 20, 24, 16, 5
@@ -110,40 +111,49 @@ def _policy_for(decoder: str) -> str:
 
 
 class Batch:
-    """Requests on the pretended device."""
+    """Requests on a device, the pretended one unless another is named; ``texts`` are prompt and canvas, in turn."""
 
-    def __init__(self, setting: Setting, n: int) -> None:
-        self.setting, self.n = setting, n
+    def __init__(
+        self,
+        setting: Setting,
+        n: int,
+        device: torch.device = CUDA,
+        texts: Sequence[tuple[int, int]] = ((PROMPT, CANVAS),),
+        max_len: int = PROMPT + CANVAS,
+    ) -> None:
+        self.setting, self.n, self.texts = setting, n, texts
         traits = FamilyTraits(MASK, num_layers=LAYERS)
-        self.runner = StepRunner(Worker(n, PROMPT + CANVAS, CUDA, traits, _server()))
-        blocks = -(-(PROMPT + CANVAS) // PAGE)
-        self.table = 1 + torch.arange(n * blocks, dtype=torch.int32, device=CUDA).view(n, blocks)
-        self.network = Network(1 + n * blocks, PAGE, PROMPT + CANVAS, CUDA)
-        self.slots, self.host = torch.arange(n, device=CUDA), list(range(n))
+        self.runner = StepRunner(Worker(n, max_len, device, traits, _server()))
+        blocks = -(-max_len // PAGE)
+        self.table = 1 + torch.arange(n * blocks, dtype=torch.int32, device=device).view(n, blocks)
+        self.network = Network(1 + n * blocks, PAGE, max_len, device)
+        self.slots, self.host = torch.arange(n, device=device), list(range(n))
         for slot in self.host:
             self.add(slot)
 
     def add(self, slot: int) -> None:
         """Admit a request."""
-        setting = self.setting
+        setting, (prompt, canvas) = self.setting, self.texts[slot % len(self.texts)]
         sampling = setting.sampling[slot % len(setting.sampling)]
         chosen = resolve(_server(), setting.options[slot % len(setting.options)], ordered=setting.grammar)
-        rows = row_budget(chosen, PROMPT, CANVAS, None)
-        given = tuple(9 if i % 5 == 1 else -1 for i in range(CANVAS)) if setting.given else ()
-        request = Request(f"r{slot}", PROMPT, CANVAS, chosen, sampling, rows, given)
+        rows = row_budget(chosen, prompt, canvas, None)
+        given = tuple(9 if i % 5 == 1 else -1 for i in range(canvas)) if setting.given else ()
+        request = Request(f"r{slot}", prompt, canvas, chosen, sampling, rows, given)
         if setting.grammar:
             words = torch.zeros(1, VOCAB // 32, dtype=torch.int32)
             request.grammar = GrammarState(Anything(), words, np.array([1 << MASK], dtype=np.int32), (8,))
-        self.runner.add(slot, request, np.arange(PROMPT) % 7 + 9)
+        self.runner.add(slot, request, np.arange(prompt) % 7 + 9)
 
     def step(self, padded: bool = False) -> None:
         """From the plans of the last step to those of the next."""
         step = self.runner.open(self.slots, self.host, padded)
         self.runner.place(step, Pages(self.table, PAGE))
+        self.runner.close(step, self.layers(step)[step.rows.logits_rows], self.network.logits)
+
+    def layers(self, step: Step) -> torch.Tensor:
+        """[N, d] final hidden states of a step that has been placed."""
         assert step.layout is not None
-        rows = step.rows
-        hidden = self.network.hidden(rows.input_ids, rows.positions, step.layout, step.hooks)
-        self.runner.close(step, hidden[rows.logits_rows], self.network.logits)
+        return self.network.hidden(step.rows.input_ids, step.rows.positions, step.layout, step.hooks)
 
 
 def _asked(asked: Asked, work: Callable[[], None]) -> dict[str, Any]:

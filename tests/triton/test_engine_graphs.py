@@ -54,7 +54,7 @@ def generate(engine: Engine) -> list[list[int]]:
 def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.attention import Attention
 
-    from vllm_d2cache.engine import cuda_graphs
+    from vllm_d2cache.engine import cuda_graphs, model_state
     from vllm_d2cache.ops import dispatch
 
     options = {"d2cache": {"graph_rows": 32}}
@@ -67,6 +67,10 @@ def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, m
         monkeypatch.setitem(dispatch._chosen, "cpu", "triton")
         monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda device: emulator)
         monkeypatch.setattr(state, "_records_graphs", True)
+        monkeypatch.setattr(state, "_is_ready", False)
+        # Minutes in the interpreter; tests/triton/test_warm_up.py runs it in an engine.
+        warmed = Mock(return_value=0)
+        monkeypatch.setattr(model_state, "warm_up", warmed)
         for layer in runner_of(engine).model.modules():
             if isinstance(layer, Attention):
                 # Seen through: behind vLLM's operator the recording would find nothing but the operator.
@@ -85,6 +89,7 @@ def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, m
         assert generate(engine) == want
         assert rotated.call_count > 0
         assert emulator.graphs == 2
+        warmed.assert_called_once()
         assert replays[:2] == state.steps.forms.graphs.sizes, "the check at start-up"
         # Refresh steps of the first two requests at least; the third refreshes everything and fits as well.
         assert len(replays) >= 2 + 4

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import logging.handlers
 from types import SimpleNamespace
 from typing import Any
 
@@ -141,6 +143,28 @@ def test_request_state_is_settled_in_vllm_s_own_class() -> None:
     assert states.total_len.gpu.tolist() == [40, 12]
     assert prefill.np.tolist() == [40, 30]
     assert prefill.copies == 1
+
+
+def test_vllm_s_warning_of_skipped_graphs_is_kept_back_and_nothing_else() -> None:
+    from vllm.v1.worker.gpu import model_runner
+
+    assert internals.SKIPPED_GRAPHS in inspect.getsource(model_runner.GPUModelRunner.capture_model)
+    name = model_runner.logger.name
+    logger = logging.getLogger(name)
+    assert name == "vllm.v1.worker.gpu.model_runner"
+    seen = logging.handlers.BufferingHandler(100)
+    logger.addHandler(seen)
+    before = list(logger.filters)
+    try:
+        internals.say_nothing_of_skipped_graphs()
+        internals.say_nothing_of_skipped_graphs()
+        logger.warning(f"{internals.SKIPPED_GRAPHS}. To enable %s", "it")
+        logger.warning("Skipping dinner")
+        assert [record.msg for record in seen.buffer] == ["Skipping dinner"]
+        assert len(logger.filters) == len(before) + 1
+    finally:
+        logger.removeHandler(seen)
+        logger.filters[:] = before
 
 
 @pytest.mark.parametrize("field", sorted(_UNSUPPORTED))

@@ -21,8 +21,9 @@ def diffs(release: str) -> list[Path]:
     return sorted((PATCHES / f"vllm-{minor}").glob("*.patch"))
 
 
-def test_every_tested_release_has_the_same_diffs() -> None:
-    names = [[path.name for path in diffs(release)] for release in RELEASES]
+def test_every_release_of_the_window_has_the_same_diffs() -> None:
+    # 0.33 has no build for CPUs yet.
+    names = [[path.name for path in diffs(release)] for release in (*RELEASES, "0.33.0")]
     assert names[0]
     assert all(own == names[0] for own in names)
 

@@ -6,6 +6,7 @@ they touch.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 OLDEST = Version("0.31")
 NEWEST = Version("0.34")  # exclusive
+# How the warning begins that vLLM gives where it captures no CUDA graphs.
+SKIPPED_GRAPHS = "Skipping encoder and decoder CUDA graph capture"
 
 
 def unsupported_version() -> str | None:
@@ -37,6 +40,18 @@ def unsupported_version() -> str | None:
     if OLDEST <= Version(found.base_version) < NEWEST:
         return None
     return f"vllm-d2cache works with vLLM >= {OLDEST} and < {NEWEST}; this is {vllm.__version__}"
+
+
+def say_nothing_of_skipped_graphs() -> None:
+    """Keep vLLM from warning, in this process, that it captures no CUDA graphs and how to have some.
+
+    Those are its own, which stay off for our models (engine/cuda_graphs.py has ours, and the start-up log says which).
+    """
+    logging.getLogger("vllm.v1.worker.gpu.model_runner").addFilter(_is_no_word_of_skipped_graphs)
+
+
+def _is_no_word_of_skipped_graphs(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(SKIPPED_GRAPHS)
 
 
 def register_config_class(model_type: str, cls: type) -> None:

@@ -21,6 +21,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_d2cache.mechanisms.base import Hook
+from vllm_d2cache.mechanisms.partial_forward import PartialForward, RowHook
 from vllm_d2cache.ops.dispatch import chosen
 from vllm_d2cache.ops.paged_attention import (
     AttentionMaps,
@@ -50,6 +51,11 @@ class D2CacheMetadata(AttentionMetadata):
     def use_layout(self, layout: PagedLayout) -> None:
         """The next layer's rows are those of ``layout``, and those behind the text."""
         self.layout = layout
+
+    def partial_forward(self) -> PartialForward | None:
+        """What runs the layers where they differ in their rows; None = they do not."""
+        choosing = [hook for hook in self.hooks if isinstance(hook, RowHook)]
+        return PartialForward(choosing, self.layout, self.use_layout) if choosing else None
 
 
 class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):

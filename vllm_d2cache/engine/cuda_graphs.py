@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -24,6 +25,7 @@ from vllm_d2cache.graphs.step_graphs import MAX_LENGTH, Forward, StepBuffers, St
 from vllm_d2cache.mechanisms.importance import ImportanceCapture
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.rollout import TensorParallel
+from vllm_d2cache.step.step import Step
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -43,6 +45,24 @@ def eager_forward(model: torch.nn.Module, config: VllmConfig) -> Forward:
         metadata = dict.fromkeys(layers, D2CacheMetadata(layout, (capture,)))
         with set_forward_context(metadata, config, num_tokens=positions.shape[0]):
             return model(input_ids=input_ids, positions=positions)
+
+    return forward
+
+
+def eager_step(model: torch.nn.Module, config: VllmConfig) -> Callable[[Step], torch.Tensor]:
+    """The network on a step that has been placed, outside vLLM's runner: what model_state.py has the runner do."""
+    layers = [m.layer_name for m in model.modules() if isinstance(m, Attention)]
+    of_step: Any = model.step
+
+    def forward(step: Step) -> torch.Tensor:
+        assert step.layout is not None
+        metadata = D2CacheMetadata(step.layout, step.hooks)
+        of_step.partial_forward = metadata.partial_forward()
+        positions, ids = step.packed()
+        with set_forward_context(dict.fromkeys(layers, metadata), config, num_tokens=positions.shape[0]):
+            hidden = model(input_ids=ids, positions=positions)
+        of_step.clear()
+        return hidden
 
     return forward
 

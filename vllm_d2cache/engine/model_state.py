@@ -6,6 +6,7 @@ forward, sampler (engine/runner_sampler.py). It computes nothing itself.
 
 from __future__ import annotations
 
+import time
 from functools import cached_property
 from typing import Any
 
@@ -25,13 +26,13 @@ from vllm_d2cache.canvas.extent import settled_positions
 from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.compat.adapters import adapter_of, leave_base_rows_alone, set_row_adapters
 from vllm_d2cache.compat.grammars import Grammars
-from vllm_d2cache.compat.internals import set_logits_rows, settle_request_state
+from vllm_d2cache.compat.internals import say_nothing_of_skipped_graphs, set_logits_rows, settle_request_state
 from vllm_d2cache.engine.attention_backend import D2CacheMetadata, attention_shape
-from vllm_d2cache.engine.cuda_graphs import record_graphs
+from vllm_d2cache.engine.cuda_graphs import cache_of, eager_step, record_graphs
 from vllm_d2cache.engine.memory_plan import Rehearsal, plan_memory
 from vllm_d2cache.engine.runner_sampler import D2CacheSampler
+from vllm_d2cache.engine.warm_up import Place, warm_up
 from vllm_d2cache.mechanisms.base import Worker
-from vllm_d2cache.mechanisms.partial_forward import PartialForward, RowHook
 from vllm_d2cache.observe.trace import TraceRecorder
 from vllm_d2cache.ops.backends import select_backend
 from vllm_d2cache.ops.rollout import TensorParallel
@@ -74,7 +75,8 @@ class D2CacheModelState(ModelState):
             leave_base_rows_alone(model)
         self._unsettled: dict[int, int] = {}  # slot -> tokens emitted before a preemption
         wants_graphs = self.options.graph_rows > 0 and not vllm_config.model_config.enforce_eager
-        self._records_graphs = device.type == "cuda" and wants_graphs  # they are still to be recorded
+        self._records_graphs = device.type == "cuda" and wants_graphs
+        self._is_ready = False
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Replace vLLM's sampler; there is no rejection sampler."""
@@ -85,13 +87,10 @@ class D2CacheModelState(ModelState):
 
         It starts over, or behind the last whole block that has been emitted.
         """
-        if self._records_graphs:
+        if not self._is_ready:
             # The first request is one of vLLM's warm-up, at start-up; by then there is a KV cache.
-            self._records_graphs = False
-            ranks = self.steps.worker.tensor_parallel
-            self.steps.forms.graphs = record_graphs(
-                self.model, self.vllm_config, self.options.graph_rows, self.device, ranks
-            )
+            self._is_ready = True
+            self._get_ready()
         params, req_id = new_req_data.sampling_params, new_req_data.req_id
         if params is None or req_id.startswith("_warmup_"):
             return
@@ -129,6 +128,25 @@ class D2CacheModelState(ModelState):
         self._unsettled[req_index] = emitted
         if self.tracer:
             self.tracer.start(req_index, request, list(prompt))
+
+    def _get_ready(self) -> None:
+        """Record graphs, then run what requests can ask for, so that none of them waits for a compiler."""
+        say_nothing_of_skipped_graphs()
+        worker, config = self.steps.worker, self.vllm_config
+        if self._records_graphs:
+            graphs = record_graphs(self.model, config, self.options.graph_rows, self.device, worker.tensor_parallel)
+            self.steps.forms.graphs = graphs
+        forward = eager_step(self.model, config)
+
+        def layers(step: Step) -> torch.Tensor:
+            if self._adapters is not None:
+                self._place_adapters(dict.fromkeys(step.slots, 0), step)
+            return forward(step)
+
+        begin, (blocks, _, size, _) = time.monotonic(), cache_of(self.model).shape
+        most = config.scheduler_config.max_num_batched_tokens
+        if steps := warm_up(Place(worker, layers, self.model.lm_logits, blocks, size, most)):
+            logger.info("Kernels are compiled: %d synthetic steps in %.1f s.", steps, time.monotonic() - begin)
 
     @cached_property
     def _grammars(self) -> Grammars:
@@ -192,9 +210,7 @@ class D2CacheModelState(ModelState):
             return None  # type: ignore[return-value]  # the graph has its own
         assert step.layout is not None
         metadata = D2CacheMetadata(step.layout, step.hooks)
-        choosing = [hook for hook in step.hooks if isinstance(hook, RowHook)]
-        if choosing:
-            self.model.step.partial_forward = PartialForward(choosing, step.layout, metadata.use_layout)
+        self.model.step.partial_forward = metadata.partial_forward()
         return dict.fromkeys((name for group in groups for name in group.layer_names), metadata)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:

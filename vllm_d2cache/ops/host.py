@@ -32,7 +32,7 @@ def upload_lists(lists: Sequence[Sequence[int]], dtype: torch.dtype, device: tor
 
 def upload_arrays(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Each array as a tensor of its own type and shape; all of them go there in one copy."""
-    # Every part begins at a multiple of 16 bytes: compiled kernels differ by whether a pointer does.
+    # Every part begins at a multiple of 16 bytes: a part of wider numbers could not begin anywhere.
     ends = list(accumulate(-(-array.nbytes // 16) * 16 for array in arrays))
     memory, starts = np.zeros(ends[-1] if ends else 0, dtype=np.uint8), [0, *ends]
     for start, array in zip(starts, arrays, strict=False):

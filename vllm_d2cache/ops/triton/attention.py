@@ -18,7 +18,7 @@ import triton.language as tl
 
 from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout
 from vllm_d2cache.ops.split import is_cut, most_stretches
-from vllm_d2cache.ops.triton.common import architecture, model_constants, tile_shape
+from vllm_d2cache.ops.triton.common import architecture, kernel, model_constants, tile_shape
 from vllm_d2cache.ops.triton.maps import attention_maps
 from vllm_d2cache.ops.triton.work import find_piece, pieces, stretch_of
 
@@ -101,7 +101,7 @@ def _put_together(top, total, acc, next_top, next_total, next_acc):
     return new_top, total, tl.fma(next_acc, weights, acc * shrinks)
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_rows", "stride_table"])
+@kernel("query output lse part_acc kv_cache stride_qn stride_qh stride_on stride_oh stride_kb stride_kh stride_kn")
 def _attention_kernel(
     query,  # [N, heads, HEAD]
     output,  # [N, heads, HEAD]
@@ -211,7 +211,7 @@ def _attention_kernel(
                 tl.store(output + o_at, out.to(output.dtype.element_ty), mask=present[:, None] & in_head[None, :])
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_rows"])
+@kernel("output lse part_acc stride_on stride_oh")
 def _combine_kernel(
     output,
     lse,

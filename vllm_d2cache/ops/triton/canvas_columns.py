@@ -6,10 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_d2cache.ops.triton.common import kernel
+
 _BLOCK = 512
 
 
-@triton.jit(do_not_specialize=["columns", "stride", "width"])
+@kernel()
 def _shift_kernel(
     out,  # [R, width]
     values,  # [R, columns]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,6 +64,26 @@ def model_constants(query: torch.Tensor, kv_cache: torch.Tensor) -> dict[str, An
 def as_bytes(flags: torch.Tensor) -> torch.Tensor:
     """Bools as a kernel sees them, without gaps."""
     return flags.contiguous().view(torch.uint8)
+
+
+def kernel(specialised: str = "") -> Callable[[Callable[..., Any]], Any]:
+    """``triton.jit`` without its habit of compiling a kernel anew wherever a pointer or number is a multiple of 16.
+
+    Batches differ in that, and requests would wait for the compiler in the middle of their work (engine/warm_up.py).
+
+    Args:
+        specialised: parameters that keep it, as wide loads depend on it: those aligned alike in all batches of a model.
+    """
+    told_apart = specialised.split()
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        parameters = inspect.signature(function).parameters
+        assert parameters.keys() >= set(told_apart)
+        variables = [name for name, p in parameters.items() if "constexpr" not in str(p.annotation)]
+        plain = [name for name in variables if name not in told_apart]
+        return triton.jit(function, do_not_specialize=plain)
+
+    return compiled
 
 
 @triton.jit

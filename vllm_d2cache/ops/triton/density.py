@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 
 from vllm_d2cache.ops.density import REACH_IN_SIGMAS
+from vllm_d2cache.ops.triton.common import kernel
 
 _BLOCK = 64
 
 
-@triton.jit(do_not_specialize=["stride_known", "width"])
+@kernel()
 def _density_kernel(
     out,  # [R, width] float32
     known,  # [R, width] uint8

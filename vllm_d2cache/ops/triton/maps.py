@@ -14,7 +14,7 @@ import triton.language as tl
 
 from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout
 from vllm_d2cache.ops.split import is_cut, kv_heads_at_once
-from vllm_d2cache.ops.triton.common import model_constants, tile_shape
+from vllm_d2cache.ops.triton.common import kernel, model_constants, tile_shape
 from vllm_d2cache.ops.triton.work import find_piece, pieces
 
 _LOG2_E = math.log2(math.e)
@@ -61,7 +61,7 @@ def _add_heads(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_requests", "elements", "stride_table"])
+@kernel("query lse kv_cache memory stride_qn stride_qh stride_kb stride_kh stride_kn")
 def _map_kernel(
     query,
     lse,
@@ -140,7 +140,7 @@ def _map_kernel(
                 tl.debug_barrier()  # another thread may read it for the next group
 
 
-@triton.jit(do_not_specialize=["num_requests", "elements"])
+@kernel("memory parts")
 def _map_sum_kernel(
     memory,  # float32, the maps of all requests
     parts,  # [GROUPS, elements] float32

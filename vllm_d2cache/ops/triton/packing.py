@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from vllm_d2cache.ops.packing import Packed
+from vllm_d2cache.ops.triton.common import kernel
 
 _BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["width", "stride_m"])
+@kernel()
 def _pack_kernel(
     line,  # [size] int64, written
     column,  # [size] int64, written
@@ -45,7 +45,6 @@ def _pack_kernel(
 def pack_columns(marked: torch.Tensor, starts: torch.Tensor, places: torch.Tensor, size: int) -> Packed:
     """See ops.packing."""
     rows, width = marked.shape
-    # Each by itself: the compiler looks at how pointers are aligned.
     line, column = (torch.empty(size, dtype=torch.int64, device=marked.device) for _ in range(2))
     place = torch.empty(rows, width, dtype=torch.int64, device=marked.device)
     assert marked.stride(1) == 1

@@ -6,8 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_d2cache.ops.triton.common import kernel
 
-@triton.jit
+
+@kernel("kv_cache key value stride_cb stride_ch stride_cn stride_kn stride_kh stride_vn stride_vh")
 def _write_kernel(
     kv_cache,  # [blocks, kv heads, BLOCK_SIZE, 2 * HEAD]
     key,  # [N, kv heads, HEAD]

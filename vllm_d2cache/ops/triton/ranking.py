@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_d2cache.ops.triton.bisection import NO_KEY, count_above, ordered, score_of, take_best
-from vllm_d2cache.ops.triton.common import STRETCH, as_bytes
+from vllm_d2cache.ops.triton.common import STRETCH, as_bytes, kernel
 
 _FAR = tl.constexpr(1 << 30)  # behind any text
 
@@ -45,7 +45,7 @@ def _factor_count(keys, width, candidates, factor, BLOCK: tl.constexpr):
     return tl.where(first == _FAR, candidates, first) - 1
 
 
-@triton.jit(do_not_specialize=["width"])
+@kernel()
 def _choose_kernel(
     out,  # [R, G] bool, written
     keys,  # [R, G] int32, scratch
@@ -127,7 +127,7 @@ def _entropy_above(keys, entropy, width, key, BLOCK: tl.constexpr):
     return mass, most
 
 
-@triton.jit(do_not_specialize=["width"])
+@kernel()
 def _entropy_kernel(
     out,  # [R, G] bool, written
     keys,  # [R, G] int32, scratch

@@ -8,13 +8,13 @@ import triton.language as tl
 
 from vllm_d2cache.ops.refresh_choice import Outcome
 from vllm_d2cache.ops.triton.bisection import NO_KEY, ordered, score_of, take_best
-from vllm_d2cache.ops.triton.common import STRETCH, as_bytes
+from vllm_d2cache.ops.triton.common import STRETCH, as_bytes, kernel
 
 _FAR = tl.constexpr(1 << 29)  # behind any text, and twice that is a number of 32 bits
 _WIDEST_GAP = tl.constexpr(1 << 20)
 
 
-@triton.jit(do_not_specialize=["rows", "table_width", "width"])
+@kernel()
 def _masked_kernel(
     out,  # [R, G] bool, written
     memory,  # [S, L] float32, written
@@ -141,7 +141,7 @@ def _sooner(a, b):
     return tl.minimum(a, b)
 
 
-@triton.jit(do_not_specialize=["rows", "stride_importance", "total", "width", "shift"])
+@kernel()
 def _refresh_kernel(
     refresh,  # [R, T] bool, written
     observe,  # [R, G] bool, written

@@ -11,7 +11,7 @@ import triton.language as tl
 from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.rollout import LayerRecord, TensorParallel
-from vllm_d2cache.ops.triton.common import model_constants, tile_shape
+from vllm_d2cache.ops.triton.common import kernel, model_constants, tile_shape
 from vllm_d2cache.ops.triton.work import find_piece, pieces
 
 _LOG2_E = math.log2(math.e)
@@ -21,7 +21,7 @@ _ROWS, _COLUMNS = 64, 16
 _ALL_ROWS = 1 << 24
 
 
-@triton.jit(do_not_specialize=["stride", "num_requests"])
+@kernel("out v memory")
 def _map_product_kernel(
     out,  # [R, width] float32
     v,  # [R, width] float32
@@ -63,7 +63,7 @@ def _map_product_kernel(
         tl.store(out + line + j, acc, mask=in_text)
 
 
-@triton.jit(do_not_specialize=["stride_out", "stride_v", "stride_table"])
+@kernel("out v query lse kv_cache stride_qn stride_qh stride_kb stride_kh stride_kn")
 def _replay_kernel(
     out,  # [m, heads, width] float32: each head's product
     v,  # [R, width] float32

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_d2cache.ops.triton.common import kernel
+
 # Heads of a program: 16 bytes of each half for a thread, with heads of 128 numbers of 16 bits.
 _HEADS_AT_ONCE = 16
 
@@ -22,7 +24,10 @@ def _turn(source, cos, sin, half, mask):
     return (x * cos - y * sin).to(first.dtype), (y * cos + x * sin).to(first.dtype)
 
 
-@triton.jit(do_not_specialize=["in_pages"])
+@kernel(
+    "kv_cache query key value cos_sin query_out key_out stride_cb stride_ch stride_cn stride_qn stride_qh "
+    "stride_kn stride_kh stride_vn stride_vh stride_table stride_qon stride_qoh stride_kon stride_koh"
+)
 def _rotate_kernel(
     kv_cache,  # [blocks, kv heads, BLOCK_SIZE, 2 * HEAD]
     query,  # [N, HEADS, HEAD]

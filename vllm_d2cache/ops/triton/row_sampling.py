@@ -8,6 +8,7 @@ import triton.language as tl
 
 from vllm_d2cache.ops import random
 from vllm_d2cache.ops.row_sampling import RowSampling
+from vllm_d2cache.ops.triton.common import kernel
 
 _ROWS = 256
 _GOLDEN, _MIX_1, _MIX_2 = (tl.constexpr(x) for x in (random._GOLDEN, random._MIX_1, random._MIX_2))
@@ -27,7 +28,7 @@ def _mix(x):
     return x ^ _shift_right(x, 31)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel()
 def _sampling_kernel(
     temperature,  # [n] float32, written
     top_p,  # [n] float32, written

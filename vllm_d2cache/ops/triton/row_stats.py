@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from vllm_d2cache.ops.row_stats import RowParams, RowStats
+from vllm_d2cache.ops.triton.common import kernel
 
 # Not measured on a GPU yet.
 BLOCK = 4096
@@ -81,7 +82,7 @@ def _threshold(line, vocab, temperature, top, total, top_p, top_k, BLOCK: tl.con
     return threshold, cutoff
 
 
-@triton.jit
+@kernel("logits stride vocab")
 def _stats_kernel(
     token_out,  # [m] int64
     confidence_out,  # [m] float32

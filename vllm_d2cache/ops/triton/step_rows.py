@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 
 from vllm_d2cache.ops.step_rows import Choice, PackedRows
-from vllm_d2cache.ops.triton.common import STRETCH, as_bytes
+from vllm_d2cache.ops.triton.common import STRETCH, as_bytes, kernel
 
 _FAR = tl.constexpr(1 << 30)  # behind any text
 _ROWS = 256
 
 
-@triton.jit(do_not_specialize=["rows", "table_width", "num_positions", "width", "shift"])
+@kernel()
 def _choose_kernel(
     chosen,  # [R, T] bool, written
     candidates,  # [R, G] bool, written
@@ -160,7 +160,7 @@ def _pack(line, column, place, marked, row, start, room, width, left_over, BLOCK
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["rows", "positions_wide", "num_positions", "width"])
+@kernel()
 def _pack_kernel(
     request,  # [N] int64, written
     positions,  # [N] int64, written
@@ -251,7 +251,7 @@ def pack_rows(
     return PackedRows(request, positions, live, input_ids, row_of, who, slot, read, place)
 
 
-@triton.jit(do_not_specialize=["table_width", "total", "width"])
+@kernel()
 def _store_kernel(
     kept_refresh,  # [S, L] bool, written
     kept_observe,  # [S, L] bool, written
@@ -299,7 +299,7 @@ def store_plan(
     )
 
 
-@triton.jit(do_not_specialize=["width"])
+@kernel()
 def _spread_kernel(
     scores,  # [R, G] float32, written
     tokens,  # [R, G] int32, written
@@ -353,7 +353,7 @@ def spread(
     return scores, tokens, entropies
 
 
-@triton.jit(do_not_specialize=["count", "stride_table"])
+@kernel()
 def _page_slots_kernel(
     out,  # [N] int64, written
     table,  # [R, blocks] int

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_d2cache.ops.texts import Committed, Edits, Texts
-from vllm_d2cache.ops.triton.common import STRETCH, as_bytes
+from vllm_d2cache.ops.triton.common import STRETCH, as_bytes, kernel
 
 _FAR = tl.constexpr(1 << 30)  # behind any text
 
@@ -20,7 +20,7 @@ def _end_of_block(end, prompt_len, block_length, BLOCKS: tl.constexpr):
     return end
 
 
-@triton.jit(do_not_specialize=["rows", "num_slots", "table_width", "width", "block_length"])
+@kernel()
 def _read_kernel(
     integers,  # [10, R] int64, written
     floats,  # [3, R] float32, written
@@ -112,11 +112,7 @@ def read_texts(
     return Texts(integers, floats, left, live)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("rows", "num_slots", "positions", "table_width", "width", "num_stops", "mask_token_id", "block_length")
-    ]
-)
+@kernel()
 def _commit_kernel(
     after,  # [10, R] int64, written
     changes,  # [2, R] int64, written
@@ -269,7 +265,7 @@ def commit_texts(
     return Committed(after, changes, left, live)
 
 
-@triton.jit(do_not_specialize=["rows", "num_slots", "positions", "width"])
+@kernel()
 def _emit_kernel(
     handed,  # [R, G] int64, written
     fresh_out,  # [R] int32, written

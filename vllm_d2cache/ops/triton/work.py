@@ -16,7 +16,7 @@ import triton.language as tl
 
 from vllm_d2cache.ops.paged_attention import MapPlan, PagedLayout
 from vllm_d2cache.ops.split import MOST_STRETCHES, STRETCH, most_stretches, num_stretches
-from vllm_d2cache.ops.triton.common import num_tiles
+from vllm_d2cache.ops.triton.common import kernel, num_tiles
 
 _STRETCH, _MOST_STRETCHES = tl.constexpr(STRETCH), tl.constexpr(MOST_STRETCHES)
 # Programs of a multiprocessor, as far as registers go (tests/triton/test_compiles_for_hopper.py), and what they need of
@@ -33,10 +33,7 @@ def stretch_of(length):
     return _STRETCH * tl.maximum(tl.cdiv(length, _STRETCH * _MOST_STRETCHES), 1)
 
 
-@triton.jit(
-    do_not_specialize=["num_requests"],
-    do_not_specialize_on_alignment=["starts", "row_starts", "lengths", "chosen"],
-)
+@kernel()
 def _count_kernel(
     starts,  # [R + 1] int32
     row_starts,  # [R + 1] int32
