@@ -10,20 +10,11 @@ from typing import Any
 import pytest
 
 from tests.vllm.front_end_server import TINY, FrontEnd, front_end
+from tests.vllm.routes import ASK, ROUTES, STREAMING, answered, refused, send
 
 pytestmark = pytest.mark.vllm
 
 MASK, EOS, LENGTH = 309, 305, 4096
-ASK = [{"role": "user", "content": "Reverse: abcd"}]
-# Route -> path, the least that a request must have, and the field of its canvas length.
-ROUTES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "completions": ("/v1/completions", {"prompt": "a"}, "max_tokens"),
-    "chat": ("/v1/chat/completions", {"messages": ASK}, "max_tokens"),
-    "responses": ("/v1/responses", {"input": "a"}, "max_output_tokens"),
-    "messages": ("/v1/messages", {"model": TINY, "messages": ASK}, "max_tokens"),
-    "batch": ("/v1/chat/completions/batch", {"messages": [ASK]}, "max_tokens"),
-}
-STREAMING = ("completions", "chat", "responses", "messages")
 
 
 @pytest.fixture(scope="module")
@@ -31,34 +22,6 @@ def server() -> Iterator[FrontEnd]:
     """A server without flags."""
     with pytest.MonkeyPatch.context() as patch, front_end(patch) as running:
         yield running
-
-
-def send(server: FrontEnd, route: str, length: int | None = 8, **fields: Any) -> Any:
-    """The response to a request that has everything it needs besides ``fields``."""
-    path, base, name = ROUTES[route]
-    given = {} if length is None else {name: length}
-    return server.post(path, {**base, **given, **fields})
-
-
-def refused(server: FrontEnd, route: str, *names: str, **fields: Any) -> str:
-    """The message of a refusal: HTTP 400, naming these, and nothing has reached the engine or the log."""
-    before, length = len(server.core.requests), len(server.log)
-    response = send(server, route, **fields)
-    assert response.status_code == 400, (response.status_code, response.text[:500])
-    assert response.headers["content-type"].startswith("application/json")
-    message = str(response.json()["error"]["message"])
-    assert all(name in message for name in names), message
-    assert len(server.core.requests) == before
-    assert "Traceback" not in server.log[length:]
-    return message
-
-
-def answered(server: FrontEnd, route: str, **fields: Any) -> Any:
-    """The request as the engine got it."""
-    response = send(server, route, **fields)
-    assert response.status_code == 200, response.text[:500]
-    assert '"error"' not in response.text
-    return server.core.requests[-1]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -174,21 +137,6 @@ def test_a_completion_may_ask_for_its_prompt_alone(server: FrontEnd) -> None:
     assert (response.status_code, response.json()["choices"][0]["text"]) == (200, "a")
 
 
-@pytest.mark.parametrize("left", [1, 2, 3])
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_prompt_that_ends_within_a_character_does_not_come_back(server: FrontEnd, left: int, stream: bool) -> None:
-    """Token ids may be cut anywhere; a text may end in the sign for a broken character itself."""
-    ids = server.post("/tokenize", {"prompt": "ab\U0001f336"}).json()["tokens"]
-    expected = send(server, "completions", prompt="ab").json()["choices"][0]["text"]
-    assert expected
-    for prompt in (ids[:-left], "ab" + "\ufffd" * left):
-        response = send(server, "completions", prompt=prompt, stream=stream)
-        chunks = [response.json()] if not stream else [
-            json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")
-        ]  # fmt: skip
-        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
-
-
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_canvas_that_does_not_fit(server: FrontEnd, route: str) -> None:
     """Which of us says so depends on the length: beyond max_model_len it is vLLM."""
@@ -237,64 +185,6 @@ def test_a_given_canvas_sets_the_length(server: FrontEnd) -> None:
 
 
 # --- text that is none ----------------------------------------------------------------------------------------------
-
-HALF = "\\ud83d"
-PLACES = {
-    "completions": ["prompt", "stop", "request_id", "session_id", "user", "suffix"],
-    "chat": ["stop", "request_id", "session_id", "user"],
-    "responses": ["input", "stop", "request_id", "session_id", "instructions"],
-    "messages": ["system"],
-    "batch": ["stop", "request_id"],
-}
-
-
-def with_raw(route: str, field: str, raw: str) -> bytes:
-    """A request with JSON text as it is for one field."""
-    _, base, name = ROUTES[route]
-    body = {**base, name: 8, field: "@@"}
-    return json.dumps(body).replace('"@@"', raw).encode()
-
-
-@pytest.mark.parametrize(("route", "field"), [(route, field) for route, fields in PLACES.items() for field in fields])
-def test_half_a_character_is_no_text(server: FrontEnd, route: str, field: str) -> None:
-    for raw in (f'"{HALF}"', f'"a{HALF}b"', f'"{HALF}\\ud83d\\ude00"'):
-        before = len(server.core.requests)
-        response = server.post(ROUTES[route][0], with_raw(route, field, raw))
-        assert response.status_code == 400, response.text
-        assert field in response.json()["error"]["message"]
-        assert len(server.core.requests) == before
-    assert "Traceback" not in server.log
-
-
-@pytest.mark.parametrize(
-    ("route", "field", "raw"),
-    [
-        ("completions", "bad_words", f'["{HALF}"]'),
-        ("completions", "stop", f'["a", "{HALF}"]'),
-        ("chat", "messages", f'[{{"role": "user", "content": "{HALF}"}}]'),
-        ("chat", "vllm_xargs", f'{{"{HALF}": 1}}'),
-        ("chat", "structured_outputs", f'{{"choice": ["{HALF}"]}}'),
-        ("messages", "stop_sequences", f'["{HALF}"]'),
-        ("messages", "messages", f'[{{"role": "user", "content": "{HALF}"}}]'),
-        ("responses", "metadata", f'{{"a": "{HALF}"}}'),
-    ],
-)
-def test_half_a_character_deep_in_a_field(server: FrontEnd, route: str, field: str, raw: str) -> None:
-    response = server.post(ROUTES[route][0], with_raw(route, field, raw))
-    assert response.status_code == 400, response.text
-    assert field in response.json()["error"]["message"]
-
-
-def test_whole_characters_in_two_escapes_are_text(server: FrontEnd) -> None:
-    response = server.post("/v1/chat/completions", with_raw("chat", "stop", '"\\ud83d\\ude00"'))
-    assert response.status_code == 200
-    assert server.core.requests[-1].sampling_params.stop == ["\U0001f600"]
-    field = server.post("/v1/chat/completions", with_raw("chat", "user", '"x"').replace(b'"user"', b'"\\ud83dx"'))
-    assert field.status_code == 400
-    assert "\\ud83dx" in field.json()["error"]["message"]
-
-
-# --- fields that would be dropped -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("route", ROUTES)
