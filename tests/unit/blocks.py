@@ -149,7 +149,7 @@ def fill(runner: StepRunner, model: Any, reach: int) -> None:
 
 def step(runner: StepRunner, model: Any, job: BlockJob) -> BlockStep:
     """One step of the request in slot 1."""
-    opened = runner.open(torch.tensor([1]), [1])
+    opened = runner.open(torch.tensor([1]), [1], reaches=[runner.canvas.requests[1].length])
     rows, prompt = opened.rows, len(job.prompt)
     assert rows is not None
     assert len(rows.positions) <= runner.canvas.requests[1].row_budget or not job.steps

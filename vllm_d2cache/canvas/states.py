@@ -86,13 +86,6 @@ class CanvasStates:
         """Forget the request in ``slot``."""
         del self.requests[slot]
 
-    def leave_out_computed(self, slots: Sequence[int]) -> None:
-        """Take out of the first plans of these requests what has been computed before them."""
-        for slot in slots:
-            computed = self.requests[slot].computed
-            if 0 < computed < self.requests[slot].length:
-                self.refresh[slot, :computed] = False
-
     def _set_given(self, slot: int, request: Request, writes: Writes) -> np.ndarray:
         """[G] token ids of a canvas with the tokens the request gives; from then on they are like committed ones."""
         given = np.array(request.given)

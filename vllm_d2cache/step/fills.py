@@ -21,35 +21,51 @@ from vllm_d2cache.ops.host import upload_arrays
 class Fills:
     """F rows of the requests of a step that are being filled: contiguous, request by request."""
 
-    slots: list[int]
-    counts: list[int]  # rows of each request
+    deciding: list[int]  # lines of the batch whose requests decide
+    lines: list[int]  # lines of those that are filled
+    order: torch.Tensor  # [R] int64: both, one behind the other
+    slots: list[int]  # of those that are filled
+    counts: list[int]  # rows of each
     lengths: list[int]  # the position behind the last one of each
     positions: torch.Tensor  # [F] int64
     input_ids: torch.Tensor  # [F] int32
     request: torch.Tensor  # [F] int64, which of ``slots`` each belongs to
 
-    @classmethod
-    def of(cls, canvas: CanvasStates, slots: Sequence[int], reaches: Sequence[int]) -> Fills:
-        """What has not been computed of these requests, up to the positions ``reaches``."""
-        starts = [canvas.requests[slot].computed for slot in slots]
-        counts = [reach - start for start, reach in zip(starts, reaches, strict=True)]
-        line = np.arange(len(slots)).repeat(counts)
-        # Of each row: its place in all of them, less the first place of its request, from its first position on.
-        offset = np.array(starts) - np.array(list(accumulate(counts[:-1], initial=0)))
-        position = np.arange(len(line)) + offset[line]
-        slot = np.array(slots)[line]
-        request, where, owner = upload_arrays([line, position, slot], canvas.device)
-        return cls(list(slots), counts, list(reaches), where, canvas.tokens[owner, where], request)
 
-
-def part_lines(canvas: CanvasStates, slots: Sequence[int], reaches: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Which lines of a batch decide in this step, and which are only filled.
+def begin_fills(canvas: CanvasStates, slots: Sequence[int], reaches: Sequence[int]) -> Fills | None:
+    """What a step only fills, where texts are computed in pieces; None = all of its requests decide.
 
     Args:
-        reaches: up to which position each may be computed.
+        slots: of the batch's requests, on the host.
+        reaches: up to which position each may be computed. One whose first step that leaves out is filled.
     """
-    filling = [reach < canvas.requests[slot].first_end for slot, reach in zip(slots, reaches, strict=True)]
-    return (
-        [line for line, fills in enumerate(filling) if not fills],
-        [line for line, fills in enumerate(filling) if fills],
-    )
+    deciding: list[int] = []
+    filled: list[int] = []
+    for line, (slot, reach) in enumerate(zip(slots, reaches, strict=True)):
+        request = canvas.requests[slot]
+        request.reach = reach
+        if reach < request.first_end:
+            filled.append(line)
+            continue
+        deciding.append(line)
+        if 0 < request.computed < request.length:
+            canvas.refresh[slot, : request.computed] = False  # its first plan is to compute all of the prompt
+    return _fill(canvas, deciding, filled, slots, reaches) if filled else None
+
+
+def _fill(
+    canvas: CanvasStates, deciding: list[int], filled: list[int], slots: Sequence[int], reaches: Sequence[int]
+) -> Fills:
+    """The rows of the lines ``filled``; from then on they are computed."""
+    own, ends = [slots[n] for n in filled], [reaches[n] for n in filled]
+    starts = [canvas.requests[slot].computed for slot in own]
+    counts = [end - start for start, end in zip(starts, ends, strict=True)]
+    for slot, end in zip(own, ends, strict=True):
+        canvas.requests[slot].computed = end
+    which = np.arange(len(own)).repeat(counts)
+    # Of each row: its place in all of them, less the first place of its request, from its first position on.
+    offset = np.array(starts) - np.array(list(accumulate(counts[:-1], initial=0)))
+    position = np.arange(len(which)) + offset[which]
+    numbers = [which, position, np.array(own)[which], np.array(deciding + filled)]
+    request, where, owner, order = upload_arrays(numbers, canvas.device)
+    return Fills(deciding, filled, order, own, counts, ends, where, canvas.tokens[owner, where], request)

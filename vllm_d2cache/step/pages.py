@@ -8,7 +8,6 @@ import torch
 
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.ops.dispatch import chosen
-from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.step_rows import page_slots
 from vllm_d2cache.step.fills import Fills
@@ -23,9 +22,11 @@ def place_rows(rows: StepRows | None, fills: Fills | None, pages: Pages, block_l
     """Where the keys of a step's requests lie, and where those of its rows go.
 
     Args:
-        pages: a line for each request of ``rows``, then one for each of ``fills``.
+        pages: of all requests of the batch.
     """
     counts, lengths, where, slots = [], [], [], []
+    if fills is not None:  # a line for each that decides, then for each that is filled
+        pages = Pages(pages.table[fills.order], pages.block_size)
     if rows is not None:
         counts, lengths = list(rows.counts), list(rows.visible)
         where.append(rows.text_positions)
@@ -46,12 +47,6 @@ class Pages:
 
     table: torch.Tensor  # [R, blocks] int, KV block ids; those behind a request's own say nothing
     block_size: int
-
-    def of(self, lines: list[int] | None) -> Pages:
-        """Those of these requests of the batch, in this order; None = all, as they are."""
-        if lines is None:
-            return self
-        return Pages(self.table[upload(lines, torch.int64, self.table.device)], self.block_size)
 
     def slots(self, request: torch.Tensor, positions: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
         """[N] int64: flat KV slot of each row; -1 for padding, which is not ``live`` [N] bool."""

@@ -20,13 +20,13 @@ from vllm_d2cache.canvas.rows import StepResult, StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.mechanisms.base import Mechanisms, Worker
 from vllm_d2cache.observe.counters import StepCounters
-from vllm_d2cache.ops.host import Writes, upload
+from vllm_d2cache.ops.host import Writes
 from vllm_d2cache.ops.row_stats import RowStats
 from vllm_d2cache.policies.base import StepOutcome
 from vllm_d2cache.policies.budget import uses_of
 from vllm_d2cache.step.constraints import Constraints
 from vllm_d2cache.step.decoding import Decoding, LMHead
-from vllm_d2cache.step.fills import Fills, part_lines
+from vllm_d2cache.step.fills import begin_fills
 from vllm_d2cache.step.form import StepForms
 from vllm_d2cache.step.logprobs import EmittedLogprobs, LogprobRecorder
 from vllm_d2cache.step.pages import Pages, place_rows
@@ -101,23 +101,14 @@ class StepRunner:
             reaches: up to which position each may be computed, where texts are computed in pieces. One whose first
                 step that leaves out is only filled (step/fills.py).
         """
-        fills = lines = None
-        if reaches is not None:
-            for slot, reach in zip(slots_host, reaches, strict=True):
-                self.canvas.requests[slot].reach = reach
-            deciding, filled = part_lines(self.canvas, slots_host, reaches)
-            if filled:
-                lines = deciding + filled
-                fills = Fills.of(self.canvas, [slots_host[n] for n in filled], [reaches[n] for n in filled])
-                for n in filled:
-                    self.canvas.requests[slots_host[n]].computed = reaches[n]
-                slots_host = [slots_host[n] for n in deciding]
-                slots = upload(slots_host, torch.int64, self.worker.device)
+        fills = None if reaches is None else begin_fills(self.canvas, slots_host, reaches)
+        if fills is not None:
+            slots_host = [slots_host[line] for line in fills.deciding]
+            slots = slots[fills.order[: len(slots_host)]]
         if not slots_host:
-            return Step(None, fills=fills, lines=lines)
+            return Step(None, fills=fills)
         size = self.forms.fitting_graph(slots_host) if fills is None else None
         observes = self.decoding.observes_all(slots_host)
-        self.canvas.leave_out_computed(slots_host)
         rows = select_rows(self.canvas, slots, slots_host, observes, padded or size is not None)
         for slot in slots_host:
             request = self.canvas.requests[slot]
@@ -126,12 +117,12 @@ class StepRunner:
             return Step(rows, (), size)
         hooks = self.mechanisms.open(rows)
         rows = rows.with_extra([hook.extra for hook in hooks if hook.extra is not None])
-        return Step(rows, hooks, fills=fills, lines=lines)
+        return Step(rows, hooks, fills=fills)
 
     def place(self, step: Step, pages: Pages) -> Step:
         """Where K and V of the rows go, and what the layers are to leave behind."""
         rows = step.rows
-        layout = step.layout = place_rows(rows, step.fills, pages.of(step.lines), self.worker.traits.block_length)
+        layout = step.layout = place_rows(rows, step.fills, pages, self.worker.traits.block_length)
         if step.size is not None:
             assert self.forms.graphs is not None and rows is not None
             uses = [self.mechanisms.uses(slot) for slot in rows.slots]

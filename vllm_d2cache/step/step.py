@@ -11,7 +11,6 @@ import torch
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.graphs.step_graphs import GraphSize, GraphStep
 from vllm_d2cache.mechanisms.base import Hook
-from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.step.fills import Fills
 
@@ -24,7 +23,6 @@ class Step:
     hooks: tuple[Hook, ...] = ()  # of the mechanisms that its requests use; a graph in their place
     size: GraphSize | None = None  # the graph that does it; None = eager
     fills: Fills | None = None  # rows behind all others
-    lines: list[int] | None = None  # of the batch: those that decide, then those that are filled; None = all decide
     layout: PagedLayout | None = None  # once it is placed
     graph: GraphStep | None = None  # replayed in place of the forward pass
 
@@ -35,23 +33,25 @@ class Step:
 
     def slots_of_batch(self) -> list[int]:
         """The same in the order of the batch."""
-        return self.slots if self.lines is None else [s for _, s in sorted(zip(self.lines, self.slots, strict=True))]
+        if self.fills is None:
+            return self.slots
+        return [slot for _, slot in sorted(zip(self.fills.deciding + self.fills.lines, self.slots, strict=True))]
 
     def of_batch(self, values: torch.Tensor, filled: torch.Tensor | int = 0) -> torch.Tensor:
         """``values`` of those that decide as those of the whole batch: lines of the others are ``filled``."""
-        if self.lines is None:
+        if self.fills is None:
             return values
-        whole = values.new_zeros(len(self.lines), *values.shape[1:])
-        deciding, others = upload(self.lines, torch.int64, whole.device).tensor_split([len(values)])
+        whole = values.new_zeros(len(self.fills.order), *values.shape[1:])
+        deciding, others = self.fills.order.tensor_split([len(values)])
         whole[deciding], whole[others] = values, filled
         return whole
 
     def starts_of_batch(self, starts: list[int]) -> list[int]:
         """Where stretches of those that decide begin, and the end: the same with empty ones of the others."""
-        if self.lines is None:
+        if self.fills is None:
             return starts
-        counts = dict(zip(self.lines, map(sub, starts[1:], starts), strict=False))
-        return list(accumulate((counts.get(line, 0) for line in range(len(self.lines))), initial=0))
+        counts = dict(zip(self.fills.deciding, map(sub, starts[1:], starts), strict=True))
+        return list(accumulate((counts.get(line, 0) for line in range(len(self.fills.order))), initial=0))
 
     def owners(self) -> list[tuple[int, int]]:
         """Slots, and how many rows in a row are theirs, as the rows are packed: of the text, behind it, of fills."""
