@@ -77,7 +77,7 @@ def test_what_has_no_meaning_is_refused(blocks: Server, wishes: dict[str, Any], 
 
 
 def test_a_repeated_prompt_is_found_again(blocks: Server) -> None:
-    """In vLLM's own metrics: pages of 128 positions."""
+    """In vLLM's own metrics: all whole pages of 260 positions, whether these have 16 or 128."""
 
     def hits() -> float:
         lines = httpx.get(f"{blocks.url}/metrics", timeout=30).text.splitlines()

@@ -257,12 +257,25 @@ def test_the_operators_pieces() -> None:
 
 @pytest.mark.parametrize(
     ("block", "page", "caching", "size"),
-    [(4, None, True, 128), (4, 16, True, 16), (32, None, True, 32), (32, 16, False, 16), (32, 64, True, 64)],
+    [(4, 16, True, 16), (32, 16, False, 16), (32, 64, True, 64)],
 )
-def test_pages_of_whole_blocks(block: int, page: int | None, caching: bool, size: int) -> None:
-    settings = {} if page is None else {"block_size": page}
-    config = configured(BLOCKS, hf_overrides={"block_size": block}, **settings)
+def test_the_operators_pages(block: int, page: int, caching: bool, size: int) -> None:
+    config = configured(BLOCKS, hf_overrides={"block_size": block}, block_size=page)
     assert (config.cache_config.enable_prefix_caching, config.cache_config.block_size) == (caching, size)
+
+
+@pytest.mark.parametrize("block", [4, 32, 48])
+def test_pages_are_whole_blocks_where_nobody_chooses(block: int) -> None:
+    """Which size that is depends on the platform."""
+    config = configured(BLOCKS, hf_overrides={"block_size": block})
+    assert config.cache_config.enable_prefix_caching
+    assert config.cache_config.block_size % block == 0
+
+
+@pytest.mark.parametrize("name", ["block_length", "prefill_piece"])
+def test_blocks_where_there_are_none_are_refused(checkpoint: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}.*: is for models whose text is cut into blocks; leave it out, got 8"):
+        configured(checkpoint, additional_config={"d2cache": {name: 8}})
 
 
 def test_no_prefix_cache_is_the_operators_choice() -> None:

@@ -40,7 +40,8 @@ LOAD_FORMATS = (
 # The engines of structured output that are tested.
 GRAMMAR_BACKENDS = ("xgrammar", "guidance")
 # Longest request, prompt and canvas, unless --max-model-len says otherwise: a first step computes all of it at once,
-# and vLLM measures and reserves memory for that. Dream's config.json promises 131072 positions.
+# and vLLM measures and reserves memory for that. Dream's config.json promises 131072 positions. Texts in blocks are
+# computed in pieces, and have no such limit.
 DEFAULT_MAX_MODEL_LEN = 8192
 
 
@@ -114,6 +115,12 @@ def _family_defaults(model_config: ModelConfig, section: Any) -> dict[str, Any]:
     """Options that a family brings. A block length in ``section`` is ours, where vLLM builds a configuration again."""
     traits = model_config.hf_config.traits()
     if traits.block_length is None:
+        for name in ("block_length", "prefill_piece"):
+            if isinstance(section, dict) and section.get(name):
+                raise ValueError(
+                    f'additional_config["{SECTION}"]["{name}"]: is for models whose text is cut into blocks; leave it '
+                    f"out, got {section[name]!r}"
+                )
         return {}
     said = section.get("block_length", traits.block_length) if isinstance(section, dict) else traits.block_length
     if said != traits.block_length:

@@ -25,7 +25,7 @@ SERVER_FIELDS: dict[str, Number | Choice | Text] = {
     "graph_rows": Number(int, 0, note="rows; 0 = no CUDA graphs"),
     "request_memory": Number(float, 0, open_low=True, note="GiB"),
     "block_length": Number(int, 0, note="positions; set by the plugin itself"),
-    "prefill_piece": Number(int, 0, note="positions; set by the plugin itself"),
+    "prefill_piece": Number(int, 0, note="positions; of models whose text is cut into blocks"),
 }
 
 
@@ -44,8 +44,9 @@ class ServerOptions:
         request_memory: GiB that running requests may take beside K and V (engine/memory_plan.py); None = 2, or more
             where the longest request needs more.
         block_length: of the model family (canvas/traits.py), which the config hook puts here; 0 = it has none.
-        prefill_piece: most positions of a prompt that a step computes before the request's first one, from
-            ``--long-prefill-token-threshold``; 0 = all of a text is computed at once.
+        prefill_piece: most positions of a prompt that a step computes before the request's first one, where texts are
+            cut into blocks; the config hook puts it here, from ``--long-prefill-token-threshold`` where that is set;
+            0 = all of a text is computed at once.
     """
 
     request_defaults: Mapping[str, Any]
