@@ -236,7 +236,8 @@ def load_checkpoint(path: Path, family: Family) -> tuple[TinyLM, Tokenizer]:
 def keep_memory() -> None:
     """Tell glibc to keep freed memory: a training step frees and takes hundreds of megabytes.
 
-    By default its pages go back to the kernel and are faulted in again, in every step. Other C libraries are left alone.
+    By default its pages go back to the kernel and are faulted in again, in every step. Other C libraries have no such
+    call.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
