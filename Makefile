@@ -77,8 +77,9 @@ format: env  ## apply ruff's fixes and format
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 
-bench: env  ## CPU benchmark of a step
+bench: env  ## CPU benchmark of a step, of bidirectional and of block-diffusion families
 	$(test_env) $(bin)/python -m benchmarks.cpu.step_speed
+	$(test_env) $(bin)/python -m benchmarks.cpu.block_speed
 
 count: env  ## what a step asks of a GPU, counted without one: kernels and waits, programs and registers (minutes)
 	$(bin)/python -m benchmarks.count $(ARGS)

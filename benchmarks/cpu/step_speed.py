@@ -104,7 +104,8 @@ class Meter:
             out = stock(*args, **kwargs)
             self.forward_s += time.perf_counter() - start
             step = self.runner.model_state.step
-            self.logits_rows = 0 if step is None else step.rows.logits_rows.shape[0]
+            # A piece of a prompt has no rows that decide.
+            self.logits_rows = 0 if step is None or step.rows is None else step.rows.logits_rows.shape[0]
             return out
 
         model.forward = forward

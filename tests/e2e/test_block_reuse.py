@@ -40,6 +40,10 @@ def requests_of(family: str) -> list[dict[str, Any]]:
             request["options"] = {"threshold": 0, "steps": 3}
         elif n % 4 == 2 and family != "fast_dllm_v2":
             request["options"] = {"decoder": "edit", "threshold": 0.3, "editing_threshold": 0.2}
+        if n in (0, 1, 4, 6):  # with rows of the open block left out; also beside edits
+            request["options"] |= {"policy": "d2cache", "current_k": 3, "inflate_w": 0}
+        elif n == 5:
+            request["options"]["policy"] = "full"
     return made
 
 

@@ -63,7 +63,8 @@ def test_answers_of_one_prompt_are_drawn_one_by_one(blocks: Server) -> None:
 @pytest.mark.parametrize(
     ("wishes", "field"),
     [
-        ({"vllm_xargs": {"d2cache_policy": "d2cache"}}, "d2cache_policy"),
+        ({"vllm_xargs": {"d2cache_policy": "dkv"}}, "d2cache_policy"),
+        ({"vllm_xargs": {"d2cache_policy": "d2cache", "d2cache_rollout_p": 0.2}}, "d2cache_rollout_p"),
         ({"vllm_xargs": {"d2cache_window": 3}}, "d2cache_window"),
         ({"vllm_xargs": {"d2cache_canvas": json.dumps([-1, 5, -1])}, "max_tokens": 3}, "d2cache_canvas"),
         ({"vllm_xargs": {"d2cache_decoder": "wino"}}, "d2cache_decoder"),

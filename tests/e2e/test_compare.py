@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.reference.blocks import BLOCK_ORACLE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 
@@ -43,3 +46,26 @@ def test_compare(tmp_path: Path) -> None:
     assert picture.stat().st_size > 0
     table = out.with_suffix(".md").read_text()
     assert table.count("\n| ") == 4
+
+
+def test_compare_where_texts_are_cut_into_blocks(tmp_path: Path) -> None:
+    """Without names: what has a meaning there is run, the rest is said, and nobody finds another's prompts stored."""
+    model = tmp_path / "model"
+    shutil.copytree(BLOCK_ORACLE / "llada2", model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "models" / "tiny-llada" / name, model / name)
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.json"
+    prompts.write_text("\n".join(json.dumps({"prompt": letter * 150, "max_tokens": 40}) for letter in "ab"))
+    command = [sys.executable, "-m", "vllm_d2cache.cli", "compare", "--model", str(model), "--decoders", "confidence"]
+    command += ["--prompts", str(prompts), "--max-model-len", "256", "--dtype", "float32", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "left out: dkv, confidence: d2cache_policy: must be" in done.stdout
+    cells = {cell["policy"]: cell for cell in json.loads(out.read_text())["cells"]}
+    assert set(cells) == {"full", "d2cache", "block"}
+    full, block, part = cells["full"], cells["block"], cells["d2cache"]
+    assert block["agreement"] == full["agreement"] == 1.0
+    assert (block["rows"], block["steps"]) == (full["rows"], full["steps"])
+    assert block["rows"] > 2 * 150, "the prompts, once more for each setting"
+    assert part["rows"] / part["steps"] < block["rows"] / block["steps"]
+    assert "| rows/token |" in out.with_suffix(".md").read_text()

@@ -85,7 +85,7 @@ def test_the_longest_request_has_whole_blocks() -> None:
     ("section", "said"),
     [
         ({"block_length": 8}, r"\[\"block_length\"\]: is set by the plugin \(4 with this model\)"),
-        ({"policy": "d2cache"}, "d2cache_policy: must be 'block' with this model"),
+        ({"policy": "dkv"}, "d2cache_policy: must be 'd2cache' or 'full' or 'block' with this model"),
         ({"window": 3}, "d2cache_window: must be 0 or divide 4, the block length of this model"),
     ],
 )

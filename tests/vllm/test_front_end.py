@@ -17,6 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.input_processor import InputProcessor
 
+from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.compat import front_end
 from vllm_d2cache.engine.refusals import check_request
 from vllm_d2cache.models.configs import LLaDAConfig
@@ -26,6 +27,7 @@ from vllm_d2cache.requests.fit import check_room
 CHECKS = front_end.FieldChecks(check_fields, check_nested, check_room)
 pytestmark = pytest.mark.vllm
 OURS = frozenset({"LLaDAModelLM"})
+BLOCKS = {"SDARForCausalLM": 4}
 
 
 def model_config(architecture: str, **overrides: Any) -> Any:
@@ -35,6 +37,7 @@ def model_config(architecture: str, **overrides: Any) -> Any:
         generation_config="vllm",
         override_generation_config=overrides,
         try_get_generation_config=dict,
+        hf_config=SimpleNamespace(traits=lambda: FamilyTraits(0, block_length=BLOCKS.get(architecture))),
     )
 
 
@@ -72,6 +75,22 @@ def test_the_operators_defaults_win() -> None:
     assert defaults.get("max_tokens") == defaults.cap == 64
     plain = ModelConfig.get_diff_sampling_param(model_config("LLaDAModelLM"))
     assert plain.get("max_tokens") is plain.cap is None, "nothing that vLLM would cut a canvas to"
+
+
+def test_texts_that_grow_may_take_all_that_is_left() -> None:
+    front_end.install(frozenset(BLOCKS), CHECKS)
+    config = model_config("SDARForCausalLM")
+    defaults = ModelConfig.get_diff_sampling_param(config)
+    assert defaults == {"max_tokens": None, "temperature": 0.0}
+    assert (defaults.get("max_tokens"), defaults.length(99), defaults.length(0)) == (None, 99, 1)
+    absent = CompletionRequest(prompt="x")
+    assert absent.to_sampling_params(99, defaults).max_tokens == absent.max_tokens == 99
+    # The file of a checkpoint says less than all, and the operator less than that.
+    config.try_get_generation_config, config.generation_config = lambda: {"max_new_tokens": 64}, "auto"
+    assert ModelConfig.get_diff_sampling_param(config).length(99) == 64
+    assert ModelConfig.get_diff_sampling_param(config).length(5) == 5
+    front_end.note_longest(config, 48)
+    assert ModelConfig.get_diff_sampling_param(config).length(99) == 48
 
 
 def test_protocol_patches_refuse_what_does_not_fit() -> None:

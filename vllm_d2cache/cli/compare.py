@@ -7,6 +7,7 @@ d2cache:current_k=16,rollout_p=0.2. Full recompute is always run, as the others 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 
 from vllm_d2cache.cli import UsageError
 from vllm_d2cache.cli.grid import Cell, Prompt, Setting, general_questions, measure, pairs_of, read_prompts
+from vllm_d2cache.compat.internals import model_file
 from vllm_d2cache.decoders.frequencies import load_frequencies
+from vllm_d2cache.models.config_rules import family_of
 from vllm_d2cache.options.request import SECTION
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.requests.resolve import parse_server_options
@@ -104,14 +107,29 @@ def _pairs(args: argparse.Namespace) -> tuple[list[tuple[Setting, Setting]], lis
     from vllm_d2cache.decoders import DECODER_CLASSES
     from vllm_d2cache.policies import POLICY_CLASSES
 
-    decoders = args.decoders or [d for d in DECODER_CLASSES if d != "pc" or args.token_frequencies]
     policies = [p for p in args.policies or POLICY_CLASSES if p != "full"]
-    server = parse_server_options({"token_frequencies": args.token_frequencies})
+    decoders = args.decoders or [d for d in DECODER_CLASSES if d != "pc" or args.token_frequencies]
+    server = parse_server_options({**_family_options(args.model), "token_frequencies": args.token_frequencies})
     return pairs_of(
         [Setting.parse("policy", text) for text in dict.fromkeys(["full", *policies])],
         [Setting.parse("decoder", text) for text in dict.fromkeys(decoders)],
         server,
+        (bool(args.policies), bool(args.decoders)),
     )
+
+
+def _family_options(model: str) -> dict[str, Any]:
+    """The options that the engine will have of the model's family; none where only the engine can say what is wrong."""
+    file = Path(model) / "config.json"
+    if Path(model).is_dir():
+        given = json.loads(file.read_text()) if file.is_file() else {}
+    else:
+        given = model_file(model, "config.json", None)
+    if (found := family_of(given)) is None:
+        return {}
+    config = found[1].config_class().from_dict(given)
+    block = config.traits().block_length
+    return {**config.decoding_defaults(), "block_length": block} if block else {}
 
 
 def _engine(args: argparse.Namespace) -> Any:

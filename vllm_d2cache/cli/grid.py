@@ -61,12 +61,15 @@ def _number(text: str) -> Any:
 
 
 def pairs_of(
-    policies: list[Setting], decoders: list[Setting], server: ServerOptions
+    policies: list[Setting], decoders: list[Setting], server: ServerOptions, asked: tuple[bool, bool] = (True, True)
 ) -> tuple[list[tuple[Setting, Setting]], list[str]]:
     """Pairs the engine will take, decoder by decoder, and why it will not take the others.
 
+    Args:
+        asked: whether somebody has named the policies, and the decoders; otherwise they are all that there are.
+
     Raises:
-        UsageError: a policy or decoder is in no pair.
+        UsageError: a policy or decoder that was asked for is in no pair, or there is no pair.
     """
     pairs, refused = [], {}
     for decoder in decoders:
@@ -78,7 +81,7 @@ def pairs_of(
                 refused[policy, decoder] = str(error)
             else:
                 pairs.append((policy, decoder))
-    for setting in [*policies, *decoders]:
+    for setting in [*policies * asked[0], *decoders * asked[1]] if pairs else [*policies, *decoders]:
         if not any(setting in pair for pair in pairs):
             raise UsageError(next(reason for pair, reason in refused.items() if setting in pair))
     return pairs, [f"{policy.label}, {decoder.label}: {reason}" for (policy, decoder), reason in refused.items()]
@@ -216,6 +219,7 @@ def measure(
     options = {**policy.options, **decoder.options}
     extra = {PREFIX + key: value for key, value in options.items()}
     _generate(llm, prompts[:1], extra)  # the first use of a setting allocates
+    llm.reset_prefix_cache()  # what other settings have stored of the same prompts
     counters.reset()
     reset_peak()
     outputs = []

@@ -23,6 +23,7 @@ from vllm_d2cache.requests.dropped_fields import WITHOUT_EFFECT
 from vllm_d2cache.requests.generation_defaults import UNSUPPORTED_DEFAULTS
 
 _MARK = "_vllm_d2cache"
+_LONGEST = "_vllm_d2cache_longest"  # of a ModelConfig: the operator's max_canvas
 # Request classes of the OpenAI server, and the fields in which a client may give the canvas length.
 _PROTOCOLS = {
     "vllm.entrypoints.openai.completion.protocol.CompletionRequest": ("max_tokens",),
@@ -42,22 +43,33 @@ _STREAMS = {
 
 
 class CanvasDefaults(dict[str, Any]):
-    """Default sampling parameters of a model whose max_tokens is a canvas.
+    """Default sampling parameters of a model whose max_tokens is a canvas, or says when a text that grows is to stop.
 
     The server asks ``get`` for max_tokens in order to cut a canvas, and is told nothing but what the operator has said:
-    a canvas is refused, not cut. ``[]`` has the length of a request that names none.
+    a canvas is refused, not cut. ``[]`` has the length of a request that names none; None = all that is left.
 
     Attributes:
         cap: the longest canvas that the operator lets a request have (max_new_tokens); None = as long as fits.
+        grows: whether texts grow block by block: then a default is what is left of the context, or cut to that.
+        longest: the same as ``cap``, by another name of the operator's (max_canvas); a default keeps to it.
     """
 
-    def __init__(self, params: dict[str, Any], cap: int | None = None) -> None:
-        super().__init__({"max_tokens": DEFAULT_CANVAS_LENGTH, "temperature": 0.0, **params})
-        self.cap = cap
+    def __init__(
+        self, params: dict[str, Any], cap: int | None = None, grows: bool = False, longest: int | None = None
+    ) -> None:
+        length = longest if grows else DEFAULT_CANVAS_LENGTH
+        super().__init__({"max_tokens": length, "temperature": 0.0, **params})
+        self.cap, self.grows, self.longest = cap, grows, longest
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of any dictionary, but for max_tokens: the operator's cap."""
         return self.cap if key == "max_tokens" else super().get(key, default)
+
+    def length(self, room: int) -> int:
+        """Of a request that names none, where ``room`` positions are left; refused later on if it does not fit."""
+        if not self.grows:
+            return int(self["max_tokens"])
+        return max(1, min(n for n in (room, self["max_tokens"], self.longest) if n is not None))
 
 
 @dataclass(frozen=True)
@@ -98,10 +110,16 @@ def install(architectures: frozenset[str], checks: FieldChecks) -> None:
         # override was refused at the start.
         for name in UNSUPPORTED_DEFAULTS:
             params.pop(name, None)
-        return CanvasDefaults(params, _cap(self, params))
+        grows = bool(self.hf_config.traits().block_length)
+        return CanvasDefaults(params, _cap(self, params), grows, getattr(self, _LONGEST, None))
 
     setattr(get_diff_sampling_param, _MARK, True)
     ModelConfig.get_diff_sampling_param = get_diff_sampling_param
+
+
+def note_longest(model_config: Any, length: int | None) -> None:
+    """The operator's max_canvas: the default length of a text that grows keeps to it. By the config hook."""
+    setattr(model_config, _LONGEST, length)
 
 
 def _cap(config: Any, params: dict[str, Any]) -> int | None:
@@ -160,7 +178,7 @@ def _canvas_length(
     given = (getattr(request, "vllm_xargs", None) or {}).get(CANVAS)
     if asked is None and isinstance(given, list):
         return max(1, len(given))  # whether it fits is asked where it is checked
-    field, length = asked or (names[-1], defaults["max_tokens"])
+    field, length = asked or (names[-1], defaults.length(room))
     # A completion with echo may ask for its prompt alone.
     if length < 1 and not (length == 0 and getattr(request, "echo", False) and names == ("max_tokens",)):
         as_validation_error(_refuse_short, field, length)

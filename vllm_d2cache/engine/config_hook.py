@@ -94,6 +94,7 @@ class DiffusionConfigHook:
             pieces = configure_pieces(vllm_config, options)
             vllm_config.additional_config = {**additional, SECTION: {**defaults, **(section or {}), **graphs, **pieces}}
             options = parse_server_options(vllm_config.additional_config[SECTION])
+        front_end.note_longest(vllm_config.model_config, options.max_canvas)
         if options.token_frequencies is not None:
             load_frequencies(options.token_frequencies, vllm_config.model_config.hf_config.vocab_size)
         _configure(vllm_config)

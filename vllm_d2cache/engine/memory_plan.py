@@ -24,7 +24,7 @@ from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.policies.base import CachePolicy
 from vllm_d2cache.policies.budget import row_budget, uses_of
-from vllm_d2cache.policies.registry import POLICY_CLASSES
+from vllm_d2cache.policies.registry import POLICY_CLASSES, policy_class
 from vllm_d2cache.requests.resolve import resolve
 
 GIB = 1 << 30
@@ -165,7 +165,8 @@ def graph_rows(config: Any, options: ServerOptions) -> int:
 
 def _policies(options: ServerOptions) -> list[type[CachePolicy]]:
     """Those that requests of this server may ask for."""
-    return [cls for cls in POLICY_CLASSES.values() if cls.keeps_blocks or not options.block_length]
+    classes = [policy_class(name, options.block_length) for name in POLICY_CLASSES]
+    return [cls for cls in classes if cls.keeps_blocks or not options.block_length]
 
 
 def _policy_bytes(slots: int, length: int, options: ServerOptions, layers: int) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 from vllm_d2cache.options.types import Choice, Number, OptionError, Text
 
 ATTENTION_BACKENDS = ("triton", "xformers", "torch")
-# Canvas length of a request that names no max_tokens (the published gen_length of most tasks).
+# Canvas length of a request that names no max_tokens (the published gen_length of most tasks). Where texts grow it is
+# what is left of the context.
 DEFAULT_CANVAS_LENGTH = 256
 # Beyond this many rows a step of an 8B model is long enough to hide its launches, and padding costs real time
 # (docs/performance.md, "CUDA graphs").

@@ -57,6 +57,8 @@ class CachePolicy(ABC):
     """What a request may set of this policy alone, with defaults."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Published settings of decoding options; they apply where neither request nor server sets one."""
+    own_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Of ``options``, other defaults than declared."""
     parallel_defaults: ClassVar[Mapping[str, Any]] = {}
     """Of ``options``, other defaults where a rule decides how many tokens a step commits."""
     takes_all_options: ClassVar[bool] = False
@@ -65,6 +67,8 @@ class CachePolicy(ABC):
     """Whether the engine must compute the entropy of the predicted slots' distributions."""
     keeps_blocks: ClassVar[bool] = False
     """Whether it goes with families whose text is cut into blocks (FamilyTraits.block_length)."""
+    in_blocks: ClassVar[type[CachePolicy] | None] = None
+    """What it is with these, where that is another class: of the same name, and ``keeps_blocks``. Not inherited."""
     refreshes_all: ClassVar[bool] = False
     """Whether every step recomputes the whole text."""
     uses: ClassVar[tuple[Use, ...]] = ()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from vllm_d2cache.decoders.registry import DECODER_CLASSES
 from vllm_d2cache.mechanisms.base import Use
 from vllm_d2cache.options.request import RequestOptions
-from vllm_d2cache.policies.registry import POLICY_CLASSES
+from vllm_d2cache.policies.registry import policy_class
 
 
 def uses_of(options: RequestOptions) -> tuple[Use, ...]:
     """The mechanisms of a request's policy and decoder."""
-    return (*POLICY_CLASSES[options.policy].uses, *DECODER_CLASSES[options.decoder].uses)
+    return (*policy_class(options.policy, options.block).uses, *DECODER_CLASSES[options.decoder].uses)
 
 
 def extra_rows(options: RequestOptions, canvas_len: int) -> int:
@@ -24,7 +24,8 @@ def row_budget(options: RequestOptions, prompt_len: int, canvas_len: int, refres
 
     That is a row for the leftmost mask where tokens are committed from left to right, and rows behind the text.
     """
-    rows = POLICY_CLASSES[options.policy].max_rows(options, prompt_len, canvas_len, refresh_budget)
+    policy = policy_class(options.policy, options.block)
+    rows = policy.max_rows(options, prompt_len, canvas_len, refresh_budget)
     if options.ordered:
         rows = min(rows + 1, prompt_len + canvas_len)
     return rows + extra_rows(options, canvas_len)

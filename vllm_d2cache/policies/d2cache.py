@@ -17,10 +17,9 @@ from vllm_d2cache.mechanisms.importance import Importance, ReadsImportance
 from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.ops.refresh_choice import Outcome, choose_refresh, inflate, select_context, select_masked
 from vllm_d2cache.options.request import RequestOptions
-from vllm_d2cache.options.types import Choice, Number
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
-
-FIRST, LATEST = MEMORIES = ("first", "latest")
+from vllm_d2cache.policies.d2cache_blocks import D2CacheInBlocks
+from vllm_d2cache.policies.d2cache_options import LATEST, MEMORIES, OPTIONS
 
 # Why a position waits for its refresh (D2CachePolicy.waiting).
 _OWED_CONTEXT, _OWED_COMMIT = 1, 2
@@ -30,15 +29,10 @@ class D2CachePolicy(CachePolicy):
     """Certainty density chooses masked positions, attention rollout chooses the rest."""
 
     name = "d2cache"
-    options: ClassVar = {
-        "selection_sigma": Number(float, 0, note="positions; 0 = rank by confidence alone", default=10.0),
-        "current_k": Number(int, 1, note="masked positions", default=32),
-        "rollout_p": Number(float, 0, 1, note="share of the rollout's mass", default=0.1),
-        "inflate_w": Number(int, 0, note="positions; 0 = off", default=0),
-        "confidence_memory": Choice(MEMORIES, default=FIRST),
-    }
+    options: ClassVar = OPTIONS
     parallel_defaults: ClassVar = {"inflate_w": 4}
     uses = (ReadsImportance(),)
+    in_blocks = D2CacheInBlocks
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)

@@ -6,6 +6,7 @@ import torch
 
 from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
+from vllm_d2cache.policies.full_blocks import FullInBlocks
 
 
 class FullPolicy(CachePolicy):
@@ -17,6 +18,7 @@ class FullPolicy(CachePolicy):
     name = "full"
     takes_all_options = True
     refreshes_all = True
+    in_blocks = FullInBlocks
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Everything again."""

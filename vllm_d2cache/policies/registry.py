@@ -36,7 +36,28 @@ def _problem(cls: Any) -> str | None:
 
     if not (isinstance(cls, type) and issubclass(cls, CachePolicy)):
         return "is not a subclass of vllm_d2cache.policies.CachePolicy"
-    return conflict(cls.uses, cls.takes())
+    inside = _inside(cls)
+    if not (inside is cls or (inside.name == cls.name and inside.keeps_blocks)):
+        return f"has in_blocks {inside.__name__}, which must keep blocks and have the same name"
+    return conflict(cls.uses, cls.takes()) or conflict(inside.uses, inside.takes())
+
+
+def _inside(cls: Any) -> Any:
+    """What it is in blocks; a subclass is not what its parent is there."""
+    return vars(cls).get("in_blocks") or cls
 
 
 POLICY_CLASSES: Plugins[CachePolicy] = Plugins("cache policy", discover(GROUP, BUILT_IN), _problem)
+
+
+def policy_class(name: str, block: int | None) -> type[CachePolicy]:
+    """What the policy of that name is where texts are cut into blocks of ``block`` positions (0, None = they are not).
+
+    One that is no other class there and does not keep blocks has no meaning with them.
+
+    Raises:
+        KeyError, PluginError: as ``POLICY_CLASSES`` does.
+    """
+    cls = POLICY_CLASSES[name]
+    inside: type[CachePolicy] = _inside(cls) if block else cls
+    return inside

@@ -9,7 +9,7 @@ from vllm_d2cache.mechanisms.base import ROWS
 from vllm_d2cache.options.request import CANVAS, PREFIX, RequestOptions
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.policies.budget import extra_rows
-from vllm_d2cache.policies.registry import POLICY_CLASSES
+from vllm_d2cache.policies.registry import policy_class
 from vllm_d2cache.requests.asked import HOLE
 
 # Entries a request may list; the tables of all running requests are as wide as the longest list.
@@ -78,7 +78,7 @@ def check_adapters_fit(options: RequestOptions) -> None:
     Raises:
         OptionError: the policy has layers leave rows out; vLLM's adapters are told the rows of a step, not of a layer.
     """
-    policy = POLICY_CLASSES[options.policy]
+    policy = policy_class(options.policy, options.block)
     if ROWS in policy.takes().union(*(use.takes for use in policy.uses)):
         raise OptionError(
             f"{PREFIX}policy: {options.policy!r} leaves rows out of layers, which adapters do not follow; on a server "

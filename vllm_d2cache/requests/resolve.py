@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from vllm_d2cache.decoders.base import Decoder
 from vllm_d2cache.decoders.registry import DECODER_CLASSES
 from vllm_d2cache.mechanisms.base import conflict
 from vllm_d2cache.options.plugins import PluginError
 from vllm_d2cache.options.request import PREFIX, REQUEST_KEYS, SCORES, SECTION, RequestOptions
 from vllm_d2cache.options.server import SERVER_FIELDS, ServerOptions
 from vllm_d2cache.options.types import Choice, Number, OptionError, Text
-from vllm_d2cache.policies.registry import POLICY_CLASSES
+from vllm_d2cache.policies.registry import POLICY_CLASSES, policy_class
 
 POLICIES, DECODERS = tuple(POLICY_CLASSES), tuple(DECODER_CLASSES)
 
@@ -136,9 +137,9 @@ def resolve(server: ServerOptions, request: Mapping[str, Any], ordered: bool = F
         if request.get(name, 0) > 0 and other not in request:
             chosen.pop(other, None)
     chosen.update(request)
-    _check_names(chosen, request)
+    _check_names(chosen, request, server.block_length)
     decoder = DECODER_CLASSES[chosen.get("decoder", RequestOptions.decoder)]
-    policy = POLICY_CLASSES[chosen.get("policy", RequestOptions.policy)]
+    policy = policy_class(chosen.get("policy", RequestOptions.policy), server.block_length)
     unread = set(_DECODER_FIELDS) - set(decoder.reads)
     shared = {n: v for n, v in chosen.items() if n in REQUEST_FIELDS and n not in unread}
     _check_alternatives(shared)
@@ -148,13 +149,15 @@ def resolve(server: ServerOptions, request: Mapping[str, Any], ordered: bool = F
         shared = {**_PARALLEL_DEFAULTS, **shared}
     options = RequestOptions(
         **shared,
-        policy_options=_own(policy.options, chosen, policy.parallel_defaults if parallel else {}),
+        policy_options=_own(
+            policy.options, chosen, {**policy.own_defaults, **(policy.parallel_defaults if parallel else {})}
+        ),
         decoder_options=_own(decoder.options, chosen, {}),
         ordered=ordered,
         block=server.block_length,
     )
-    _check_decoder(options, server)
     _check_blocks(options)
+    _check_decoder(options, server)
     return options
 
 
@@ -162,8 +165,8 @@ def _check_blocks(options: RequestOptions) -> None:
     """Refuse what has no meaning where a row sees its own block of the text and those before it."""
     if not options.block:
         return
-    if not POLICY_CLASSES[options.policy].keeps_blocks:
-        fitting = [name for name, cls in POLICY_CLASSES.items() if cls.keeps_blocks]
+    if not policy_class(options.policy, options.block).keeps_blocks:
+        fitting = [name for name in POLICY_CLASSES if policy_class(name, options.block).keeps_blocks]
         raise OptionError(
             f"{PREFIX}policy: must be {' or '.join(map(repr, fitting))} with this model, whose rows see their own "
             f"block of positions and those before it, got {options.policy!r}"
@@ -181,13 +184,13 @@ def _own(
     return {name: chosen.get(name, defaults.get(name, spec.default)) for name, spec in specs.items()}
 
 
-def _check_names(chosen: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+def _check_names(chosen: Mapping[str, Any], request: Mapping[str, Any], block: int) -> None:
     """Refuse an option that the request itself names and its policy or decoder does not read.
 
     The server may have set options for requests of another policy or decoder.
     """
     decoder = DECODER_CLASSES[chosen.get("decoder", RequestOptions.decoder)]
-    policy = POLICY_CLASSES[chosen.get("policy", RequestOptions.policy)]
+    policy = policy_class(chosen.get("policy", RequestOptions.policy), block)
     for name in request:
         readers = [d for d, cls in DECODER_CLASSES.items() if name in (*cls.options, *cls.reads)]
         if readers and decoder.name not in readers:
@@ -197,8 +200,13 @@ def _check_names(chosen: Mapping[str, Any], request: Mapping[str, Any]) -> None:
                 f"decoders that read it are {', '.join(map(repr, readers))}"
             )
         readers = [p for p, cls in POLICY_CLASSES.items() if name in cls.options]
+        own = ", ".join(PREFIX + n for n in policy.options) or "none"
+        if policy.name in readers and name not in policy.options:
+            raise OptionError(
+                f"{PREFIX}{name}: has no meaning with this model, whose rows see their own block of "
+                f"positions and those before it; the options of {PREFIX}policy {policy.name!r} there are: {own}"
+            )
         if readers and policy.name not in readers and not policy.takes_all_options:
-            own = ", ".join(PREFIX + n for n in policy.options) or "none"
             raise OptionError(
                 f"{PREFIX}{name}: an option of {PREFIX}policy {' or '.join(map(repr, readers))}, but this request's "
                 f"policy is {policy.name!r}; the options of that policy are: {own}"
@@ -229,9 +237,15 @@ def _with_threshold(chosen: dict[str, Any], request: Mapping[str, Any]) -> dict[
     return {**chosen, "threshold": decoder.default_threshold}
 
 
+def _goes_with(decoder: type[Decoder], policy: str, block: int) -> bool:
+    """Whether requests may have both."""
+    cls = policy_class(policy, block)
+    return (cls.keeps_blocks or not block) and not conflict([*cls.uses, *decoder.uses], cls.takes())
+
+
 def _check_decoder(options: RequestOptions, server: ServerOptions) -> None:
     """Refuse a decoder that lacks something: of the server, of the policy, or a rule from left to right."""
-    decoder, policy = DECODER_CLASSES[options.decoder], POLICY_CLASSES[options.policy]
+    decoder, policy = DECODER_CLASSES[options.decoder], policy_class(options.policy, options.block)
     for setting in decoder.needs_server:
         if getattr(server, setting) is None:
             raise OptionError(
@@ -239,10 +253,10 @@ def _check_decoder(options: RequestOptions, server: ServerOptions) -> None:
                 f'(additional_config["{SECTION}"]["{setting}"])'
             )
     if problem := conflict([*policy.uses, *decoder.uses], policy.takes()):
-        fitting = [p for p, c in POLICY_CLASSES.items() if not conflict([*c.uses, *decoder.uses], c.takes())]
+        fitting = [name for name in POLICY_CLASSES if _goes_with(decoder, name, options.block)]
+        others = f"but with {', '.join(map(repr, fitting))} alone; name both" if fitting else "nor with another here"
         raise OptionError(
-            f"{PREFIX}decoder: {decoder.name!r} does not go with {PREFIX}policy {policy.name!r} ({problem}), but with "
-            f"{', '.join(map(repr, fitting))} alone; name both"
+            f"{PREFIX}decoder: {decoder.name!r} does not go with {PREFIX}policy {policy.name!r} ({problem}), {others}"
         )
     if not options.ordered:
         return

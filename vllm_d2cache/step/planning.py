@@ -12,7 +12,7 @@ from vllm_d2cache.mechanisms.base import Mechanisms, Worker
 from vllm_d2cache.ops.host import upload_lists
 from vllm_d2cache.ops.step_rows import store_plan
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
-from vllm_d2cache.policies.registry import POLICY_CLASSES
+from vllm_d2cache.policies.registry import policy_class
 
 
 class Planning:
@@ -32,7 +32,7 @@ class Planning:
     def policy(self, name: str) -> CachePolicy:
         """The policy of that name; made when the first request asks for it, as its state takes memory."""
         if name not in self._policies:
-            self._policies[name] = POLICY_CLASSES[name](self.worker)
+            self._policies[name] = policy_class(name, self.worker.traits.block_length)(self.worker)
         return self._policies[name]
 
     def start(self, slot: int) -> None:
@@ -45,7 +45,7 @@ class Planning:
 
     def reads_entropy(self, slots: Sequence[int]) -> bool:
         """Whether some policy of these requests reads the entropy of what was predicted."""
-        return any(POLICY_CLASSES[self.canvas.requests[s].options.policy].reads_entropy for s in slots)
+        return any(self.policy(self.canvas.requests[s].options.policy).reads_entropy for s in slots)
 
     def next(self, view: CanvasView, outcome: StepOutcome, slots: Sequence[int]) -> None:
         """Ask each policy for the next plans of its requests.

@@ -108,6 +108,18 @@ class TestSettings:
         with pytest.raises(UsageError, match="with 'full' alone"):
             pairs_of(policies[1:], decoders[1:], ServerOptions({}))
 
+    def test_with_blocks_only_what_is_asked_for_must_have_a_meaning(self) -> None:
+        blocks = ServerOptions({"policy": "block"}, block_length=4)
+        policies = [Setting.parse("policy", name) for name in ("full", "block", "dkv")]
+        decoders = [Setting.parse("decoder", name) for name in ("confidence", "wino")]
+        pairs, left_out = pairs_of(policies, decoders, blocks, (False, False))
+        assert [(p.label, d.label) for p, d in pairs] == [("full", "confidence"), ("block", "confidence")]
+        assert len(left_out) == 4
+        with pytest.raises(UsageError, match="d2cache_policy: must be 'd2cache' or 'full' or 'block'"):
+            pairs_of(policies, decoders, blocks, (True, False))
+        with pytest.raises(UsageError, match="'wino' does not go with"):
+            pairs_of(policies, decoders, blocks, (False, True))
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -201,7 +213,7 @@ class TestReport:
         assert table[0].count("|") == len(HEADS) + 1
         figures = [line.strip("| ").split(" | ") for line in table[2:4]]
         # 6 output tokens, 8 forwards, 10 steps, 200 rows, 400 keys, 2 s, 3 MB.
-        costs = ["0.75", "20.0", "40.0", "200.00", "3.0", "3"]
+        costs = ["0.75", "20.0", "33.3", "40.0", "200.00", "3.0", "3"]
         # One of two problems lost: (0 + 1) / 4 and (1 + 1) / 4 after a problem on either side.
         assert figures[0] == ["full", "confidence", "100.0", "+0.0 [-69.3, +69.3]", "1", "100.0", "100.0", *costs]
         assert figures[1] == ["d2cache", "confidence", "50.0", "-50.0 [-100.0, +56.3]", "1", "87.5", "50.0", *costs]
