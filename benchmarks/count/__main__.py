@@ -37,6 +37,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"policy": "full"},
     "prefix": {"policy": "prefix"},
 }
+# Where texts are cut into blocks of so many positions.
+BLOCK = 32
+BLOCK_SETTINGS: dict[str, dict[str, Any]] = {
+    "block": {"policy": "block", "threshold": 0.9},
+    "block, edit": {"policy": "block", "decoder": "edit", "threshold": 0.9},
+    "block, d2cache": {"policy": "d2cache", "threshold": 0.9},
+}
 MIXED = [*SETTINGS.values(), {"score": "margin"}, {"policy": "dual", "tokens_per_step": 2}]
 
 
@@ -57,9 +64,10 @@ class Told(Hook):
 class Steps:
     """A batch whose layers do not run."""
 
-    def __init__(self, options: list[dict[str, Any]], samples: bool = False) -> None:
-        n, server = len(options), ServerOptions({})
-        self.runner = StepRunner(Worker(n, PROMPT + CANVAS, torch.device("cpu"), FamilyTraits(5)))
+    def __init__(self, options: list[dict[str, Any]], samples: bool = False, block: int = 0) -> None:
+        n, server = len(options), ServerOptions({}, block_length=block)
+        traits = FamilyTraits(5, block_length=block or None)
+        self.runner = StepRunner(Worker(n, PROMPT + CANVAS, torch.device("cpu"), traits, server))
         self.slots, self.host = torch.arange(n), list(range(n))
         self.pages = Pages(torch.zeros(n, (PROMPT + CANVAS) // PAGE, dtype=torch.int32), PAGE)
         self.importance = Importance(torch.rand(n, PROMPT + CANVAS, generator=torch.Generator().manual_seed(0)))
@@ -79,9 +87,9 @@ class Steps:
         self.runner.close(step, hidden, lambda x: _LOGITS[: len(x)])
 
 
-def measure(options: list[dict[str, Any]], padded: bool, samples: bool = False) -> dict[str, Any]:
+def measure(options: list[dict[str, Any]], padded: bool, samples: bool = False, block: int = 0) -> dict[str, Any]:
     """Kernels, of these Triton's, and waits of the third step."""
-    steps = Steps(options, samples)
+    steps = Steps(options, samples, block)
     steps.step(False)
     steps.step(padded)
     with counted_kernels() as (count, launched):
@@ -104,6 +112,11 @@ def lines() -> list[dict[str, Any]]:
             for padded in forms:
                 line = {"setting": name, "batch": n, "form": _form(padded)}
                 found.append({**line, **measure([options] * n, padded)})
+    for name, options in BLOCK_SETTINGS.items():
+        for n in BATCHES:
+            for padded in (True, False):
+                line = {"setting": name, "batch": n, "form": _form(padded)}
+                found.append({**line, **measure([options] * n, padded, block=BLOCK)})
     for n in BATCHES[1:]:
         mixed = [MIXED[i % len(MIXED)] for i in range(n)]
         found.append(

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from vllm_d2cache.options.sampling import EditSpec, SamplingSpec
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.policies.budget import row_budget
-from vllm_d2cache.policies.registry import POLICY_CLASSES
+from vllm_d2cache.policies.registry import POLICY_CLASSES, policy_class
 from vllm_d2cache.requests.resolve import resolve
 from vllm_d2cache.step.pages import Pages
 from vllm_d2cache.step.runner import StepRunner
@@ -37,6 +38,7 @@ from vllm_d2cache.step.step import Step
 
 # At 64 requests their predicted rows are more than a tile of statistics.
 PROMPT, CANVAS, PAGE, MASK = 20, 24, 16, 5
+_BLOCK = 4
 BATCHES = (1, 8, 64)
 # Behind the first one. Some methods do something else in every second, fourth or fifth step.
 STEPS = 5
@@ -53,6 +55,7 @@ class Setting(NamedTuple):
     sampling: tuple[SamplingSpec, ...] = (SamplingSpec(),)
     grammar: bool = False
     given: bool = False
+    block: int = 0  # positions of a block where texts are cut into blocks; 0 = they are not
 
 
 class Anything:
@@ -100,6 +103,17 @@ def mixed() -> dict[str, Setting]:
     }
 
 
+def blocks() -> dict[str, Setting]:
+    """Where texts are cut into blocks: every policy with a meaning there, and the decoder that writes over tokens."""
+    names = [name for name in POLICY_CLASSES if policy_class(name, _BLOCK).keeps_blocks]
+    found = {f"blocks, policy {name}": Setting(({"policy": name},), block=_BLOCK) for name in names}
+    many = tuple({"policy": name, "threshold": 0.5} for name in names)
+    return found | {
+        "blocks, decoder edit": Setting(({"policy": "block", "decoder": "edit"},), block=_BLOCK),
+        "blocks, all policies": Setting(many, block=_BLOCK),
+    }
+
+
 def _policy_for(decoder: str) -> str:
     for policy in ("d2cache", "full"):
         try:
@@ -122,8 +136,9 @@ class Batch:
         max_len: int = PROMPT + CANVAS,
     ) -> None:
         self.setting, self.n, self.texts = setting, n, texts
-        traits = FamilyTraits(MASK, num_layers=LAYERS)
-        self.runner = StepRunner(Worker(n, max_len, device, traits, _server()))
+        traits = FamilyTraits(MASK, num_layers=LAYERS, block_length=setting.block or None)
+        self.server = replace(_server(), block_length=setting.block)
+        self.runner = StepRunner(Worker(n, max_len, device, traits, self.server))
         blocks = -(-max_len // PAGE)
         self.table = 1 + torch.arange(n * blocks, dtype=torch.int32, device=device).view(n, blocks)
         self.network = Network(1 + n * blocks, PAGE, max_len, device)
@@ -135,7 +150,7 @@ class Batch:
         """Admit a request."""
         setting, (prompt, canvas) = self.setting, self.texts[slot % len(self.texts)]
         sampling = setting.sampling[slot % len(setting.sampling)]
-        chosen = resolve(_server(), setting.options[slot % len(setting.options)], ordered=setting.grammar)
+        chosen = resolve(self.server, setting.options[slot % len(setting.options)], ordered=setting.grammar)
         rows = row_budget(chosen, prompt, canvas, None)
         given = tuple(9 if i % 5 == 1 else -1 for i in range(canvas)) if setting.given else ()
         request = Request(f"r{slot}", prompt, canvas, chosen, sampling, rows, given)
@@ -200,7 +215,7 @@ def measure_admission(setting: Setting, running: int = 8) -> dict[str, Any]:
 def lines() -> list[dict[str, Any]]:
     """One for each setting, batch and form, and one for each admission."""
     found = []
-    for name, setting in (settings() | mixed()).items():
+    for name, setting in (settings() | mixed() | blocks()).items():
         for batch in BATCHES:
             forms = measure(setting, batch)
             found += [{"setting": name, "batch": batch, "form": form, **seen} for form, seen in forms.items()]

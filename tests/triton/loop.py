@@ -31,6 +31,7 @@ class Loop:
     Args:
         options: of each request, by plain name; a single mapping is everybody's.
         texts: prompt and canvas length of each request.
+        block: positions of a block, of which texts are whole ones; None = a row sees all of its text.
     """
 
     def __init__(
@@ -39,11 +40,12 @@ class Loop:
         options: dict[str, Any] | list[dict[str, Any]],
         sampling: SamplingSpec | None = None,
         texts: list[tuple[int, int]] = TEXTS,
+        block: int | None = None,
     ) -> None:
-        server = ServerOptions({})
+        server = ServerOptions({}, block_length=block or 0)
         self.texts, self.device = texts, device
         longest = max(p + g for p, g in texts)
-        self.steps = StepRunner(Worker(len(texts), longest, device, FamilyTraits(MASK), server))
+        self.steps = StepRunner(Worker(len(texts), longest, device, FamilyTraits(MASK, block_length=block), server))
         blocks = -(-longest // PAGE)
         self.table = 1 + torch.arange(len(texts) * blocks, dtype=torch.int32, device=device).view(len(texts), -1)
         shape = (1 + self.table.numel(), HEADS, PAGE, 2 * HEAD)

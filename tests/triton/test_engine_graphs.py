@@ -11,6 +11,8 @@ import torch
 
 from tests.e2e.conftest import Engine, runner_of
 from tests.graph_emulator import Emulator
+from tests.reference.blocks import BLOCK_ORACLE
+from tests.reference.oracle import ORACLE
 from vllm_d2cache.graphs.step_graphs import GraphSize, StepGraphs
 from vllm_d2cache.ops.triton import pages, rotary
 
@@ -20,10 +22,17 @@ pytestmark = [
     pytest.mark.skipif("torch.cuda.is_available()", reason="an engine on a GPU records graphs itself"),
 ]
 
-REQUESTS: list[tuple[list[int], int, dict[str, Any]]] = [  # prompt, canvas, options
+Requests = list[tuple[list[int], int, dict[str, Any]]]  # prompt, canvas, options
+REQUESTS: Requests = [
     ([7, 300, 12] * 16, 6, {"current_k": 3, "rollout_p": 0.05}),
     (list(range(40, 110)), 4, {"current_k": 2, "tokens_per_step": 2}),
     ([5] * 9, 3, {"policy": "full"}),
+]
+# Texts in blocks of 4: two blocks are entered behind the first.
+IN_BLOCKS: Requests = [
+    ([7, 300, 12] * 5, 7, {"threshold": 0}),
+    (list(range(40, 58)), 6, {"policy": "d2cache", "current_k": 1, "threshold": 0.5}),
+    ([5] * 9, 5, {"decoder": "edit"}),
 ]
 
 
@@ -34,7 +43,7 @@ class EmulatedRecorder(Emulator):
         graphs.capture()
 
 
-def generate(engine: Engine) -> list[list[int]]:
+def generate(engine: Engine, requests: Requests) -> list[list[int]]:
     from vllm import SamplingParams
 
     params = [
@@ -45,13 +54,18 @@ def generate(engine: Engine) -> list[list[int]]:
             detokenize=False,
             extra_args={f"d2cache_{name}": value for name, value in options.items()},
         )
-        for _, canvas, options in REQUESTS
+        for _, canvas, options in requests
     ]
-    prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in REQUESTS]
+    prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in requests]
     return [list(o.outputs[0].token_ids) for o in engine.llm.generate(prompts, params, use_tqdm=False)]
 
 
-def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("model", "requests"), [(ORACLE / "llada", REQUESTS), (BLOCK_ORACLE / "sdar", IN_BLOCKS)], ids=["llada", "sdar"]
+)
+def test_an_engine_with_graphs_gives_the_tokens_of_one_without(
+    model: Path, requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vllm.model_executor.layers.attention import Attention
 
     from vllm_d2cache.engine import cuda_graphs, model_state
@@ -59,9 +73,9 @@ def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, m
 
     options = {"d2cache": {"graph_rows": 32}}
     size = {"max_num_seqs": 2, "max_model_len": 128, "num_gpu_blocks_override": 12, "block_size": 32}
-    engine = Engine(tmp_path, **size, additional_config=options)
+    engine = Engine(tmp_path, model=str(model), **size, additional_config=options)
     try:
-        want = generate(engine)
+        want = generate(engine, requests)
         state, emulator = runner_of(engine).model_state, EmulatedRecorder()
         assert state.steps.forms.graphs is None, "there are none on a CPU"
         monkeypatch.setitem(dispatch._chosen, "cpu", "triton")
@@ -86,12 +100,14 @@ def test_an_engine_with_graphs_gives_the_tokens_of_one_without(tmp_path: Path, m
         rotated = Mock(wraps=rotary.rotate_and_write)
         monkeypatch.setattr(rotary, "rotate_and_write", rotated)
         monkeypatch.setattr(pages, "write_kv", Mock(side_effect=AssertionError("pages are written with the rotation")))
-        assert generate(engine) == want
+        assert generate(engine, requests) == want
         assert rotated.call_count > 0
         assert emulator.graphs == 2
         warmed.assert_called_once()
         assert replays[:2] == state.steps.forms.graphs.sizes, "the check at start-up"
-        # Refresh steps of the first two requests at least; the third refreshes everything and fits as well.
+        # Of llada steps of the first two requests at least; the third refreshes everything and fits as well.
         assert len(replays) >= 2 + 4
+        if model.name == "sdar":
+            assert len(replays) >= 2 + 5, "all but steps with a prompt"
     finally:
         engine.close()

@@ -25,7 +25,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"policy": "full"},
     {"current_k": 2, "rollout_p": 0.1, "tokens_per_step": 2},
 ]
-SIZES = [GraphSize(16, 1), GraphSize(32, 2), GraphSize(64, 3)]
+SIZES = [GraphSize(16, 1), GraphSize(32, 2), GraphSize(64, 4)]
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +34,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[N
     return
 
 
-def with_graphs(loop: Loop, sizes: list[GraphSize] = SIZES) -> tuple[Loop, Emulator]:
+def with_graphs(loop: Loop, sizes: list[GraphSize] = SIZES, block: int = 0) -> tuple[Loop, Emulator]:
     emulator = Emulator()
-    buffers = StepBuffers(sizes[-1], 96, PAGE, loop.device)
+    buffers = StepBuffers(sizes[-1], 96, PAGE, loop.device, block)
     loop.graphs = StepGraphs(sizes, buffers, loop.forward, emulator.record)
     loop.graphs.capture()
     return loop, emulator
@@ -57,6 +57,87 @@ def test_replays_of_other_batches_decide_what_eager_steps_decide(device: torch.d
     assert graphed.graph_steps == 6
     for got_cache, want_cache in zip(graphed.caches, eager.caches, strict=True):
         torch.testing.assert_close(got_cache, want_cache, rtol=1e-5, atol=1e-6)
+
+
+BLOCK = 8
+IN_BLOCKS: list[dict[str, Any]] = [
+    {"policy": "block", "threshold": 0.4},
+    {"policy": "full", "tokens_per_step": 3},
+    {"policy": "d2cache", "current_k": 2, "inflate_w": 0},
+    {"policy": "d2cache", "current_k": 3, "decoder": "edit", "threshold": 0.5, "editing_threshold": 0.3},
+]
+
+
+def in_blocks(device: torch.device) -> Loop:
+    return Loop(device, IN_BLOCKS, texts=[(44, 20), (20, 28), (75, 21), (5, 27)], block=BLOCK)
+
+
+def test_blocks_are_entered_written_and_stored_alike_in_all_forms(device: torch.device) -> None:
+    """To the last bit, with exact rows, padded and eager, and by a graph; most of these steps enter no block."""
+    exact, padded, (graphed, _) = in_blocks(device), in_blocks(device), with_graphs(in_blocks(device), block=BLOCK)
+    loops = (exact, padded, graphed)
+    assert [r.row_budget for r in exact.steps.canvas.requests.values()] == [2 * BLOCK] * 4
+    for loop in loops:
+        loop.step(padded=False)
+    for slots in (
+        [0, 1, 2, 3],
+        [2, 0],
+        [1, 3],
+        [0, 1, 2, 3],
+        [2],
+        [0, 3, 1],
+        [0, 1, 2, 3],
+        [0, 1, 2, 3],
+        [3],
+        [2, 1, 3],
+    ):
+        want = exact.step(padded=False, slots=slots)
+        for loop in (padded, graphed):
+            got = loop.step(padded=True, slots=slots)
+            assert torch.equal(got.committed, want.committed), slots
+            assert torch.equal(got.tokens, want.tokens), slots
+            assert torch.equal(loop.steps.canvas.tokens, exact.steps.canvas.tokens), slots
+            assert torch.equal(loop.steps.canvas.refresh, exact.steps.canvas.refresh), slots
+    assert (graphed.graph_steps, padded.graph_steps) == (10, 0)
+    views = exact.steps.canvas.view(torch.arange(4, device=device), [0, 1, 2, 3])
+    assert (views.window_start[:2] + views.prompt_len[:2] > torch.tensor([47, 23], device=device)).all(), "other blocks"
+    for loop in (padded, graphed):
+        for got_cache, want_cache in zip(loop.caches, exact.caches, strict=True):
+            assert torch.equal(got_cache[1:], want_cache[1:])
+
+
+def test_steps_in_blocks_are_those_of_the_twins(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kernels choose and commit is what PyTorch does."""
+    loops, found = {"triton": in_blocks(device), "torch": in_blocks(device)}, {}
+    for number in range(6):
+        for backend, loop in loops.items():
+            monkeypatch.setitem(dispatch._chosen, device.type, backend)
+            result, canvas = loop.step(padded=False), loop.steps.canvas
+            found[backend] = [result.committed, result.tokens, canvas.tokens.clone(), canvas.refresh, canvas.observe]
+        assert all(map(torch.equal, *found.values())), number
+
+
+class Endless(StepBuffers):
+    """Planted fault: rows see what lies behind their blocks."""
+
+    def load(self, size: GraphSize, *batch: Any) -> None:
+        super().load(size, *batch)
+        assert self.limits is not None
+        self.limits.fill_(96)
+
+
+@pytest.mark.parametrize(("buffers", "wrong"), [(StepBuffers, False), (Endless, True)])
+def test_the_check_at_start_up_knows_blocks(device: torch.device, buffers: type[StepBuffers], wrong: bool) -> None:
+    loop = in_blocks(device)
+    made = buffers(SIZES[1], 96, PAGE, device, BLOCK)
+    loop.caches = [torch.zeros(40, *c.shape[1:]) for c in loop.caches]
+    loop.graphs = StepGraphs(SIZES[:2], made, loop.forward, Emulator().record)
+    loop.graphs.capture()
+    if not wrong:
+        check_graphs(loop.graphs, CacheSize(40, PAGE), 29, device)
+        return
+    with pytest.raises(GraphError, match="16 rows differs"):
+        check_graphs(loop.graphs, CacheSize(40, PAGE), 29, device)
 
 
 class Frozen(StepBuffers):
@@ -138,11 +219,14 @@ def test_the_smallest_graph_with_room_is_taken(device: torch.device) -> None:
     assert graphs.fitting([16], [80], [READS]) == SIZES[0]
     assert graphs.fitting([9, 8], [80, 80], [READS, READS]) == SIZES[1]
     assert graphs.fitting([2, 2], [80, 80], [READS, READS]) == SIZES[1], "two requests"
-    assert graphs.fitting([1] * 4, [80] * 4, [READS] * 4) is None, "four requests"
+    assert graphs.fitting([1] * 5, [80] * 5, [READS] * 5) is None, "five requests"
     assert graphs.fitting([33, 32], [90, 90], [(), ()]) is None, "too many rows"
     assert graphs.fitting([8], [97], [()]) is None, "too long"
     assert graphs.fitting([21], [80], [READS]) is None, "more rows than a map may have"
     assert graphs.fitting([21], [80], [()]) == SIZES[1]
+    blocks = StepGraphs(SIZES, StepBuffers(SIZES[-1], 96, PAGE, device, BLOCK), graphs.forward, lambda step: step)
+    assert blocks.fitting([16, 16], [80, 80], [(), ()]) == SIZES[1]
+    assert blocks.fitting([16], [80], [READS]) is None, "no maps are recorded"
 
 
 def test_padding_is_at_most_an_eighth() -> None:
@@ -156,3 +240,5 @@ def test_padding_is_at_most_an_eighth() -> None:
     assert all(size.requests <= 3 for size in graph_sizes(512, 3))
     assert [size.rows for size in graph_sizes(40, 8)] == [16, 32, 40]
     assert graph_sizes(0, 8) == []
+    assert [size.requests for size in graph_sizes(40, 8, block=4)] == [2, 4, 5]
+    assert graph_sizes(512, 256, block=32) == sizes

@@ -183,6 +183,8 @@ def test_on_a_gpu_the_graphs_are_ours(on_cuda: None) -> None:
     assert not raw.model_config.enforce_eager, "what the operator says: the worker goes by it"
     raw.scheduler_config.scheduler_cls = config_hook.SCHEDULER
     assert config_hook._without_graphs(raw, parse_server_options(None)) == {}, "a configuration built anew"
+    raw.model_config.hf_config.traits = lambda: FamilyTraits(0, block_length=32)
+    assert config_hook._without_graphs(raw, parse_server_options(None)) == {}, "blocks have graphs, too"
     raw.lora_config = object()
     assert config_hook._without_graphs(raw, parse_server_options(None)) == {"graph_rows": 0}, "they know no adapters"
 

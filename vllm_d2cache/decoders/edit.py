@@ -30,6 +30,7 @@ class EditDecoder(Decoder):
     }
     reads = ("threshold", "factor", "score")
     revises = True
+    takes_padding = True
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)

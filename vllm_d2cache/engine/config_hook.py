@@ -287,7 +287,6 @@ def _without_graphs(config: VllmConfig, options: ServerOptions) -> dict[str, int
     # vLLM builds a configuration again from one that has been here: then it is our own word.
     ours = config.scheduler_config.scheduler_cls == SCHEDULER
     reasons = {
-        "graphs of block-causal steps are not built yet": bool(config.model_config.hf_config.traits().block_length),
         "-cc.cudagraph_mode=none": config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE and not ours,
         "-O0: nothing is made faster at the cost of the start": config.optimization_level == OptimizationLevel.O0,
         f"attention_backend {backend} reads the batch on the host": backend != "triton",

@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 
 from vllm_d2cache.engine.attention_backend import D2CacheMetadata
 from vllm_d2cache.graphs.graph_check import CacheSize, check_graphs
-from vllm_d2cache.graphs.step_graphs import MAX_LENGTH, Forward, StepBuffers, StepGraphs, graph_sizes
+from vllm_d2cache.graphs.step_graphs import Forward, StepBuffers, StepGraphs, graph_length, graph_sizes
 from vllm_d2cache.mechanisms.importance import ImportanceCapture
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.rollout import TensorParallel
@@ -83,8 +83,9 @@ def record_graphs(
     blocks, _, block_size, _ = cache_of(model).shape
     scheduler, model_config = config.scheduler_config, config.model_config
     forward = eager_forward(model, config)
-    sizes = graph_sizes(min(max_rows, scheduler.max_num_batched_tokens), scheduler.max_num_seqs)
-    buffers = StepBuffers(sizes[-1], min(MAX_LENGTH, model_config.max_model_len), block_size, device)
+    block = model_config.hf_config.traits().block_length or 0
+    sizes = graph_sizes(min(max_rows, scheduler.max_num_batched_tokens), scheduler.max_num_seqs, block)
+    buffers = StepBuffers(sizes[-1], graph_length(model_config.max_model_len, block), block_size, device, block)
     recorder = CudaRecorder(device)
     graphs = StepGraphs(sizes, buffers, forward, recorder.record, tensor_parallel)
     recorder.capture(graphs)

@@ -139,7 +139,7 @@ def plan_memory(config: Any, options: ServerOptions) -> MemoryPlan:
     """The plan of an engine with that VllmConfig."""
     network, model, scheduler = Network.of(config), config.model_config, config.scheduler_config
     slots, rows, length = scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len
-    graphs = graph_sizes(graph_rows(config, options), slots)
+    graphs = graph_sizes(graph_rows(config, options), slots, options.block_length)
     handed_on = rows * network.hidden_size * network.itemsize
     # Maps and the queries they are made of are for policies that look at what rows attend to.
     looks = any(KEYS in use.needs for policy in _policies(options) for use in policy.uses)
@@ -147,7 +147,7 @@ def plan_memory(config: Any, options: ServerOptions) -> MemoryPlan:
         canvases=state_bytes(slots, length),
         policies=_policy_bytes(slots, length, options, network.layers),
         requests=request_memory(options, network, length),
-        graphs=graph_bytes(graphs, length, network.layers, network.hidden_size, network.itemsize),
+        graphs=graph_bytes(graphs, length, network.layers, network.hidden_size, network.itemsize, options.block_length),
         queries=looks * network.layers * rows * network.heads * (network.head_size * network.itemsize + 4),
         parts=parts_bytes(network.heads, network.head_size, length) * (2 if graphs else 1),
         partial=rows * network.partial_row_bytes(),

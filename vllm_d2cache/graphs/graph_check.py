@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_d2cache.graphs.step_graphs import GraphSize, StepGraphs
+from vllm_d2cache.graphs.step_graphs import GraphSize, StepBuffers, StepGraphs
 from vllm_d2cache.mechanisms.importance import ImportanceCapture, MapPool, keeps_map
-from vllm_d2cache.ops.paged_attention import PagedLayout
+from vllm_d2cache.ops.paged_attention import PagedLayout, spans
 
 # Largest relative difference (Euclidean norm) of a row's hidden states or a request's importance. An eager step has
 # fewer rows, so that matrix products may add up in another order; what is not copied or baked in is wrong altogether.
@@ -43,7 +43,7 @@ def check_graphs(graphs: StepGraphs, pages: CacheSize, vocab_size: int, device: 
         GraphError: names the graph and how to do without.
     """
     for size in graphs.sizes:
-        trial = _Trial.make(size, graphs.buffers.max_length, pages, vocab_size, device)
+        trial = _Trial.make(size, graphs.buffers, pages, vocab_size, device)
         difference, allowed = _deviation(graphs, size, trial)
         if not difference <= allowed:  # nor is NaN
             raise GraphError(
@@ -65,8 +65,11 @@ class _Trial:
     rows: PagedLayout
 
     @classmethod
-    def make(cls, size: GraphSize, max_length: int, pages: CacheSize, vocab_size: int, device: torch.device) -> _Trial:
+    def make(
+        cls, size: GraphSize, buffers: StepBuffers, pages: CacheSize, vocab_size: int, device: torch.device
+    ) -> _Trial:
         """A batch that nearly fills ``size``, of two texts where it takes two."""
+        max_length, block = buffers.max_length, buffers.block
         requests = min(2, size.requests, pages.blocks - 1)
         room = min(max_length, (pages.blocks - 1) // requests * pages.size)
         generator = torch.Generator().manual_seed(size.rows)
@@ -77,7 +80,7 @@ class _Trial:
         chosen, ids, everywhere, slots, next_block = [], [], [], [], 1
         for r, share in enumerate(shares):
             length = min(room, 4 * share)
-            count = next(n for n in range(min(share, length), -1, -1) if keeps_map(n, length))
+            count = next(n for n in range(min(share, length), -1, -1) if block or keeps_map(n, length))
             blocks = -(-length // pages.size)
             # Blocks in descending order: no two positions of different blocks lie where they would by accident.
             table[r, :blocks] = torch.arange(next_block + blocks - 1, next_block - 1, -1)
@@ -100,10 +103,19 @@ class _Trial:
         return cls(
             text_ids,
             positions,
-            PagedLayout(lengths, lengths, table, [-1] * requests, slot.to(device)),
+            PagedLayout(
+                lengths, lengths, table, [-1] * requests, slot.to(device), limits=spans(positions, block or None)
+            ),
             text_ids[row],
             positions[row],
-            PagedLayout(counts, lengths, table, [-1] * requests, row_slots.to(device)),
+            PagedLayout(
+                counts,
+                lengths,
+                table,
+                [-1] * requests,
+                row_slots.to(device),
+                limits=spans(positions[row], block or None),
+            ),
         )
 
 
@@ -113,14 +125,15 @@ def _deviation(graphs: StepGraphs, size: GraphSize, trial: _Trial) -> tuple[floa
     # Keys and values of whole texts first: rows attend to all of them.
     capture = ImportanceCapture(trial.text, [False] * requests, trial.everywhere, MapPool())
     graphs.forward(trial.text_ids, trial.everywhere, trial.text, capture)
-    wanted = [True] * requests
+    wanted = [not graphs.buffers.block] * requests
     capture = ImportanceCapture(trial.rows, wanted, trial.positions, MapPool(), graphs.tensor_parallel)
     hidden = graphs.forward(trial.input_ids, trial.positions, trial.rows, capture)
     importance = capture.importance(width)
-    assert importance is not None
     graphs.buffers.load(size, trial.input_ids, trial.positions, trial.rows, capture.plan)
     replayed = graphs.run(size)[: hidden.shape[0]]
     live = trial.rows.slots >= 0
-    pairs = ((replayed[live], hidden[live]), (graphs.buffers.importance[:requests, :width], importance))
+    pairs = [(replayed[live], hidden[live])]
+    if importance is not None:
+        pairs.append((graphs.buffers.importance[:requests, :width], importance))
     differences = [((got - want).float().norm(dim=1) / want.float().norm(dim=1)).max() for got, want in pairs]
     return float(torch.stack(differences).max()), _ALLOWED.get(hidden.dtype, _ALLOWED_16_BIT)

@@ -38,7 +38,7 @@ Forward = Callable[[torch.Tensor, torch.Tensor, PagedLayout, ImportanceCapture],
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 """Records what the function does on the device, and returns what does it again."""
 
-# Longest text that a graph serves: maps of [rows, length] of every layer lie in its memory.
+# Longest text that a graph with maps serves: [rows, length] of every layer lie in its memory.
 MAX_LENGTH = 4096
 # A graph has room for one request for each so many rows; with default options one has 34 or more. Room that is not
 # used is programs that find nothing to do.
@@ -57,30 +57,43 @@ class GraphSize:
     requests: int
 
 
-def graph_sizes(max_rows: int, max_requests: int) -> list[GraphSize]:
-    """Sizes up to ``max_rows``, ascending: 16 rows apart, later an eighth, so that no more than that is padding."""
+def graph_length(max_length: int, block: int) -> int:
+    """Longest text of graphs, where requests have ``max_length``; in blocks (``block``, 0 = none) there are no maps."""
+    return max_length if block else min(MAX_LENGTH, max_length)
+
+
+def graph_sizes(max_rows: int, max_requests: int, block: int = 0) -> list[GraphSize]:
+    """Sizes up to ``max_rows``, ascending: 16 rows apart, later an eighth, so that no more than that is padding.
+
+    Args:
+        block: positions of a block where texts are cut into blocks (two are the rows of a request); 0 = they are not.
+    """
+    each = min(ROWS_PER_REQUEST, 2 * block) if block else ROWS_PER_REQUEST
     counts = []
     rows = 16
     while rows < max_rows:
         counts.append(rows)
         rows += max(16, rows // 128 * 16)
     counts += [max_rows] if max_rows else []
-    return [GraphSize(n, max(1, min(n // ROWS_PER_REQUEST, max_requests))) for n in counts]
+    return [GraphSize(n, max(1, min(n // each, max_requests))) for n in counts]
 
 
-def graph_bytes(sizes: list[GraphSize], max_length: int, layers: int, hidden_size: int, itemsize: int) -> int:
+def graph_bytes(
+    sizes: list[GraphSize], max_length: int, layers: int, hidden_size: int, itemsize: int, block: int = 0
+) -> int:
     """Bytes that the graphs of these sizes hold, buffers included; activations and what a driver takes are estimates.
 
     Args:
         max_length: most positions a request can have.
         itemsize: bytes of a number of the model's type.
+        block: as for :func:`graph_sizes`.
     """
     if not sizes:
         return 0
     rows, requests = sizes[-1].rows, sizes[-1].requests + 1
-    length = min(MAX_LENGTH, max_length)
-    buffers = rows * (20 + hidden_size * itemsize) + requests * length * 5
-    maps = layers * with_slack(rows * length) * torch.float32.itemsize
+    length = graph_length(max_length, block)
+    buffers = rows * (24 + hidden_size * itemsize) + requests * length * 5
+    maps = 0 if block else layers * with_slack(rows * length) * torch.float32.itemsize
     activations = rows * _ACTIVATION_WIDTHS * hidden_size * itemsize
     return buffers + maps + activations + len(sizes) * _DRIVER_BYTES
 
@@ -92,10 +105,11 @@ class StepBuffers:
         size: of the largest graph.
         max_length: most positions a request can have.
         block_size: positions of a KV block.
+        block: as for :func:`graph_sizes`. Rows then have limits, and nobody reads importance.
     """
 
-    def __init__(self, size: GraphSize, max_length: int, block_size: int, device: torch.device) -> None:
-        self.max_length, self.device = max_length, device
+    def __init__(self, size: GraphSize, max_length: int, block_size: int, device: torch.device, block: int = 0) -> None:
+        self.max_length, self.device, self.block = max_length, device, block
         requests = size.requests + 1  # and the one that rows to spare belong to
         self.input_ids = torch.zeros(size.rows, dtype=torch.int32, device=device)
         self.positions = torch.zeros(size.rows, dtype=torch.int64, device=device)
@@ -104,7 +118,8 @@ class StepBuffers:
         self.row_starts = torch.zeros(requests + 1, dtype=torch.int32, device=device)
         self.text_lengths = torch.zeros(requests, dtype=torch.int32, device=device)
         self.map_starts = torch.full((requests,), -1, device=device)
-        self.importance = torch.zeros(requests, max_length, device=device)
+        self.importance = torch.zeros(requests, 0 if block else max_length, device=device)
+        self.limits = torch.zeros(size.rows, dtype=torch.int32, device=device) if block else None
         self.hidden: torch.Tensor | None = None  # [rows, d], made when the first graph shows d
 
     def load(
@@ -124,6 +139,8 @@ class StepBuffers:
         self.positions[:count] = positions
         self.slots[: size.rows].fill_(-1)
         self.slots[:count] = layout.slots
+        if self.limits is not None and layout.limits is not None:
+            self.limits[:count] = layout.limits
         width = min(layout.block_table.shape[1], self.block_table.shape[1])
         self.block_table[:requests, :width] = layout.block_table[:requests, :width]
         spare = size.requests - requests
@@ -137,7 +154,9 @@ class StepBuffers:
         """The buffers as a layout: what its lists say on the host are capacities."""
         n = size.requests + 1
         counts = [0] * size.requests + [size.rows]
-        layout = PagedLayout(counts, [self.max_length] * n, self.block_table[:n], [-1] * n, self.slots[: size.rows])
+        limits = None if self.limits is None else self.limits[: size.rows]
+        where = (self.block_table[:n], [-1] * n, self.slots[: size.rows])
+        layout = PagedLayout(counts, [self.max_length] * n, *where, limits=limits)
         layout.read_on_device(self.row_starts[: n + 1], self.text_lengths[:n])
         return layout
 
@@ -196,23 +215,25 @@ class StepGraphs:
         layout, positions = buffers.layout(size), buffers.positions[: size.rows]
         n = size.requests + 1
         # Whoever wants no map has none to push its vector through.
-        capture = ImportanceCapture(layout, [True] * n, positions, MapPool(), self.tensor_parallel, [0] * n)
-        capture.plan.read_on_device(buffers.map_starts[:n])
+        reads = not buffers.block
+        capture = ImportanceCapture(layout, [reads] * n, positions, MapPool(), self.tensor_parallel, [0] * n)
+        if reads:
+            capture.plan.read_on_device(buffers.map_starts[:n])
         hidden = self.forward(buffers.input_ids[: size.rows], positions, layout, capture)
         buffers.store_hidden(hidden, self.sizes[-1].rows)
         importance = capture.importance(buffers.max_length)
-        assert importance is not None
-        buffers.importance[:n] = importance
+        if importance is not None:
+            buffers.importance[:n] = importance
 
     def fitting(self, bounds: list[int], lengths: list[int], uses: Sequence[tuple[Use, ...]]) -> GraphSize | None:
         """The smallest graph for a padded batch; None where it has to run eagerly.
 
         Args:
             bounds: rows of each request.
-            lengths: positions of each request.
-            uses: likewise; who reads importance must keep its maps, as queries are not recorded.
+            lengths: positions of each request that its rows can see.
+            uses: likewise; who reads importance must keep its maps, as queries are not recorded. In blocks nobody may.
         """
-        recorded = all(isinstance(use, ReadsImportance) for mine in uses for use in mine)
+        recorded = all(isinstance(use, ReadsImportance) and not self.buffers.block for mine in uses for use in mine)
         if not recorded or max(lengths) > self.buffers.max_length:
             return None
         kept = zip(bounds, lengths, _reads_importance(uses), strict=True)

@@ -117,6 +117,11 @@ class PagedLayout:
         self.numbers.expect(_starts(counts), torch.int32)
 
 
+def spans(positions: torch.Tensor, block_length: int | None) -> torch.Tensor | None:
+    """[N] int32: before which position the keys of a row at each of ``positions`` end; None = behind the whole text."""
+    return None if block_length is None else (positions + block_length - positions % block_length).int()
+
+
 def _starts(counts: list[int]) -> list[int]:
     return list(accumulate(counts, initial=0))
 

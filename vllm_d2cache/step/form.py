@@ -54,4 +54,4 @@ class StepForms:
             return None
         requests = [self.canvas.requests[s] for s in slots]
         uses = [self.mechanisms.uses(slot) for slot in slots]
-        return self.graphs.fitting([r.most_rows for r in requests], [r.length for r in requests], uses)
+        return self.graphs.fitting([r.most_rows for r in requests], [r.visible for r in requests], uses)

@@ -8,14 +8,9 @@ import torch
 
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.ops.dispatch import chosen
-from vllm_d2cache.ops.paged_attention import PagedLayout
+from vllm_d2cache.ops.paged_attention import PagedLayout, spans
 from vllm_d2cache.ops.step_rows import page_slots
 from vllm_d2cache.step.fills import Fills
-
-
-def spans(positions: torch.Tensor, block_length: int | None) -> torch.Tensor | None:
-    """[N] int32: before which position the keys of a row at each of ``positions`` end; None = behind the whole text."""
-    return None if block_length is None else (positions + block_length - positions % block_length).int()
 
 
 def place_rows(rows: StepRows | None, fills: Fills | None, pages: Pages, block_length: int | None) -> PagedLayout:

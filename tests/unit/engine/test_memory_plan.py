@@ -222,6 +222,9 @@ def test_graphs() -> None:
     driver = len(sizes) * (4 << 20)
     assert tensor_bytes(buffers) + maps + activations + driver <= plan.graphs <= 1.3 * (maps + activations) + driver
     assert plan.in_forward > plan.graphs
+    blocks = plan_memory(config, ServerOptions({}, graph_rows=64, block_length=4))
+    made = StepBuffers(graph_sizes(64, SLOTS, 4)[-1], LENGTH, 16, CPU, 4)
+    assert tensor_bytes(made) + activations + driver <= blocks.graphs < plan.graphs - maps / 2
     assert plan_memory(config, parse_server_options({"graph_rows": 0})).graphs == 0
     config.device_config.device_type = "cpu"
     assert plan_memory(config, PLAIN).graphs == 0

@@ -8,19 +8,20 @@ from typing import Any
 
 import pytest
 
-from benchmarks.count.__main__ import SETTINGS, measure, release
+from benchmarks.count.__main__ import BLOCK, BLOCK_SETTINGS, SETTINGS, measure, release
 from vllm_d2cache.canvas.view import OptionColumns
 from vllm_d2cache.ops import texts
 
 ROOT = Path(__file__).parents[3]
 COUNTED = json.loads((ROOT / "benchmarks" / "results" / "count.json").read_text())
 WRITTEN = COUNTED["lines"]
-LINES = [line for line in WRITTEN if line["setting"] in SETTINGS and line["batch"] in (1, 8)]
+LINES = [line for line in WRITTEN if line["setting"] in SETTINGS | BLOCK_SETTINGS and line["batch"] in (1, 8)]
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line['setting']}-{line['batch']}-{line['form']}")
 def test_no_step_has_more_kernels_or_waits_than_documented(line: dict[str, Any]) -> None:
-    found = measure([SETTINGS[line["setting"]]] * line["batch"], line["form"] == "padded")
+    asked, block = (SETTINGS | BLOCK_SETTINGS)[line["setting"]], BLOCK if line["setting"] in BLOCK_SETTINGS else 0
+    found = measure([asked] * line["batch"], line["form"] == "padded", block=block)
     if release() == COUNTED["torch"]:
         # Another PyTorch may make an operator of others.
         assert found["kernels"] <= line["kernels"]
@@ -29,7 +30,7 @@ def test_no_step_has_more_kernels_or_waits_than_documented(line: dict[str, Any])
 
 
 def test_padded_steps_wait_for_nothing_and_exact_ones_once() -> None:
-    default = [line for line in WRITTEN if line["setting"].startswith(("d2cache", "full"))]
+    default = [line for line in WRITTEN if line["setting"].startswith(("d2cache", "full", "block"))]
     assert {(line["form"], line["waits"]) for line in default} == {("padded", 0), ("exact", 1)}
 
 

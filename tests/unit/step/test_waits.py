@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from benchmarks.count.pretended import CUDA, Asked, pretended_device
-from benchmarks.count.waits import measure, measure_admission, mixed, settings
+from benchmarks.count.waits import blocks, measure, measure_admission, mixed, settings
 from vllm_d2cache.decoders import DECODER_CLASSES
 from vllm_d2cache.ops.host import Numbers, Writes, upload, upload_arrays, upload_lists
 from vllm_d2cache.policies import POLICY_CLASSES
 
 ROOT = Path(__file__).parents[3]
 WRITTEN = json.loads((ROOT / "benchmarks" / "results" / "waits.json").read_text())["lines"]
-SETTINGS, MIXED = settings(), mixed()
+SETTINGS, MIXED, BLOCKS = settings(), mixed(), blocks()
 # In an exact step: how many rows there are, and one number more of whatever else a request asks.
 MOST_WAITS = 2
 # The rows of the step, and what kernels read of its layout; then one for each decoder that needs more.
@@ -35,6 +35,16 @@ def test_waits_and_copies_of_a_step(name: str, batch: int) -> None:
         assert asked["pinned"] <= MOST_UPLOADS, asked["where"]
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_waits_and_copies_of_a_step_in_blocks(name: str) -> None:
+    """As of all others; each can be padded."""
+    found = measure(BLOCKS[name], 8)
+    assert set(found) == {"exact", "padded"}
+    for form, asked in found.items():
+        assert asked["waits"] <= (0 if form == "padded" else MOST_WAITS), asked["where"]
+        assert (asked["pageable"], asked["pinned"] <= MOST_UPLOADS) == (0, True), asked["where"]
+
+
 @pytest.mark.parametrize("name", MIXED)
 def test_waits_of_everything_at_once(name: str) -> None:
     """They add up over mechanisms and decoders, not over requests."""
@@ -44,9 +54,9 @@ def test_waits_of_everything_at_once(name: str) -> None:
     assert found[0]["pageable"] == found[1]["pageable"] == 0, found[0]["where"]
 
 
-@pytest.mark.parametrize("name", SETTINGS | MIXED)
+@pytest.mark.parametrize("name", SETTINGS | MIXED | BLOCKS)
 def test_an_admission_waits_for_nothing_and_copies_once(name: str) -> None:
-    asked = measure_admission((SETTINGS | MIXED)[name])
+    asked = measure_admission((SETTINGS | MIXED | BLOCKS)[name])
     assert (asked["waits"], asked["pageable"], asked["pinned"]) == (0, 0, 1), asked["where"]
 
 
@@ -54,7 +64,7 @@ def test_every_policy_and_decoder_is_counted() -> None:
     assert {f"policy {name}" for name in POLICY_CLASSES} | {f"decoder {name}" for name in DECODER_CLASSES} <= {
         *SETTINGS
     }
-    assert {line["setting"] for line in WRITTEN} == {*SETTINGS, *MIXED}
+    assert {line["setting"] for line in WRITTEN} == {*SETTINGS, *MIXED, *BLOCKS}
 
 
 def test_what_is_written_keeps_the_limits_at_every_batch() -> None:
