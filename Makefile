@@ -23,7 +23,7 @@ pytest := $(test_env) OMP_NUM_THREADS=1 $(bin)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-matrix unit properties engine kernels test-gpu lint docs format clients fuzz bench bench-gpu
-.PHONY: count load eval reproduce train dist clean long
+.PHONY: count load eval reproduce claims rehearse train dist clean long
 
 help:  ## show this list
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv] [BACKEND=auto|cpu|cuda] [VLLM=0.31.0]'
@@ -106,6 +106,12 @@ eval: clients-env  ## lm-evaluation-harness over the server: scores and costs (A
 reproduce: clients-env  ## the paper's settings from local files (MODEL=DIR TASKS=gsm8k,humaneval DATA=DIR; goes on after a break)
 	DO_NOT_TRACK=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 $(bin)/python -m benchmarks.reproduce \
 	  --model "$(MODEL)" --tasks "$(TASKS)" --data "$(DATA)" $(ARGS)
+
+claims: env  ## what papers say of caches and decoding, tried on the small checkpoint: tables and pictures (half an hour)
+	$(test_env) $(bin)/python -m benchmarks.claims $(ARGS)
+
+rehearse: env  ## a checkpoint of real size with weights of chance: written, served, asked, memory counted (many minutes)
+	HF_HUB_OFFLINE=1 DO_NOT_TRACK=1 $(bin)/python -m benchmarks.rehearsal $(ARGS)
 
 load: env  ## 2,000 mixed requests at 64 concurrent against a server, each answer checked (many minutes on CPU)
 	$(test_env) OMP_NUM_THREADS=1 $(bin)/python -m benchmarks.load --out benchmarks/results/load $(ARGS)

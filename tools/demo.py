@@ -29,7 +29,8 @@ from traces import Trace, find
 
 ROOT = Path(__file__).resolve().parent.parent
 POLICIES = {"d2cache": "d2Cache", "full": "full"}
-KINDS = ("word", "reverse", "add", "range", "count", "fewshot")
+QUESTIONS = (("copy", 128), ("range", 128), ("replace", 32), ("upper", 32), ("sort", 32), ("fewshot", 0))
+"""Kinds of question, each with the smallest canvas it is asked with: two of them are long."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,15 @@ class Answer:
     tokens: int
     seconds: float
     trace: Trace
+
+
+def questions(seed: int) -> list[Problem]:
+    """The first held-out problem of each of QUESTIONS, in their order."""
+    found = []
+    for kind, canvas in QUESTIONS:
+        drawn = held_out(50, seed=seed, kinds=(kind,))
+        found.append(next(problem for problem in drawn if problem.canvas >= canvas))
+    return found
 
 
 # --- the requests -------------------------------------------------------------------------------------------------
@@ -106,7 +116,7 @@ def ask_all(asker: Asker, problems: list[Problem], console: Console) -> list[dic
 def question(problem: Problem) -> str:
     """The question for the table; of a prompt with solved examples, its last line."""
     *examples, last = problem.prompt.splitlines()
-    shown = f"({len(examples) // 2} solved examples) {last}" if examples else last
+    shown = f"({len(examples)} solved examples, such as: {examples[0]}) {last}" if examples else last
     return f"[bold]{escape(shown)}[/bold]"
 
 
@@ -174,7 +184,7 @@ def main() -> int:
     if not (ROOT / args.model / "model.safetensors").exists():
         console.print(f"no checkpoint in {args.model}; `make train` trains one", style="red", markup=False)
         return 1
-    problems = held_out(len(KINDS), seed=args.seed, kinds=KINDS)
+    problems = questions(args.seed)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="d2cache-demo-") as scratch:
         try:

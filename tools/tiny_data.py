@@ -13,15 +13,15 @@ from __future__ import annotations
 import collections
 import random
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tiny_model import Batch, Family, TinyLM, collate
-from tiny_tasks import Problem
+from tiny_model import Batch, Family, TinyLM
+from tiny_tasks import CANVASES, Problem, train_problem
 
 # A canvas length's problems are cut into parts by prompt length, and each part is shuffled: several kinds in each
 # batch, for some padding.
@@ -34,33 +34,32 @@ EARLY = 0.12
 class Source:
     """What a run draws its batches from."""
 
-    suite: ModuleType  # tiny_tasks or tiny_skills
     tokenizer: Tokenizer
     family: Family
     tokens: int  # positions in a batch
     curriculum: bool  # short problems first
 
 
-def training_canvas(canvases: tuple[int, ...], problem: Problem, progress: float, rng: random.Random) -> int:
+def training_canvas(problem: Problem, progress: float, rng: random.Random) -> int:
     """The problem's own canvas; one problem in five gets the next longer one, late in training one in a hundred 256."""
-    sizes = (*canvases, 256)
+    sizes = (*CANVASES, 256)
     index, roll = sizes.index(problem.canvas), rng.random()
     if progress > 0.5 and roll < 0.01:
         return sizes[-1]
     return sizes[min(index + 1, len(sizes) - 2)] if roll < 0.2 else problem.canvas
 
 
-def pool(source: Source, seed: str, progress: float, size: int = 4000) -> list[Batch]:
+def pool(source: Source, seed: str, progress: float, size: int = 4000) -> list[Any]:
     """A shuffled pool of batches of about `tokens` positions each, similar shapes together."""
     rng, tokenizer = random.Random(seed), source.tokenizer
-    problems = [source.suite.train_problem(rng) for _ in range(size)]
+    problems = [train_problem(rng) for _ in range(size)]
     if source.curriculum and progress < EARLY:
         problems = [p for p in problems if p.canvas <= 48 and len(p.prompt) <= 60]
     prompts = tokenizer.encode_batch([source.family.chat(p.prompt) for p in problems], add_special_tokens=False)
     answers = tokenizer.encode_batch([p.answer for p in problems], add_special_tokens=False)
     groups = collections.defaultdict(list)
     for problem, prompt, answer in zip(problems, prompts, answers, strict=True):
-        groups[training_canvas(source.suite.CANVASES, problem, progress, rng)].append((prompt.ids, answer.ids))
+        groups[training_canvas(problem, progress, rng)].append((prompt.ids, answer.ids))
     batches = []
     for canvas, rows in groups.items():
         rows.sort(key=lambda row: len(row[0]))
@@ -71,7 +70,7 @@ def pool(source: Source, seed: str, progress: float, size: int = 4000) -> list[B
         while rows:
             longest = max(len(prompt) for prompt, _ in rows[:24])
             count = max(4, source.tokens // (longest + canvas))
-            batches.append(collate(rows[:count], canvas, tokenizer.token_to_id(source.family.eos)))
+            batches.append(source.family.collate(rows[:count], canvas, tokenizer.token_to_id(source.family.eos)))
             rows = rows[count:]
     rng.shuffle(batches)
     return batches

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer
 
 import tiny_llada
-from tiny_model import Config, Family, TinyLM, rotate
+from tiny_data import masked_loss
+from tiny_model import Config, Family, TinyLM, collate, decode, rotate
 
 SPECIALS = EOS, START, END, BOS, MASK = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>",
@@ -39,10 +40,14 @@ def chat(prompt: str) -> str:
     return f"{START}user\n{prompt}{END}\n{START}assistant\n"
 
 
+def word_merges() -> list[tuple[str, str]]:
+    """The merges that spell WORDS letter by letter."""
+    return list(dict.fromkeys((word[:i], word[i]) for word in WORDS for i in range(1, len(word))))
+
+
 def build_tokenizer() -> Tokenizer:
     """Byte-level characters and a few words, as vocab.json and merges.txt describe them; special tokens at the end."""
-    merges = [(word[:i], word[i]) for word in WORDS for i in range(1, len(word))]
-    merges = list(dict.fromkeys(merges))
+    merges = word_merges()
     entries = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
     return _tokenizer({entry: index for index, entry in enumerate(entries)}, merges)
 
@@ -132,8 +137,8 @@ def start_from_llada(model: TinyLM, llada: TinyLM, llada_tokenizer: Tokenizer, t
     """
     source = llada.state_dict()
     for name in ("wte", "ff_out"):
-        source[f"transformer.{name}.weight"] = _by_token(
-            source[f"transformer.{name}.weight"], tokenizer, llada_tokenizer, model.config.vocab_size
+        source[f"transformer.{name}.weight"] = by_token(
+            source[f"transformer.{name}.weight"], tokenizer, llada_tokenizer, model.config.vocab_size, _ROLES
         )
     cos, sin = llada.angles(torch.ones(1))
     for i in range(model.config.n_layers):
@@ -144,12 +149,14 @@ def start_from_llada(model: TinyLM, llada: TinyLM, llada_tokenizer: Tokenizer, t
     assert not unknown and all(name.endswith("bias") for name in missing)
 
 
-def _by_token(weight: Tensor, tokenizer: Tokenizer, llada_tokenizer: Tokenizer, rows: int) -> Tensor:
-    """Rows of ``weight`` in the order of ``tokenizer``'s ids."""
+def by_token(
+    weight: Tensor, tokenizer: Tokenizer, llada_tokenizer: Tokenizer, rows: int, roles: dict[str, str]
+) -> Tensor:
+    """Rows of ``weight`` in the order of ``tokenizer``'s ids; `roles`: special tokens by the LLaDA's names of them."""
     out = weight.mean(0).repeat(rows, 1)
     for token, index in tokenizer.get_vocab().items():
         other = next(
-            (i for t in (_ROLES.get(token, token), f"Ġ{token}") if (i := llada_tokenizer.token_to_id(t)) is not None),
+            (i for t in (roles.get(token, token), f"Ġ{token}") if (i := llada_tokenizer.token_to_id(t)) is not None),
             None,
         )
         if other is not None:
@@ -157,4 +164,7 @@ def _by_token(weight: Tensor, tokenizer: Tokenizer, llada_tokenizer: Tokenizer, 
     return out
 
 
-DREAM = Family(MASK, EOS, CONFIG, build_tokenizer, chat, tensor_name, files, save_tokenizer, load_tokenizer)
+DREAM = Family(
+    "dream", MASK, EOS, CONFIG, build_tokenizer, chat, tensor_name, files, save_tokenizer, load_tokenizer,
+    collate, masked_loss, decode,
+)  # fmt: skip

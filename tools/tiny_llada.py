@@ -9,7 +9,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from tiny_model import Config, Family
+from tiny_data import masked_loss
+from tiny_model import Config, Family, collate, decode
 from tiny_tasks import train_problem
 
 SPECIALS = (
@@ -106,4 +107,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.from_file(str(path / "tokenizer.json"))
 
 
-LLADA = Family(MASK, EOS, Config(), build_tokenizer, chat, "model.{}".format, files, save_tokenizer, load_tokenizer)
+LLADA = Family(
+    "llada", MASK, EOS, Config(), build_tokenizer, chat, "model.{}".format, files, save_tokenizer, load_tokenizer,
+    collate, masked_loss, decode,
+)  # fmt: skip

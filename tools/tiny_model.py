@@ -1,7 +1,8 @@
 """The tiny models: a bidirectional llama-type transformer, full-recompute decoding and exact-match evaluation.
 
-Plain PyTorch, for both families; what they differ in is a `Family` (tiny_llada.py, tiny_dream.py). The decoding here
-is the plain one (whole canvas, one token a step, everything recomputed), which a serving engine can be compared with.
+Plain PyTorch, for all families; what they differ in is a `Family` (tiny_llada.py, tiny_dream.py, tiny_sdar.py). The
+decoding here is the plain one (whole canvas, one token a step, everything recomputed), which a serving engine can be
+compared with; tiny_blocks.py has that of a text in blocks.
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ class Config:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     qkv_bias: bool = False
+    qk_norm: bool = False  # an RMS norm over each head of q and k, before RoPE
     shift: int = 0  # a slot is predicted at the position this far to its left
+    block: int = 0  # positions in a block of a block-causal model; 0: bidirectional
 
 
 @dataclass(frozen=True)
 class Family:
     """What the training script and the evaluation must know of a model family."""
 
+    name: str
     mask: str
     eos: str
     config: Config
@@ -48,6 +52,10 @@ class Family:
     files: Callable[[Config, Tokenizer], dict[str, Any]]  # JSON files of the checkpoint, but for the weights
     save_tokenizer: Callable[[Tokenizer, Path], None]
     load_tokenizer: Callable[[Path], Tokenizer]
+    collate: Callable[..., Any]  # (rows, canvas, EOS) -> a batch
+    loss: Callable[..., Tensor]  # (model, batch, EOS, mask, generator) -> scalar
+    decode: Callable[..., Tensor]  # (model, batch, mask, sigma) -> responses (B,G)
+    sigmas: tuple[float, ...] = (0.0, 10.0)  # of the certainty prior, in tables
 
 
 class Block(nn.Module):
@@ -59,17 +67,22 @@ class Block(nn.Module):
         self.heads = config.n_heads
         self.attn_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, bias=config.qkv_bias) for _ in range(3))
+        size = width // config.n_heads
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(size, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
         self.attn_out = nn.Linear(width, width, bias=False)
         self.ff_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
         self.ff_proj, self.up_proj = (nn.Linear(width, hidden, bias=False) for _ in range(2))
         self.ff_out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor | None, wanted: Tensor | None = None) -> Tensor:
-        """x (B,T,d), cos/sin (T, head size), keys (B,1,1,T) bool or None -> (B,T,d), or the `wanted` rows (N,d)."""
+        """x (B,T,d), cos/sin (T or B,1,T; head size), keys as in `TinyLM.hidden` -> (B,T,d), or `wanted` rows (N,d)."""
         y = self.attn_norm(x)
         q, k, v = (
             proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        q, k = self.q_norm(q), self.k_norm(k)
         # Spelt out: with PyTorch's fused attention a training step takes 1.7 times as long (64 sequences of 64,
         # bfloat16, one core of an AMD EPYC, torch 2.13).
         scores = (rotate(q, cos, sin) * q.shape[-1] ** -0.5) @ rotate(k, cos, sin).mT
@@ -110,18 +123,21 @@ class TinyLM(nn.Module):
                 nn.init.zeros_(weight)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine (T, head size) of RoPE at `positions` (T)."""
+        """Cosine and sine (..., head size) of RoPE at `positions` (...)."""
         size = self.config.d_model // self.config.n_heads
         freq = self.config.rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
-        angle = positions.float()[:, None] * freq.repeat(2)
+        angle = positions.float()[..., None] * freq.repeat(2)
         return angle.cos(), angle.sin()
 
-    def hidden(self, ids: Tensor, keys: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
-        """Token ids (B,T), real-key flags (B,1,1,T) or None -> final normed hidden states (B,T,d).
+    def hidden(
+        self, ids: Tensor, keys: Tensor | None = None, wanted: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Token ids (B,T), flags of the keys a row sees (B,1,1 or T,T) or None -> final normed hidden states (B,T,d).
 
-        `wanted` (B,T) bool: only of these rows, (N,d).
+        `wanted` (B,T) bool: only of these rows, (N,d). `positions` (B,1,T): where the tokens stand, if not in order.
         """
-        (cos, sin), x = self.angles(torch.arange(ids.shape[1])), self.transformer["wte"](ids)
+        places = torch.arange(ids.shape[1]) if positions is None else positions
+        (cos, sin), x = self.angles(places), self.transformer["wte"](ids)
         *blocks, last = self.transformer["blocks"]
         for block in blocks:
             x = block(x, cos, sin, keys)
@@ -203,7 +219,7 @@ def evaluate(
     for canvas, group in groups.items():
         for start in range(0, len(group), 64):
             part = group[start : start + 64]
-            out = decode(model, collate([(prompts[p], []) for p in part], canvas, eos), mask_id, sigma)
+            out = family.decode(model, family.collate([(prompts[p], []) for p in part], canvas, eos), mask_id, sigma)
             for problem, ids in zip(part, out.tolist(), strict=True):
                 text = tokenizer.decode(ids[: ids.index(eos)] if eos in ids else ids)
                 right[problem.kind].append(text == problem.answer)

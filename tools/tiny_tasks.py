@@ -1,17 +1,26 @@
-"""Small text tasks for the tiny LLaDA checkpoint: a seeded generator with a train / held-out split.
+"""Problems for the tiny checkpoints, of the kinds that tell cache policies apart: long, exact, stateful.
 
-Every problem is one user message and its one correct answer. The kinds:
+Every problem is one user message and its one correct answer. The kinds, and what of a cache each one leans on:
 
-    reverse  write a string of letters backwards          sort     sort the digits of a number
-    replace  replace one letter by another in a string    upper    write a string in capitals
-    add      column addition with the carries written     word     one- and two-step word problems
-    count    count a letter, with the running count       range    count from a to b by a step
-    fewshot  two to four solved questions of one kind, then a question of the same kind
+    copy     write a string again                      long answers, up to 150 letters
+    reverse  write a string backwards                  the last of the prompt comes first
+    upper    write a string in capitals                one change a token
+    replace  replace one letter by another             a choice for each token
+    sort     sort the digits of a number               every token depends on all of the prompt and of the answer
+    sums     running sums of digits, modulo 10         a state carried from token to token
+    add      column addition, lowest digit first       two places of the prompt and a carry
+    range    count from a to b by a step               carried state, long answers, where to stop
+    ends     the first or the last letter               one letter in a canvas of any length: an early end
+    fewshot  do with a string what the examples do     the answer depends on the examples
 
-The split is by question: a question is held out iff a hash of its text says so (one in eight). Training
-problems never hold a held-out question, neither as the question asked nor as a solved example, and the solved
-examples in held-out few-shot prompts are training questions. `held_out(n, seed)` gives the test set,
-`train_problem(rng)` one training problem. Standard library only.
+The split is by question: a question is held out iff a hash of its text says so (one in eight). Training problems never
+ask a held-out question; in a few-shot prompt the examples are training strings, and the string asked is of its side.
+`held_out(n, seed)` gives the test set, `train_problem(rng)` one training problem. Standard library only.
+
+Left out are kinds that the networks (four layers, two million parameters) had not begun to learn after an hour or two:
+whether a letter is in a string, which letter follows another one, and the values of keys in a table of the prompt.
+
+    python tools/tiny_tasks.py 220 > examples/tiny_prompts.jsonl    # held-out problems for `vllm-d2cache compare`
 
     >>> from tiny_tasks import held_out
     >>> problem = held_out(9, seed=0)[0]
@@ -21,16 +30,15 @@ examples in held-out few-shot prompts are training questions. `held_out(n, seed)
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import string
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-CANVASES = (16, 32, 48, 64, 96, 128)
+CANVASES = (16, 32, 48, 64, 96, 128, 160)
 """Response lengths (max_tokens) that the problems ask for; the answer and one end token always fit."""
-
-NAMES = ("Ann", "Ben", "Cem", "Dora", "Eva", "Finn", "Gita", "Hugo")
-THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,27 @@ def _letters(rng: random.Random, low: int, high: int, alphabet: str = string.asc
     return "".join(rng.choices(alphabet, k=rng.randint(low, high)))
 
 
+def _copy(rng: random.Random) -> tuple[str, str]:
+    """One in six is long."""
+    text = _letters(rng, *((100, 150) if rng.random() < 1 / 6 else (10, 40)))
+    return f"Copy: {text}", text
+
+
 def _reverse(rng: random.Random) -> tuple[str, str]:
     text = _letters(rng, 8, 15)
     return f"Reverse: {text}", text[::-1]
+
+
+def _upper(rng: random.Random) -> tuple[str, str]:
+    text = _letters(rng, 8, 30)
+    return f"Uppercase: {text}", text.upper()
+
+
+def _replace(rng: random.Random) -> tuple[str, str]:
+    alphabet = "".join(rng.sample(string.ascii_lowercase, 6))
+    text = _letters(rng, 8, 30, alphabet[:5])
+    old, new = rng.choice(text), alphabet[5]
+    return f"Replace {old} with {new}: {text}", text.replace(old, new)
 
 
 def _sort(rng: random.Random) -> tuple[str, str]:
@@ -58,75 +84,26 @@ def _sort(rng: random.Random) -> tuple[str, str]:
     return f"Sort the digits: {text}", "".join(sorted(text))
 
 
-def _replace(rng: random.Random) -> tuple[str, str]:
-    alphabet = "".join(rng.sample(string.ascii_lowercase, 6))
-    text = _letters(rng, 8, 20, alphabet[:5])
-    old, new = rng.choice(text), alphabet[5]
-    return f"Replace {old} with {new}: {text}", text.replace(old, new)
-
-
-def _upper(rng: random.Random) -> tuple[str, str]:
-    text = _letters(rng, 8, 20)
-    return f"Uppercase: {text}", text.upper()
-
-
-def _number(rng: random.Random, low_digits: int, high_digits: int) -> int:
-    """A number whose count of digits is uniform in low_digits..high_digits."""
-    digits = rng.randint(low_digits, high_digits)
-    return rng.randrange(10 ** (digits - 1), 10**digits)
+def _sums(rng: random.Random) -> tuple[str, str]:
+    text, total, answer = _letters(rng, 5, 14, string.digits), 0, ""
+    for digit in text:
+        total = (total + int(digit)) % 10
+        answer += str(total)
+    return f"Sums: {text}", answer
 
 
 def _add(rng: random.Random) -> tuple[str, str]:
-    first, second = _number(rng, 2, 4), _number(rng, 2, 4)
-    steps, carry, x, y = [], 0, first, second
-    while x or y:
-        terms = [str(x % 10), str(y % 10)] + (["1"] if carry else [])
-        total = x % 10 + y % 10 + carry
-        steps.append(f"{'+'.join(terms)}={total}")
-        carry, x, y = total // 10, x // 10, y // 10
-    return f"Add {first} and {second}.", f"{';'.join(steps)}. Answer: {first + second}"
-
-
-def _word(rng: random.Random) -> tuple[str, str]:
-    """A word problem of one or two steps; all numbers stay in 1..99."""
-    name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    if rng.random() < 0.3:
-        boxes, each = rng.randint(2, 9), rng.randint(2, 9)
-        total = boxes * each
-        text, steps = f"{name} has {boxes} boxes with {each} {thing} each", [f"{boxes}*{each}={total}"]
-    else:
-        total = rng.randint(5, 70)
-        text, steps = f"{name} has {total} {thing}", []
-    for _ in range(max(1, rng.randint(1, 2) - len(steps))):
-        if total > 40 or (total > 10 and rng.random() < 0.5):
-            change = rng.randint(2, total - 2)
-            ways = (f" and loses {change}", f" and gives away {change}", f" and sells {change}")
-            text += rng.choice(ways)
-            steps.append(f"{total}-{change}={total - change}")
-            total -= change
-        else:
-            change = rng.randint(2, 50)
-            ways = (f" and buys {change} more", f" and finds {change} more", f" and gets {change}")
-            text += rng.choice(ways)
-            steps.append(f"{total}+{change}={total + change}")
-            total += change
-    return f"{text}. How many {thing} now?", f"{', '.join(steps)}. Answer: {total}"
-
-
-def _count(rng: random.Random) -> tuple[str, str]:
-    alphabet = "".join(rng.sample(string.ascii_lowercase, 4))
-    text = _letters(rng, 6, 14, alphabet)
-    wanted, seen, steps = rng.choice(text), 0, []
-    for letter in text:
-        seen += letter == wanted
-        steps.append(f"{letter}{seen}")
-    return f"How many {wanted} in {text}?", f"{''.join(steps)}. Answer: {seen}"
+    """Both numbers have as many digits; they and their sum stand lowest digit first."""
+    size = rng.randint(3, 8)
+    first, second = (rng.randrange(10 ** (size - 1), 10**size) for _ in range(2))
+    return f"Add {str(first)[::-1]}+{str(second)[::-1]}.", str(first + second)[::-1]
 
 
 def _range(rng: random.Random) -> tuple[str, str]:
-    """Count up by 1 to 5; one in five is long (up to 36 numbers, three tokens each)."""
-    step = rng.choice((1, 1, 2, 3, 5))
-    count = rng.randint(13, 36) if rng.random() < 0.2 else rng.randint(4, 12)
+    """Count up by 1, 2 or 5; one in six is long (up to 50 numbers, three tokens each)."""
+    long = rng.random() < 1 / 6
+    step = rng.choice((1, 1, 2) if long else (1, 1, 2, 5))
+    count = rng.randint(36, 50) if long else rng.randint(4, 15)
     count = min(count, 89 // step)
     start = rng.randint(10, 99 - step * (count - 1))
     numbers = [start + step * index for index in range(count)]
@@ -134,22 +111,35 @@ def _range(rng: random.Random) -> tuple[str, str]:
     return f"Count from {start} to {numbers[-1]}{by}.", ",".join(map(str, numbers)) + "."
 
 
+def _ends(rng: random.Random) -> tuple[str, str]:
+    text = _letters(rng, 6, 24)
+    return rng.choice(((f"First: {text}", text[0]), (f"Last: {text}", text[-1])))
+
+
 GENERATORS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
-    "reverse": _reverse,
-    "sort": _sort,
-    "replace": _replace,
-    "upper": _upper,
-    "add": _add,
-    "word": _word,
-    "count": _count,
-    "range": _range,
-}
+    "copy": _copy, "reverse": _reverse, "upper": _upper, "replace": _replace, "sort": _sort, "sums": _sums,
+    "add": _add, "range": _range, "ends": _ends,
+}  # fmt: skip
 KINDS = (*GENERATORS, "fewshot")
 TRAIN_WEIGHTS = {
-    "reverse": 14, "sort": 13, "replace": 9, "upper": 5, "add": 16, "word": 18, "count": 11, "range": 14,
+    "copy": 6, "reverse": 5, "upper": 4, "replace": 5, "sort": 6, "sums": 8, "add": 22, "range": 9, "ends": 3,
 }  # fmt: skip
-FEWSHOT_KINDS = ("reverse", "sort", "replace", "upper", "add", "word", "count")
-FEWSHOT_SHARE = 0.08
+FEWSHOT_SHARE = 0.2
+_SHORT = {"ends"}
+"""Kinds whose canvas is drawn at random: their answers end early in it."""
+
+
+def _rules(rng: random.Random) -> dict[str, Callable[[str], str]]:
+    """What few-shot examples may show; one letter is drawn anew for each prompt."""
+    letter = rng.choice(string.ascii_lowercase)
+    return {
+        "same": lambda text: text,
+        "reverse": lambda text: text[::-1],
+        "upper": str.upper,
+        f"end {letter}": lambda text: text + letter,
+        f"start {letter}": lambda text: letter + text,
+        "turn": lambda text: text[1:] + text[0],
+    }
 
 
 def is_held_out(question: str) -> bool:
@@ -157,10 +147,9 @@ def is_held_out(question: str) -> bool:
     return hashlib.sha256(question.encode()).digest()[0] < 32
 
 
-def _canvas(answer: str) -> int:
+def _canvas(rng: random.Random, kind: str, answer: str) -> int:
     """The smallest canvas for an answer: its length in characters bounds its length in tokens."""
-    tokens = len(answer) - (5 if "Answer" in answer else 0)
-    return next(size for size in CANVASES if size >= tokens + 2)
+    return rng.choice((16, 16, 32, 64)) if kind in _SHORT else next(c for c in CANVASES if c >= len(answer) + 2)
 
 
 def _question(rng: random.Random, kind: str, held: bool) -> tuple[str, str]:
@@ -171,16 +160,26 @@ def _question(rng: random.Random, kind: str, held: bool) -> tuple[str, str]:
             return question, answer
 
 
+def _fewshot(rng: random.Random, held: bool) -> tuple[str, str]:
+    """Two to four examples of a rule that is not named, then a string to apply it to."""
+    name, rule = rng.choice(list(_rules(rng).items()))
+
+    def text(side: bool) -> str:
+        while True:
+            found = _letters(rng, 4, 8)
+            if is_held_out(f"{name}: {found}") == side:
+                return found
+
+    shots = [text(False) for _ in range(rng.randint(2, 4))]
+    asked = text(held)
+    lines = [f"{shot} > {rule(shot)}" for shot in shots]
+    return "\n".join([*lines, f"{asked} >"]), rule(asked)
+
+
 def make_problem(rng: random.Random, kind: str, held: bool) -> Problem:
     """Draw a problem of `kind` (any of KINDS) from the held-out or the training split."""
-    if kind != "fewshot":
-        question, answer = _question(rng, kind, held)
-        return Problem(kind, question, answer, _canvas(answer))
-    base = rng.choice(FEWSHOT_KINDS)
-    shots = [_question(rng, base, False) for _ in range(rng.randint(2, 4))]
-    question, answer = _question(rng, base, held)
-    lines = [f"Q: {shot}\nA: {reply}" for shot, reply in shots]
-    return Problem(kind, "\n".join([*lines, f"Q: {question}"]), answer, _canvas(answer))
+    question, answer = _fewshot(rng, held) if kind == "fewshot" else _question(rng, kind, held)
+    return Problem(kind, question, answer, _canvas(rng, kind, answer))
 
 
 def train_problem(rng: random.Random, fewshot_share: float = FEWSHOT_SHARE) -> Problem:
@@ -202,3 +201,15 @@ def held_out(n: int, seed: int = 0, kinds: tuple[str, ...] = KINDS) -> list[Prob
             seen.add(problem.prompt)
             problems.append(problem)
     return problems
+
+
+def prompt_lines(n: int) -> list[str]:
+    """`n` held-out problems as the lines of a prompts file."""
+    return [
+        json.dumps({"messages": [{"role": "user", "content": p.prompt}], "max_tokens": p.canvas, "answer": p.answer})
+        for p in held_out(n, seed=2)
+    ]
+
+
+if __name__ == "__main__":
+    print(*prompt_lines(int(sys.argv[1])), sep="\n")

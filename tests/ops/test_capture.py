@@ -80,6 +80,7 @@ def test_stored_maps_and_replayed_queries_agree(monkeypatch: pytest.MonkeyPatch,
     by_path = []
     for share in (0, 1 << 30):  # every map kept, none kept
         monkeypatch.setattr(module, "_MAP_SHARE", share)
+        monkeypatch.setattr(module, "_SMALL_MAP", 0)
         capture = forward.run([True, True])
         assert all((m is not None) == (share == 0) for m in capture.layers[0].maps)
         by_path.append(capture.importance(129))
@@ -115,8 +116,9 @@ def test_pool_memory_is_reused_and_its_old_contents_do_not_matter() -> None:
         torch.testing.assert_close(got[r].double(), small.want(r), rtol=1e-4, atol=1e-5)
 
 
-def test_replay_takes_the_queries_as_they_were() -> None:
+def test_replay_takes_the_queries_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     """A runner may reuse the query buffer in the next layer."""
+    monkeypatch.setattr(module, "_SMALL_MAP", 0)
     forward = one_table(Forward([63], [63]))
     shared = torch.full_like(forward.queries[0], torch.nan)
     capture = ImportanceCapture(forward.layers[0].layout, [True], forward.rows[0], MapPool())

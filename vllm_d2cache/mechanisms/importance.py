@@ -22,6 +22,8 @@ from vllm_d2cache.ops.rollout import LayerRecord, TensorParallel, batched_rollou
 
 # A map is kept while rows * _MAP_SHARE <= T. A graph takes requests whose bound is that low: they keep theirs anyway.
 _MAP_SHARE = 4
+# So is a map of few elements, whatever its shape: less memory than its queries in a large model, and no second pass.
+_SMALL_MAP = 1 << 14
 
 
 class MapPool:
@@ -126,12 +128,15 @@ class ImportanceCapture(Hook):
 
 def keeps_map(bound: int, length: int) -> bool:
     """Whether a request of ``length`` positions that can need ``bound`` rows keeps its maps."""
-    return bound * _MAP_SHARE <= length
+    return bound * _MAP_SHARE <= length or bound * length <= _SMALL_MAP
 
 
 def map_bytes(num_layers: int, bound: int, length: int) -> int:
-    """Bytes that the pool takes for the maps of a request of ``length`` positions that can need ``bound`` rows."""
-    most = min(bound, length // _MAP_SHARE)  # with more rows a step keeps none
+    """Bytes that the pool takes for the maps of a request of ``length`` positions that can need ``bound`` rows.
+
+    Its first step has all positions as rows.
+    """
+    most = length if keeps_map(length, length) else min(bound, max(length // _MAP_SHARE, _SMALL_MAP // length))
     return num_layers * with_slack(most * length) * torch.float32.itemsize
 
 

@@ -1,0 +1,183 @@
+"""What the host does in a step outside the forward pass, beside a stock autoregressive model in the same engine.
+
+    python -m benchmarks.count.operators [--out benchmarks/results/operators]
+
+Two engines of this process, one after the other, with the same number of running requests: the small LLaDA of this
+repository, and a small Llama of vLLM's with weights of chance. Counted are PyTorch's operators (views included) that a
+step dispatches between its start and its end, but for those of the model's forward pass; then, in other steps, the time
+on the clock, less that of the forward pass. Medians over steps in which every request decodes. `d2cache` computes its
+attention maps again, request by request and layer by layer, behind the forward pass; `prefix` needs none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import caption, machine
+
+MODEL = Path("models/tiny-llada")
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 192, "intermediate_size": 512,
+    "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 320, "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    "torch_dtype": "float32", "bos_token_id": 314, "eos_token_id": 315,
+}  # fmt: skip
+PROMPT, CANVAS, STEPS = 40, 64, 12
+BATCHES = (1, 8, 64)
+STOCK = "stock Llama"
+POLICIES = ("prefix", "d2cache")
+
+
+@dataclass
+class Line:
+    """Medians of a batch: operators, and milliseconds of a step and of its forward pass."""
+
+    name: str  # STOCK or a policy
+    batch: int
+    operators: float
+    step: float
+    forward: float
+
+    @property
+    def outside(self) -> float:
+        """Milliseconds outside the forward pass."""
+        return self.step - self.forward
+
+
+class Watched:
+    """An engine whose forward pass is left out of what is counted and of what is timed."""
+
+    def __init__(self, model: str, batch: int, load_format: str) -> None:
+        from torch.utils._python_dispatch import TorchDispatchMode
+        from vllm import LLM
+
+        self.llm = LLM(
+            model, dtype="float32", max_num_seqs=batch, load_format=load_format, max_model_len=256, seed=0,
+            enforce_eager=True,
+        )  # fmt: skip
+        self.batch, self.forward, self.found = batch, 0.0, Counter[str]()
+        watched = self
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                watched.found[str(func)] += 1
+                return func(*args, **(kwargs or {}))
+
+        self.mode = Mode
+        core = self.llm.llm_engine.engine_core.engine_core
+        runner = core.model_executor.driver_worker.worker.model_runner
+        runner.model.forward = self._unwatched(runner.model.forward)
+
+    def _unwatched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        from torch.utils._python_dispatch import _disable_current_modes
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            with _disable_current_modes():
+                found = forward(*args, **kwargs)
+            self.forward += time.perf_counter() - begin
+            return found
+
+        return run
+
+    @contextmanager
+    def running(self, policy: str) -> Iterator[Any]:
+        """Every request of the batch has had its first step; what is left ends afterwards."""
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        extra = {} if policy == STOCK else {"d2cache_policy": policy}
+        params = SamplingParams(temperature=0, max_tokens=CANVAS, ignore_eos=True, extra_args=extra)
+        for number in range(self.batch):
+            tokens = [(7 * number + place) % 250 for place in range(PROMPT)]
+            engine.add_request(str(number), {"prompt_token_ids": tokens}, params)
+        for _ in range(4):
+            engine.step()
+        yield engine
+        while engine.has_unfinished_requests():
+            engine.step()
+
+    def measure(self, name: str) -> Line:
+        """Operators of STEPS steps, then the times of as many."""
+        operators, steps, forwards = [], [], []
+        with self.running(name) as engine:
+            for _ in range(STEPS):
+                self.found.clear()
+                with self.mode():
+                    engine.step()
+                operators.append(sum(self.found.values()))
+            for _ in range(STEPS):
+                self.forward = 0.0
+                begin = time.perf_counter()
+                engine.step()
+                steps.append(1000 * (time.perf_counter() - begin))
+                forwards.append(1000 * self.forward)
+        times = (statistics.median(steps), statistics.median(forwards))
+        return Line(name, self.batch, statistics.median(operators), *times)
+
+
+def lines() -> list[Line]:
+    """Both models at every batch."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    found = []
+    with tempfile.TemporaryDirectory(prefix="d2cache-llama-") as directory:
+        for path in MODEL.glob("tokenizer*.json"):
+            (Path(directory) / path.name).write_text(path.read_text())
+        (Path(directory) / "config.json").write_text(json.dumps(LLAMA))
+        for batch in BATCHES:
+            for names, model, load in (((STOCK,), directory, "dummy"), (POLICIES, str(MODEL), "auto")):
+                watched = Watched(model, batch, load)
+                for name in names:
+                    watched.measure(name)  # a request's first use of anything is not a step's
+                    found.append(watched.measure(name))
+                del watched
+                gc.collect()
+                cleanup_dist_env_and_memory()
+    return found
+
+
+def table(found: list[Line]) -> str:
+    """Markdown: what a step is, at every batch, and how much more that is than a stock step."""
+    heads = ("requests", "step", "operators", "of stock", "ms outside the forward pass", "of stock", "ms forward")
+    rows = []
+    for x in found:
+        stock = next(y for y in found if y.batch == x.batch and y.name == STOCK)
+        rows.append(
+            f"| {x.batch} | {x.name} | {x.operators:.0f} | {x.operators / stock.operators:.1f} | {x.outside:.2f} | "
+            f"{x.outside / stock.outside:.1f} | {x.forward:.2f} |"
+        )
+    return "\n".join(["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *rows])
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/operators"))
+    args = parser.parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    found, facts = lines(), machine()
+    text = f"{table(found)}\n\n{PROMPT} + {CANVAS} positions, greedy; {caption(facts)}\n"
+    print(text)
+    args.out.with_suffix(".md").write_text(text)
+    args.out.with_suffix(".json").write_text(
+        json.dumps({"machine": facts, "lines": [asdict(x) for x in found]}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
