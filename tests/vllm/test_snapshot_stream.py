@@ -265,6 +265,25 @@ def test_events_of_vllms_streams(cls: type, monkeypatch: pytest.MonkeyPatch) -> 
     assert caught.value.parameter == "d2cache_snapshots"
 
 
+def test_a_subclass_with_a_stream_of_its_own_refuses_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM 0.33 has it: /v1/messages makes its events from vLLM's chunks, not from the text of a chat's stream."""
+    kinds = [
+        type("Own", (OpenAIServingChat,), {"chat_completion_stream_generator": _two_chunks}),
+        type("Inherited", (OpenAIServingChat,), {}),
+    ]
+    kinds.append(type("Deeper", (kinds[1],), {"chat_completion_stream_generator": _two_chunks}))
+    monkeypatch.setattr(OpenAIServingChat, "chat_completion_stream_generator", _two_chunks)
+    install()
+    install()
+    for kind in kinds:
+        server = kind.__new__(kind)
+        server.default_sampling_params = CanvasDefaults({})
+        with pytest.raises(VLLMValidationError, match="d2cache_snapshots: comes with"):
+            server.chat_completion_stream_generator(SimpleNamespace(vllm_xargs=WANTED))
+        server.default_sampling_params = {}
+        server.chat_completion_stream_generator(SimpleNamespace(vllm_xargs=WANTED))  # another model
+
+
 def test_a_request_that_no_stream_works_for_is_refused() -> None:
     check_listener({})
     with pytest.raises(OptionError, match="d2cache_snapshots: comes with"):

@@ -80,6 +80,8 @@ def _no_listener() -> OptionError:
 def install(serving: type, name: str, only_for: type) -> None:
     """Let the stream generator ``serving.name`` send snapshots, and vLLM's output processor pass them by; idempotent.
 
+    Subclasses serve other protocols and send none: a generator of their own (vLLM 0.33) refuses a request for some.
+
     Args:
         only_for: type of the default sampling parameters of servers that have snapshots.
     """
@@ -89,7 +91,14 @@ def install(serving: type, name: str, only_for: type) -> None:
 
     _wrap(RequestOutputCollector, "__init__", _remember_inbox)
     _wrap(OutputProcessor, "process_outputs", _divert_snapshots)
-    _wrap(serving, name, functools.partial(_add_snapshots, serving, only_for))
+    for cls in (serving, *_subclasses(serving)):
+        if name in vars(cls):
+            _wrap(cls, name, functools.partial(_add_snapshots, serving, only_for))
+
+
+def _subclasses(cls: type) -> list[type]:
+    found = cls.__subclasses__()
+    return [*found, *(deeper for sub in found for deeper in _subclasses(sub))]
 
 
 def _wrap(cls: type, name: str, wrapper: Callable[[Any], Any]) -> None:

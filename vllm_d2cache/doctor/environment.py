@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vllm_d2cache.doctor.finding import Finding
+from vllm_d2cache.ops.xformers_build import PAGE, only_triton
 
 _PLUGIN_GROUP, _PLUGIN = "vllm.general_plugins", "d2cache"
 _NEEDED = ("torch", "transformers")
@@ -107,14 +108,29 @@ def _plugin() -> Iterator[Finding]:
 
 
 def _optional(has_gpu: bool) -> Iterator[Finding]:
-    for name in ("triton", "xformers"):
-        release = installed(name)
-        if release:
-            yield _ok(name, release)
-        elif has_gpu:
-            yield _note(name, 'not installed; it comes with pip install "vllm-d2cache[cuda]"')
-        else:
-            yield _ok(name, "not installed, and not needed on a CPU")
+    release = installed("triton")
+    if release:
+        yield _ok("triton", release)
+    elif has_gpu:
+        yield _note("triton", 'not installed; it comes with pip install "vllm-d2cache[cuda]"')
+    else:
+        yield _ok("triton", "not installed, and not needed on a CPU")
+    yield _xformers(has_gpu)
+
+
+def _xformers(has_gpu: bool) -> Finding:
+    """Whether ``attention_backend: xformers`` could start; what is not asked for may be missing."""
+    release = installed("xformers")
+    if release is None:
+        how = 'pip install "vllm-d2cache[xformers]"' if has_gpu else "with a GPU"
+        return _ok("xformers", f"not installed; only attention_backend xformers needs it ({how})")
+    if not has_gpu:
+        return _ok("xformers", f"{release}; attention_backend xformers cannot start without an NVIDIA GPU")
+    why = only_triton(installed("torch") or "missing")
+    if not why:
+        return _ok("xformers", f"{release}, compiled for this torch; attention_backend xformers can use its kernels")
+    text = f"{release}; {why}: attention_backend xformers can start with --block-size {PAGE} or a multiple, and on the"
+    return _note("xformers", f"{text} Triton kernel of xformers alone")
 
 
 def _ok(name: str, text: str) -> Finding:

