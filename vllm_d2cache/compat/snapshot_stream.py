@@ -97,7 +97,7 @@ def install(serving: type, name: str, only_for: type) -> None:
 
 
 def _subclasses(cls: type) -> list[type]:
-    found = cls.__subclasses__()
+    found: list[type] = cls.__subclasses__()
     return [*found, *(deeper for sub in found for deeper in _subclasses(sub))]
 
 
