@@ -33,7 +33,7 @@ class Claim:
 
     name: str
     said: str
-    x: str  # the field of `Result` that a picture has on its horizontal axis
+    x: str  # the field of `Result` that a picture names beside each setting
     settings: tuple[dict[str, Any], ...]
 
 
@@ -161,27 +161,29 @@ def markdown(results: list[Result]) -> str:
 
 
 def plot(results: list[Result], path: Path) -> None:
-    """One picture a claim, side by side: right answers, with the interval of the difference from the first setting."""
+    """One panel a claim, one line a setting: right answers, with the interval of the difference from the first line."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = {"order": "order (1: left to right)", "rows": "rows, % of full's", "tokens_per_forward": "tokens a forward"}
-    figure, axes = pyplot.subplots(1, len(CLAIMS), figsize=(4.2 * len(CLAIMS), 3.8), sharey=True)
-    for claim, panel in zip(CLAIMS, axes, strict=True):
-        for result in (r for r in results if r.claim == claim.name):
+    said = {"order": "order {:.2f}", "rows": "{:.0f} % of rows", "tokens_per_forward": "{:.1f} tokens a forward"}
+    figure, axes = pyplot.subplots(2, 2, figsize=(13, 6.5), sharex=True)
+    for claim, panel in zip(CLAIMS, axes.flat, strict=True):
+        lines = [r for r in results if r.claim == claim.name]
+        for place, result in enumerate(lines):
             found = from_first(result, results)
             low, high = found.interval if found else (0.0, 0.0)
             points = found.points if found else 0.0
             error = [[points - low], [high - points]]
-            panel.errorbar(getattr(result, claim.x), result.score, yerr=error, marker="o", capsize=3, linestyle="none")
-            panel.annotate(
-                result.label, (getattr(result, claim.x), result.score), fontsize=6, xytext=(3, 3),
-                textcoords="offset points",
-            )  # fmt: skip
-        panel.set(title=claim.name, xlabel=names[claim.x])
-    axes[0].set_ylabel("right, %")
+            panel.errorbar(result.score, -place, xerr=error, marker="o", capsize=3, color="C0" if found else "black")
+        panel.axvline(lines[0].score, color="black", linewidth=0.5)
+        labels = [f"{r.label}\n{said[claim.x].format(getattr(r, claim.x))}" for r in lines]
+        panel.set_yticks([-place for place in range(len(lines))], labels, fontsize=8)
+        panel.set(title=claim.name)
+        panel.tick_params(labelbottom=True)
+    for panel in axes[-1]:
+        panel.set_xlabel("right, %; bars: 95 % interval of the difference from the first line")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -193,9 +195,14 @@ def main() -> None:
     parser.add_argument("--model", default="models/tiny-llada")
     parser.add_argument("--problems", type=int, default=1001)
     parser.add_argument("--batch", type=int, default=32, help="requests at a time (default: 32)")
+    parser.add_argument("--redraw", action="store_true", help="only the picture, from the figures that are there")
     parser.add_argument("--out", type=Path, help="without suffix (default: benchmarks/results/claims_MODEL)")
     args = parser.parse_args()
     out = args.out or Path("benchmarks/results") / f"claims_{Path(args.model).name}"
+    if args.redraw:
+        found = json.loads(out.with_suffix(".json").read_text())["results"]
+        plot([Result(**fields) for fields in found], out.with_suffix(".png"))
+        return
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from tqdm import tqdm
