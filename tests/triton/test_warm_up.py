@@ -129,7 +129,7 @@ def test_a_kernel_that_was_left_out_is_noticed(known: set[tuple[str, str]], monk
 @pytest.mark.skipif("torch.cuda.is_available()", reason="vLLM's own kernels must run on a GPU")
 def test_an_engine_launches_nothing_that_its_start_has_not(tmp_path: Path) -> None:
     from tests.e2e.conftest import Engine, runner_of
-    from tests.triton.test_engine_graphs import generate
+    from tests.triton.test_engine_graphs import REQUESTS, generate
 
     size = {"max_num_seqs": 2, "max_model_len": 128, "num_gpu_blocks_override": 12, "block_size": 32}
     engine = Engine(tmp_path, **size)
@@ -138,7 +138,7 @@ def test_an_engine_launches_nothing_that_its_start_has_not(tmp_path: Path) -> No
         with launched() as known, torch.inference_mode():
             state._get_ready()
         with launched() as used:
-            generate(engine)
+            generate(engine, REQUESTS)
         assert {name for name, _ in used} >= {"_rotate_kernel", "_attention_kernel", "_stats_kernel", "_refresh_kernel"}
         assert not used - known, sorted(used - known)
     finally:
