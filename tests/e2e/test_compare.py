@@ -24,7 +24,7 @@ def test_compare(tmp_path: Path) -> None:
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     command = [sys.executable, "-m", "vllm_d2cache.cli", "compare", "--model", str(ROOT / "models" / "tiny-llada")]
     command += ["--policies", "d2cache:current_k=4", "--decoders", "confidence:tokens_per_step=2", "wino"]
-    command += ["--prompts", str(prompts), "--max-model-len", "256", "--dtype", "float32"]
+    command += ["--prompts", str(prompts), "--max-model-len", "512", "--dtype", "float32"]
     command += ["--out", str(out), "--plot", str(picture)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
