@@ -12,6 +12,7 @@ import torch
 
 from tests.triton.paged import Shape, make_batch
 from tests.unit.batches import Batch, FakeJob
+from vllm_d2cache.mechanisms import importance
 from vllm_d2cache.mechanisms.importance import ImportanceCapture, MapPool
 from vllm_d2cache.ops import dispatch
 from vllm_d2cache.ops.backends import disagreement
@@ -67,12 +68,20 @@ def forward(device: torch.device) -> torch.Tensor:
     return importance
 
 
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps as small as the test's are computed again, too."""
+    monkeypatch.setattr(importance, "_SMALL_MAP", 0)
+
+
+@pytest.mark.usefixtures("replayed")
 def test_the_twins_run_until_another_backend_is_chosen(calls: Counter[str], device: torch.device) -> None:
     assert dispatch.chosen(device) == "torch"
     forward(device)
     assert not calls
 
 
+@pytest.mark.usefixtures("replayed")
 def test_a_forward_pass_by_kernels(calls: Counter[str], monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     want = forward(device)
     monkeypatch.setitem(dispatch._chosen, device.type, "triton")

@@ -13,6 +13,7 @@ from tests.graph_emulator import Emulator
 from tests.triton.loop import PAGE, Loop
 from vllm_d2cache.graphs.graph_check import CacheSize, GraphError, check_graphs
 from vllm_d2cache.graphs.step_graphs import GraphSize, StepBuffers, StepGraphs, graph_sizes
+from vllm_d2cache.mechanisms import importance
 from vllm_d2cache.mechanisms.importance import ReadsImportance
 from vllm_d2cache.ops import dispatch
 from vllm_d2cache.ops.paged_attention import PagedLayout
@@ -213,7 +214,7 @@ def test_the_check_at_start_up_refuses_others(device: torch.device) -> None:
 READS = (ReadsImportance(),)
 
 
-def test_the_smallest_graph_with_room_is_taken(device: torch.device) -> None:
+def test_the_smallest_graph_with_room_is_taken(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     buffers = StepBuffers(SIZES[-1], 96, PAGE, device)
     graphs = StepGraphs(SIZES, buffers, lambda *args: torch.empty(0), lambda step: step)
     assert graphs.fitting([16], [80], [READS]) == SIZES[0]
@@ -222,6 +223,8 @@ def test_the_smallest_graph_with_room_is_taken(device: torch.device) -> None:
     assert graphs.fitting([1] * 5, [80] * 5, [READS] * 5) is None, "five requests"
     assert graphs.fitting([33, 32], [90, 90], [(), ()]) is None, "too many rows"
     assert graphs.fitting([8], [97], [()]) is None, "too long"
+    assert graphs.fitting([21], [80], [READS]) == SIZES[1], "a small map"
+    monkeypatch.setattr(importance, "_SMALL_MAP", 0)
     assert graphs.fitting([21], [80], [READS]) is None, "more rows than a map may have"
     assert graphs.fitting([21], [80], [()]) == SIZES[1]
     blocks = StepGraphs(SIZES, StepBuffers(SIZES[-1], 96, PAGE, device, BLOCK), graphs.forward, lambda step: step)
