@@ -19,7 +19,8 @@ import json
 from vllm import LLM, SamplingParams
 
 llm = LLM("models/tiny-llada", dtype="float32", max_model_len=256, enable_prefix_caching=False)
-settings = [{"d2cache_policy": "key_norm", "d2cache_smallest": n} for n in (100000, 4)] + [{"d2cache_policy": "full"}]
+settings = [{"d2cache_policy": "key_norm", "d2cache_smallest": n} for n in (100000, 4)]
+settings.append({"d2cache_policy": "full", "d2cache_sigma": 0.0})  # the example has no certainty prior
 settings.append({"d2cache_policy": "full", "d2cache_decoder": "leftmost", "d2cache_run": 4})
 params = [SamplingParams(temperature=0, max_tokens=24, extra_args={**s, "d2cache_window": 8}) for s in settings]
 prompt = llm.get_tokenizer().encode("Reverse: stream of words")
