@@ -7,7 +7,6 @@ d2cache:current_k=16,rollout_p=0.2. Full recompute is always run, as the others 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +16,7 @@ from vllm_d2cache.cli import UsageError
 from vllm_d2cache.cli.grid import Cell, Prompt, Setting, general_questions, measure, pairs_of, read_prompts
 from vllm_d2cache.compat.internals import model_file
 from vllm_d2cache.decoders.frequencies import load_frequencies
-from vllm_d2cache.models.config_rules import family_of
+from vllm_d2cache.doctor.model_directory import read_config, read_object
 from vllm_d2cache.options.request import SECTION
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.requests.resolve import parse_server_options
@@ -119,16 +118,19 @@ def _pairs(args: argparse.Namespace) -> tuple[list[tuple[Setting, Setting]], lis
 
 
 def _family_options(model: str) -> dict[str, Any]:
-    """The options that the engine will have of the model's family; none where only the engine can say what is wrong."""
-    file = Path(model) / "config.json"
+    """The options that the engine will have of the model's family; none where only the engine can say what is wrong.
+
+    Raises:
+        UsageError: a directory's config.json cannot be read.
+    """
     if Path(model).is_dir():
-        given = json.loads(file.read_text()) if file.is_file() else {}
+        given = read_object(Path(model) / "config.json")
+        if isinstance(given, str):
+            raise UsageError(f"--model {model}: {given}")
     else:
         given = model_file(model, "config.json", None)
-    if (found := family_of(given)) is None:
-        return {}
-    config = found[1].config_class().from_dict(given)
-    block = config.traits().block_length
+    config = read_config(given)
+    block = config.traits().block_length if config is not None and not config.unsupported() else None
     return {**config.decoding_defaults(), "block_length": block} if block else {}
 
 

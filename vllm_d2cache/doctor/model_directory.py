@@ -33,7 +33,7 @@ def check_model(directory: Path, memory: int | None) -> Iterator[Finding]:
     if not directory.is_dir():
         yield _problem("directory", f"{directory} is not a directory; download the checkpoint and name where it is")
         return
-    given = _json(directory / "config.json")
+    given = read_object(directory / "config.json")
     if isinstance(given, str):
         yield _problem("config.json", given)
         given = {}
@@ -41,7 +41,7 @@ def check_model(directory: Path, memory: int | None) -> Iterator[Finding]:
         if given.get("quantization_config") is None:
             given["quantization_config"] = of_separate_file(lambda name: _object(directory / name))
         yield from _architecture(given)
-    config = _read(given)
+    config = read_config(given)
     if config is not None:
         yield from _settings(config, given)
     elif family_of(given) is not None:
@@ -51,7 +51,7 @@ def check_model(directory: Path, memory: int | None) -> Iterator[Finding]:
     yield from _tokenizer(directory, given, sound)
 
 
-def _read(given: dict[str, Any]) -> Any:
+def read_config(given: dict[str, Any]) -> Any:
     """config.json as the class that vLLM will read it with; None where there is none, or nothing to read it with."""
     found = family_of(given)
     if found is None or find_spec("transformers") is None or find_spec("torch") is None:
@@ -59,7 +59,7 @@ def _read(given: dict[str, Any]) -> Any:
     return found[1].config_class().from_dict(dict(given))
 
 
-def _json(path: Path) -> dict[str, Any] | str:
+def read_object(path: Path) -> dict[str, Any] | str:
     """The object in a file, or what is wrong with it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -72,7 +72,7 @@ def _json(path: Path) -> dict[str, Any] | str:
 
 def _object(path: Path) -> dict[str, Any]:
     """The object in a file; empty if there is none."""
-    content = _json(path)
+    content = read_object(path)
     return content if isinstance(content, dict) else {}
 
 
@@ -145,7 +145,7 @@ def _tokenizer(directory: Path, given: dict[str, Any], config: Any) -> Iterator[
         yield _problem("tokenizer", "none of " + ", ".join("+".join(files) for files in _TOKENIZERS))
         return
     yield _ok("tokenizer", "+".join(group))
-    settings = _json(directory / "tokenizer_config.json")
+    settings = read_object(directory / "tokenizer_config.json")
     if isinstance(settings, str):
         yield _problem("tokenizer_config.json", settings)
         settings = {}
@@ -165,7 +165,7 @@ def _tokenizer(directory: Path, given: dict[str, Any], config: Any) -> Iterator[
 
 
 def _special_tokens(directory: Path, given: dict[str, Any]) -> Iterator[Finding]:
-    content = _json(directory / "tokenizer.json")
+    content = read_object(directory / "tokenizer.json")
     if isinstance(content, str):
         yield _problem("tokenizer.json", content)
         return

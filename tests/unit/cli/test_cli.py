@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from vllm_d2cache.cli import UsageError, main
+from vllm_d2cache.cli.compare import _family_options
 from vllm_d2cache.cli.grid import Cell, Prompt, Setting, agreement, general_questions, pairs_of, read_prompts
 from vllm_d2cache.cli.report import HEADS, markdown_table, text_table, write_json
 from vllm_d2cache.decoders.frequencies import count_frequencies, load_frequencies
@@ -139,6 +141,32 @@ class TestSettings:
     def test_bad_arguments(self, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
         assert main(["compare", "--model", str(MODEL), *arguments]) == 2
         assert re.search(message, capsys.readouterr().err)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [(None, "config.json is missing"), ("{bad", "config.json cannot be read"), ("[]", "is not a JSON object")],
+    )
+    def test_a_config_that_cannot_be_read(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str
+    ) -> None:
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        assert main(["compare", "--model", str(tmp_path)]) == 2
+        assert f"--model {tmp_path}: " in (said := capsys.readouterr().err)
+        assert message in said
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"architectures": 3},
+            {"architectures": ["SDARForCausalLM"], "model_type": "sdar", "hidden_size": "x", "block_size": []},
+        ],
+    )
+    def test_what_else_is_wrong_with_a_config_is_the_engines_to_say(
+        self, tmp_path: Path, config: dict[str, Any]
+    ) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert _family_options(str(tmp_path)) == {}
 
     def test_plots_without_matplotlib_are_refused_with_the_remedy(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
