@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from tests.vllm.front_end_server import TINY, FrontEnd
@@ -44,3 +46,11 @@ def answered(server: FrontEnd, route: str, **fields: Any) -> Any:
     assert response.status_code == 200, response.text[:500]
     assert '"error"' not in response.text
     return server.core.requests[-1]
+
+
+def cap_flags(named: str, directory: Path) -> tuple[str, str]:
+    """Flags of an operator who lets no request have more than 24 tokens: in an "override", or in a "directory"."""
+    (directory / "generation_config.json").write_text(json.dumps({"max_new_tokens": 24}))
+    if named == "override":
+        return "--override-generation-config", json.dumps({"max_new_tokens": 24})
+    return "--generation-config", str(directory)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tests.reference.blocks import BLOCK_ORACLE
 from tests.vllm.front_end_server import TINY, FrontEnd, front_end
-from tests.vllm.routes import ROUTES, answered, refused, send
+from tests.vllm.routes import ROUTES, answered, cap_flags, refused, send
 
 pytestmark = pytest.mark.vllm
 
@@ -42,11 +41,7 @@ def test_the_default_is_the_rest_of_the_context() -> None:
 
 @pytest.mark.parametrize("named", ["override", "directory"])
 def test_the_operators_cap(named: str, tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text(json.dumps({"max_new_tokens": 24}))
-    flags = {
-        "override": ("--override-generation-config", '{"max_new_tokens": 24}'),
-        "directory": ("--generation-config", str(tmp_path)),
-    }[named]
+    flags = cap_flags(named, tmp_path)
     with pytest.MonkeyPatch.context() as patch, serving(patch, *flags) as server:
         for route in DEFAULTED:
             assert answered(server, route, length=None).sampling_params.max_tokens == 24

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.vllm.front_end_server import TINY, FrontEnd, front_end
-from tests.vllm.routes import ASK, ROUTES, STREAMING, answered, refused, send
+from tests.vllm.routes import ASK, ROUTES, STREAMING, answered, cap_flags, refused, send
 
 pytestmark = pytest.mark.vllm
 
@@ -269,11 +269,7 @@ def test_echo(server: FrontEnd) -> None:
 
 @pytest.mark.parametrize("named", ["override", "directory"])
 def test_the_operators_cap(named: str, tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text(json.dumps({"max_new_tokens": 24}))
-    flags = {
-        "override": ("--override-generation-config", '{"max_new_tokens": 24}'),
-        "directory": ("--generation-config", str(tmp_path)),
-    }[named]
+    flags = cap_flags(named, tmp_path)
     with pytest.MonkeyPatch.context() as patch, front_end(patch, TINY, *flags) as server:
         for route in ("completions", "chat", "responses", "batch"):
             assert answered(server, route, length=None).sampling_params.max_tokens == 24
