@@ -5,8 +5,9 @@
 Two engines of this process, one after the other, with the same number of running requests: the small LLaDA of this
 repository, and a small Llama of vLLM's with weights of chance. Counted are PyTorch's operators (views included) that a
 step dispatches between its start and its end, but for those of the model's forward pass; then, in other steps, the time
-on the clock, less that of the forward pass. Medians over steps in which every request decodes. `d2cache` computes its
-attention maps again, request by request and layer by layer, behind the forward pass; `prefix` needs none.
+on the clock, less that of the forward pass. Medians over steps in which every request decodes. `d2cache` pushes
+its weights through the attention maps behind the forward pass, request by request and layer by layer; `prefix` needs
+no maps.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import caption, machine
+from vllm_d2cache.compat.internals import in_process_runner
 
 MODEL = Path("models/tiny-llada")
 LLAMA = {
@@ -76,9 +78,8 @@ class Watched:
                 return func(*args, **(kwargs or {}))
 
         self.mode = Mode
-        core = self.llm.llm_engine.engine_core.engine_core
-        runner = core.model_executor.driver_worker.worker.model_runner
-        runner.model.forward = self._unwatched(runner.model.forward)
+        model_of = in_process_runner(self.llm).model
+        model_of.forward = self._unwatched(model_of.forward)
 
     def _unwatched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         from torch.utils._python_dispatch import _disable_current_modes

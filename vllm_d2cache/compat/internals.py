@@ -197,10 +197,14 @@ def settle_request_state(req_states: RequestState, slot: int, num_written: int, 
     req_states.prefill_len.copy_to_uva()
 
 
+def in_process_runner(llm: LLM) -> Any:
+    """The model runner of an engine that runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), on one rank."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
 def in_process_model_state(llm: LLM) -> Any:
-    """The model state of an engine that runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), on one rank."""
-    core = llm.llm_engine.engine_core.engine_core
-    return core.model_executor.driver_worker.worker.model_runner.model_state
+    """Likewise its model state."""
+    return in_process_runner(llm).model_state
 
 
 def set_logits_rows(input_batch: InputBatch, rows: Any) -> None:
