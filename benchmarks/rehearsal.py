@@ -5,17 +5,19 @@
 
 The checkpoint has the published configuration, tensor names and shapes, in shards of 4 GB with an index, and weights of
 chance: answers mean nothing. Its tokenizer is the small checkpoint's, with the published size and special tokens. The
-server is stock `vllm serve`, without a flag but the port and the trace directory. Memory is what the processes of the
-server hold for themselves (proportional set size on Linux), beside the weights and the engine's own plan.
+server is stock `vllm serve`, without a flag but the port and the trace directory; on a CPU with room for 4 GiB of keys
+and values, more than one longest request. Memory is what the processes of the server hold for themselves (proportional
+set size, Linux only), beside the weights and the engine's own plan.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +36,7 @@ from tools.serving import ServerError, server
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD = 4_000_000_000  # bytes
-SPARE = 5_000_000_000  # of memory: the engine, its KV cache, the front end, the page cache
+SPARE = 8_000_000_000  # of memory: the engine, its KV cache, the front end, the page cache
 # By name: the small checkpoint whose tokenizer stands in, the layers' key in config.json, the published special tokens.
 FAMILIES: dict[str, tuple[str, str, dict[str, int]]] = {
     "LLaDA-8B": (
@@ -152,7 +154,7 @@ def write_tokenizer(directory: Path, name: str, vocab_size: int) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def total_memory() -> int:
+def available_memory() -> int:
     """Bytes of memory that can be had now."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     assert found
@@ -164,6 +166,16 @@ def layers_that_fit(name: str, config: dict[str, Any], memory: int) -> int:
     key = FAMILIES[name][1]
     size = [sum(2 * torch.Size(s).numel() for _, s in tensors(name, {**config, key: count})) for count in (0, 1)]
     return int(max(0, min(config[key], (memory - SPARE - size[0]) // (size[1] - size[0]))))
+
+
+def server_of(directory: Path) -> int:
+    """The process that serves the checkpoint in ``directory``: the oldest whose command line names it."""
+    word, found = os.fsencode(directory), []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if word in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return min(found)
 
 
 def held_by(pid: int) -> int:
@@ -225,10 +237,10 @@ def rehearse(name: str, layers: int | None, canvas: int, console: Console) -> Re
     """Write, serve, ask, stop."""
     key = FAMILIES[name][1]
     published = CONFIGS[name]
-    wanted = layers or layers_that_fit(name, published, total_memory())
+    wanted = layers or layers_that_fit(name, published, available_memory())
     if not 1 <= wanted <= published[key]:
         raise ServerError(
-            f"{name}: no layer fits into {total_memory() / 1e9:.1f} GB; --layers must be 1 to {published[key]}"
+            f"{name}: no layer fits into {available_memory() / 1e9:.1f} GB; --layers must be 1 to {published[key]}"
         )
     config = {**published, key: wanted}
     with tempfile.TemporaryDirectory(prefix="d2cache-rehearsal-", dir=ROOT / "out") as scratch:
@@ -242,13 +254,9 @@ def rehearse(name: str, layers: int | None, canvas: int, console: Console) -> Re
         shards = len(list(directory.glob("*.safetensors")))
         found = Rehearsal(name, wanted, published[key], total, shards, time.monotonic() - begin)
         begin = time.monotonic()
-        with server(str(directory), traces, console, ("--max-model-len", "4096")) as url:
+        with server(str(directory), traces, console) as url:
             found.start = time.monotonic() - begin
-            pid = int(
-                subprocess.run(
-                    ["pgrep", "-f", str(directory)], capture_output=True, text=True, check=True
-                ).stdout.split()[0]
-            )
+            pid = server_of(directory)
             found.memory_ready = held_by(pid)
             ask(url, canvas, found)
             found.memory_after = held_by(pid)
@@ -289,6 +297,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/rehearsal")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the server then, too
+    if not Path("/proc/driver/nvidia/version").exists():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     console = Console()
     (ROOT / "out").mkdir(exist_ok=True)
     try:
