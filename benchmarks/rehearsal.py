@@ -115,7 +115,8 @@ def write_weights(directory: Path, name: str, config: dict[str, Any], console: C
             status.update(f"writing weights: {total / 1e9:.1f} GB")
             if held > SHARD:
                 flush()
-        flush()
+        if shard:
+            flush()
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
@@ -126,16 +127,12 @@ def write_tokenizer(directory: Path, name: str, vocab_size: int) -> None:
     small, _, special = FAMILIES[name]
     source = ROOT / "models" / small
     files = {path.name: json.loads(path.read_text()) for path in source.glob("*.json") if "token" in path.name}
-    if "tokenizer.json" in files:
-        model = files["tokenizer.json"]["model"]
-        words = list(model["vocab"])
-    else:
-        from transformers import AutoTokenizer
+    if "tokenizer.json" not in files:
+        from transformers import Qwen2Tokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        files = {"tokenizer.json": json.loads(tokenizer.backend_tokenizer.to_str()), **files}
-        model = files["tokenizer.json"]["model"]
-        words = list(model["vocab"])
+        files["tokenizer.json"] = json.loads(Qwen2Tokenizer.from_pretrained(source).backend_tokenizer.to_str())
+    model = files["tokenizer.json"]["model"]
+    words = list(model["vocab"])
     taken = set(special.values())
     free = (index for index in range(vocab_size) if index not in taken)
     plain = [word for word in words if word not in special]
