@@ -6,6 +6,7 @@ import importlib
 import random
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -220,3 +221,25 @@ def test_orthogonalised_matrices_have_singular_values_near_one(load: Callable[[s
     torch.manual_seed(0)
     values = torch.linalg.svdvals(load("tiny_optim").orthogonalise(torch.randn(3, 24, 40)))
     assert 0.6 < values.min() <= values.max() < 1.3
+
+
+@pytest.mark.parametrize("name", ["llada", "dream", "sdar"])
+def test_a_wider_network_says_the_same(load: Callable[[str], ModuleType], name: str) -> None:
+    family, model_module, widen = load("train_tiny").FAMILIES[name], load("tiny_model"), load("widen")
+    torch.manual_seed(0)
+    config = family.config
+    model = model_module.TinyLM(config)
+    for weight in model.parameters():
+        if weight.ndim == 1:  # norms and biases begin as ones and zeros, which would hide a mistake
+            weight.data += 0.3 * torch.randn_like(weight)
+    sizes = {key: 2 * getattr(config, key) for key in ("d_model", "n_heads", "mlp_hidden_size")}
+    wide = model_module.TinyLM(replace(config, **sizes))
+    weights = {key: widen.widened(family.tensor_name(key), value, 2) for key, value in model.state_dict().items()}
+    wide.load_state_dict(weights)
+    ids = torch.randint(config.vocab_size, (2, 24))
+    torch.testing.assert_close(wide.logits(wide.hidden(ids)), model.logits(model.hidden(ids)), atol=1e-4, rtol=1e-4)
+
+
+def test_a_width_that_rounds_is_refused(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="times=3: a power of two"):
+        load("widen").widen(tmp_path, tmp_path / "wide", 3)
