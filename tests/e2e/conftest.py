@@ -118,6 +118,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"policy": "full"},
+    {"policy": "d2cache_light"},
     {"threshold": 0.3},
     {"policy": "full", "factor": 1.0, "window": 8},
     {"confidence_memory": "latest", "current_k": 4},

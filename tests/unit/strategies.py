@@ -48,15 +48,18 @@ DECODING = {
     "confidence_top_p": st.sampled_from([0.5, 0.9, 1.0]),
 }
 
+D2CACHE: dict[str, st.SearchStrategy[Any]] = {
+    "selection_sigma": st.sampled_from([0, 0.5, 3, 10]),
+    "current_k": st.sampled_from([1, 2, 5, 32]),
+    "rollout_p": st.sampled_from([0, 0.05, 0.3, 0.99, 1]),
+    "inflate_w": st.sampled_from([0, 1, 2, 4, 50]),
+    "confidence_memory": st.sampled_from(["first", "latest"]),
+}
+
 # The options of each policy's own.
 POLICIES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-    "d2cache": {
-        "selection_sigma": st.sampled_from([0, 0.5, 3, 10]),
-        "current_k": st.sampled_from([1, 2, 5, 32]),
-        "rollout_p": st.sampled_from([0, 0.05, 0.3, 0.99, 1]),
-        "inflate_w": st.sampled_from([0, 1, 2, 4, 50]),
-        "confidence_memory": st.sampled_from(["first", "latest"]),
-    },
+    "d2cache": D2CACHE,
+    "d2cache_light": D2CACHE,
     "full": {},
     "block": {"block_cache": st.sampled_from(["off", "on"])},
     "prefix": {},

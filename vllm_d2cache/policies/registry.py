@@ -13,6 +13,7 @@ GROUP = "vllm_d2cache.policies"
 
 BUILT_IN = {
     "d2cache": "vllm_d2cache.policies.d2cache:D2CachePolicy",
+    "d2cache_light": "vllm_d2cache.policies.d2cache_light:D2CacheLightPolicy",
     "full": "vllm_d2cache.policies.full:FullPolicy",
     "prefix": "vllm_d2cache.policies.fast_dllm:PrefixPolicy",
     "dual": "vllm_d2cache.policies.fast_dllm:DualPolicy",

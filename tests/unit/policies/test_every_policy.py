@@ -21,6 +21,7 @@ from vllm_d2cache.requests.resolve import parse_request_options, resolve
 # Options with which a policy refreshes everything in every step. Windows of one slot: each step begins one.
 EVERYTHING: dict[str, dict[str, Any]] = {
     "d2cache": {"current_k": 100, "rollout_p": 1.0},
+    "d2cache_light": {"current_k": 100, "rollout_p": 1.0},
     "full": {},
     "block": {},
     "prefix": {"window": 1},

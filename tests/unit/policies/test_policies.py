@@ -24,6 +24,7 @@ from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.policies.base import StepOutcome, StepPlan
 from vllm_d2cache.policies.d2cache import D2CachePolicy
 from vllm_d2cache.policies.full import FullPolicy
+from vllm_d2cache.policies.registry import policy_class
 from vllm_d2cache.requests.resolve import resolve
 
 OWN = {"selection_sigma": 0, "current_k": 1000, "rollout_p": 0, "inflate_w": 0, "confidence_memory": 0}
@@ -288,6 +289,16 @@ def test_published_default_bound() -> None:
     assert D2CachePolicy.max_rows(resolve(ServerOptions({}), {}), 767, 257, None) == 32 + 1 + 103
     assert D2CachePolicy.max_rows(resolve(ServerOptions({}), {}), 767, 257, 64) == 64
     assert FullPolicy.max_rows(resolve(ServerOptions({}), {}), 767, 257, 64) == 1024
+
+
+def test_a_preset_is_the_policy_with_other_defaults() -> None:
+    """Published 32, light 8; what a request says wins, and texts in blocks have no preset."""
+    light = resolve(ServerOptions({}), {"policy": "d2cache_light"})
+    assert light.value("current_k") == 8
+    assert light.value("rollout_p") == resolve(ServerOptions({}), {}).value("rollout_p")
+    assert D2CachePolicy.max_rows(light, 767, 257, None) == 8 + 1 + 103
+    assert resolve(ServerOptions({}), {"policy": "d2cache_light", "current_k": 3}).value("current_k") == 3
+    assert not policy_class("d2cache_light", 32).keeps_blocks
 
 
 def test_policies_are_found_by_name() -> None:
