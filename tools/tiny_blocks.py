@@ -42,7 +42,7 @@ def collate(rows: list[tuple[list[int], list[int]]], canvas: int, eos: int, bloc
     prompts = torch.tensor([len(prompt) for prompt, _ in rows])
     ends = prompts + torch.tensor([len(answer) + 1 for _, answer in rows])
     lengths = -(-ends // block) * block
-    width = int(-(-(prompts + canvas) // block).max()) * block
+    width = -(-int((prompts + canvas).max()) // block) * block
     ids = torch.full((len(rows), max(width, int(lengths.max()))), eos)
     for row, (prompt, answer) in enumerate(rows):
         ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)

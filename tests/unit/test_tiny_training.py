@@ -140,11 +140,13 @@ def test_decoding_in_blocks_keeps_the_prompt_and_leaves_no_mask(
     model.transformer["ff_out"].weight.data[mask] = (
         0  # this network could predict the mask token; a trained one does not
     )
-    pair = blocks.collate([([7, 8, 9, 5, 6], []), ([7, 8], [])], 6, 0, block)
+    prompts = ([7, 8, 9, 5, 6, 4, 3, 2, 8], [7, 8])  # of which the longer one reaches two blocks further
+    pair = blocks.collate([(prompt, []) for prompt in prompts], 20, 0, block)
     out = blocks.decode(model, pair, mask, 0.0, block)
-    assert out.shape == (2, 6)
-    for row, prompt in enumerate(([7, 8, 9, 5, 6], [7, 8])):
-        alone = blocks.decode(model, blocks.collate([(prompt, [])], 6, 0, block), mask, 0.0, block)
+    assert out.shape == (2, 20)
+    assert pair.ids.shape[1] >= 9 + 20
+    for row, prompt in enumerate(prompts):
+        alone = blocks.decode(model, blocks.collate([(prompt, [])], 20, 0, block), mask, 0.0, block)
         assert torch.equal(alone[0], out[row])
 
 
