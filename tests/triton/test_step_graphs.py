@@ -60,6 +60,28 @@ def test_replays_of_other_batches_decide_what_eager_steps_decide(device: torch.d
         torch.testing.assert_close(got_cache, want_cache, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("free_rows", [0, 20])
+def test_a_graph_of_counted_rows_decides_the_same(device: torch.device, free_rows: int) -> None:
+    """Where padding is not free, a step waits for its numbers of rows; what they are makes no difference."""
+    exact, (graphed, _) = Loop(device, OPTIONS, texts=TEXTS), with_graphs(Loop(device, OPTIONS, texts=TEXTS))
+    graphed.steps.forms.free_rows = free_rows
+    for loop in (exact, graphed):
+        loop.step(padded=False)
+    assert graphed.graph_steps == 0, "first steps are eager"
+    padded = []
+    for slots in ([0], [0, 1, 2], [2, 0], [2], [1, 2], [1]):
+        padded.append(graphed.steps.forms.padded_graph(slots) is not None)
+        want, got = exact.step(padded=False, slots=slots), graphed.step(padded=False, slots=slots)
+        assert torch.equal(got.committed, want.committed), slots
+        assert torch.equal(got.tokens, want.tokens), slots
+        assert torch.equal(graphed.steps.canvas.refresh, exact.steps.canvas.refresh), slots
+    assert graphed.graph_steps == 6
+    assert any(padded) is (free_rows > 0)
+    assert not all(padded)
+    for got_cache, want_cache in zip(graphed.caches, exact.caches, strict=True):
+        torch.testing.assert_close(got_cache, want_cache, rtol=1e-5, atol=1e-6)
+
+
 BLOCK = 8
 IN_BLOCKS: list[dict[str, Any]] = [
     {"policy": "block", "threshold": 0.4},
@@ -76,7 +98,9 @@ def in_blocks(device: torch.device) -> Loop:
 def test_blocks_are_entered_written_and_stored_alike_in_all_forms(device: torch.device) -> None:
     """To the last bit, with exact rows, padded and eager, and by a graph; most of these steps enter no block."""
     exact, padded, (graphed, _) = in_blocks(device), in_blocks(device), with_graphs(in_blocks(device), block=BLOCK)
-    loops = (exact, padded, graphed)
+    counted, _ = with_graphs(in_blocks(device), block=BLOCK)
+    counted.steps.forms.free_rows = 0
+    loops = (exact, padded, graphed, counted)
     assert [r.row_budget for r in exact.steps.canvas.requests.values()] == [2 * BLOCK] * 4
     for loop in loops:
         loop.step(padded=False)
@@ -93,16 +117,16 @@ def test_blocks_are_entered_written_and_stored_alike_in_all_forms(device: torch.
         [2, 1, 3],
     ):
         want = exact.step(padded=False, slots=slots)
-        for loop in (padded, graphed):
-            got = loop.step(padded=True, slots=slots)
+        for loop in (padded, graphed, counted):
+            got = loop.step(padded=loop is not counted, slots=slots)
             assert torch.equal(got.committed, want.committed), slots
             assert torch.equal(got.tokens, want.tokens), slots
             assert torch.equal(loop.steps.canvas.tokens, exact.steps.canvas.tokens), slots
             assert torch.equal(loop.steps.canvas.refresh, exact.steps.canvas.refresh), slots
-    assert (graphed.graph_steps, padded.graph_steps) == (10, 0)
+    assert (graphed.graph_steps, counted.graph_steps, padded.graph_steps) == (10, 10, 0)
     views = exact.steps.canvas.view(torch.arange(4, device=device), [0, 1, 2, 3])
     assert (views.window_start[:2] + views.prompt_len[:2] > torch.tensor([47, 23], device=device)).all(), "other blocks"
-    for loop in (padded, graphed):
+    for loop in (padded, graphed, counted):
         for got_cache, want_cache in zip(loop.caches, exact.caches, strict=True):
             assert torch.equal(got_cache[1:], want_cache[1:])
 

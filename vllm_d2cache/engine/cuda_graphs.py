@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 
 from vllm_d2cache.engine.attention_backend import D2CacheMetadata
 from vllm_d2cache.graphs.graph_check import CacheSize, check_graphs
+from vllm_d2cache.graphs.ridge import ridge
 from vllm_d2cache.graphs.step_graphs import Forward, StepBuffers, StepGraphs, graph_length, graph_sizes
 from vllm_d2cache.mechanisms.importance import ImportanceCapture
 from vllm_d2cache.ops.paged_attention import PagedLayout
@@ -67,6 +68,14 @@ def eager_step(model: torch.nn.Module, config: VllmConfig) -> Callable[[Step], t
     return forward
 
 
+def free_rows(config: VllmConfig) -> int:
+    """Most rows of a padded graph on this device (graphs/ridge.py). Quantised weights are taken for a byte each."""
+    model = config.model_config
+    capability = current_platform.get_device_capability()
+    name, found = current_platform.get_device_name(), (0, 0) if capability is None else tuple(capability)[:2]
+    return ridge(name, found, 1 if config.quant_config is not None else model.dtype.itemsize)
+
+
 def record_graphs(
     model: torch.nn.Module,
     config: VllmConfig,
@@ -91,9 +100,11 @@ def record_graphs(
     recorder.capture(graphs)
     check_graphs(graphs, CacheSize(blocks, block_size), model_config.get_vocab_size(), device)
     logger.info(
-        "%d CUDA graphs of refresh steps, up to %d rows and %d positions a request, recorded and checked in %.1f s.",
+        "%d CUDA graphs of refresh steps, up to %d rows (padded up to %d) and %d positions a request, recorded and "
+        "checked in %.1f s.",
         len(sizes),
         sizes[-1].rows,
+        free_rows(config),
         buffers.max_length,
         time.monotonic() - start,
     )

@@ -28,7 +28,7 @@ from vllm_d2cache.compat.adapters import adapter_of, leave_base_rows_alone, set_
 from vllm_d2cache.compat.grammars import Grammars
 from vllm_d2cache.compat.internals import say_nothing_of_skipped_graphs, set_logits_rows, settle_request_state
 from vllm_d2cache.engine.attention_backend import D2CacheMetadata, attention_shape
-from vllm_d2cache.engine.cuda_graphs import cache_of, eager_step, record_graphs
+from vllm_d2cache.engine.cuda_graphs import cache_of, eager_step, free_rows, record_graphs
 from vllm_d2cache.engine.memory_plan import Rehearsal, plan_memory
 from vllm_d2cache.engine.runner_sampler import D2CacheSampler
 from vllm_d2cache.engine.warm_up import Place, warm_up
@@ -136,6 +136,7 @@ class D2CacheModelState(ModelState):
         if self._records_graphs:
             graphs = record_graphs(self.model, config, self.options.graph_rows, self.device, worker.tensor_parallel)
             self.steps.forms.graphs = graphs
+            self.steps.forms.free_rows = free_rows(config)
         forward = eager_step(self.model, config)
 
         def layers(step: Step) -> torch.Tensor:

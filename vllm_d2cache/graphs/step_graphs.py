@@ -225,25 +225,27 @@ class StepGraphs:
         if importance is not None:
             buffers.importance[:n] = importance
 
-    def fitting(self, bounds: list[int], lengths: list[int], uses: Sequence[tuple[Use, ...]]) -> GraphSize | None:
-        """The smallest graph for a padded batch; None where it has to run eagerly.
+    def fitting(
+        self, counts: Sequence[int], lengths: Sequence[int], uses: Sequence[tuple[Use, ...]]
+    ) -> GraphSize | None:
+        """The smallest graph for a batch; None where it has to run eagerly.
 
         Args:
-            bounds: rows of each request.
+            counts: rows of each request, padding included.
             lengths: positions of each request that its rows can see.
             uses: likewise; who reads importance must keep its maps, as queries are not recorded. In blocks nobody may.
         """
         recorded = all(isinstance(use, ReadsImportance) and not self.buffers.block for mine in uses for use in mine)
         if not recorded or max(lengths) > self.buffers.max_length:
             return None
-        kept = zip(bounds, lengths, _reads_importance(uses), strict=True)
-        if any(reads and not keeps_map(bound, length) for bound, length, reads in kept):
+        kept = zip(counts, lengths, _reads_importance(uses), strict=True)
+        if any(reads and not keeps_map(count, length) for count, length, reads in kept):
             return None
-        start = bisect_left(self.sizes, sum(bounds), key=lambda size: size.rows)
-        return next((size for size in self.sizes[start:] if size.requests >= len(bounds)), None)
+        start = bisect_left(self.sizes, sum(counts), key=lambda size: size.rows)
+        return next((size for size in self.sizes[start:] if size.requests >= len(counts)), None)
 
     def step(self, size: GraphSize, rows: StepRows, layout: PagedLayout, uses: Sequence[tuple[Use, ...]]) -> GraphStep:
-        """Load a padded batch that :meth:`fitting` gave ``size``."""
+        """Load a batch that :meth:`fitting` gave ``size``."""
         reading = _reads_importance(uses)
         kept = zip(layout.counts, layout.lengths, reading, strict=True)
         plan = MapPlan.pack([(n, t) if reads else None for n, t, reads in kept])

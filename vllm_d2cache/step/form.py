@@ -1,9 +1,16 @@
-"""Which form a step has: padded, so that a graph can do it and nothing is waited for, or with exact rows."""
+"""Which form a step has: a padded graph, for which nothing is waited for; a graph of exact rows; or eager.
+
+Padding is free up to the card's ridge (graphs/ridge.py). Beyond it a step waits once, for its numbers of rows, and
+computes no others. Eager are first steps, those that a mechanism but importance takes part in, and larger ones than
+any graph.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
+from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.graphs.step_graphs import GraphSize, StepGraphs
 from vllm_d2cache.mechanisms.base import Mechanisms
@@ -18,6 +25,7 @@ class StepForms:
     Attributes:
         graphs: recorded steps; None = there are none.
         may_graph: False while something reads steps on the host (traces).
+        free_rows: most rows of a padded graph: as many as cost no more than fewer.
     """
 
     def __init__(
@@ -33,6 +41,7 @@ class StepForms:
         self.constraints, self.logprobs = constraints, logprobs
         self.graphs: StepGraphs | None = None
         self.may_graph = may_graph
+        self.free_rows = sys.maxsize
 
     def can_pad(self, slots: Sequence[int]) -> bool:
         """Whether a step of these requests can be padded: no first step, and nothing whose shapes the device decides.
@@ -48,10 +57,20 @@ class StepForms:
             and not self.logprobs.any_of(slots)
         )
 
-    def fitting_graph(self, slots: Sequence[int]) -> GraphSize | None:
-        """The graph that does a step of these requests; None = eager, with exact rows."""
+    def padded_graph(self, slots: Sequence[int]) -> GraphSize | None:
+        """The graph that does a step of these requests with as many rows as each can need; None = it is not one."""
         if self.graphs is None or not self.may_graph or not self.can_pad(slots):
             return None
-        requests = [self.canvas.requests[s] for s in slots]
-        uses = [self.mechanisms.uses(slot) for slot in slots]
-        return self.graphs.fitting([r.most_rows for r in requests], [r.visible for r in requests], uses)
+        bounds = [self.canvas.requests[s].most_rows for s in slots]
+        return self._fitting(slots, bounds) if sum(bounds) <= self.free_rows else None
+
+    def exact_graph(self, rows: StepRows) -> GraphSize | None:
+        """The graph that does a step whose rows have been counted; None = eager."""
+        known = all(r.computed == r.length for r in (self.canvas.requests[s] for s in rows.slots))
+        return self._fitting(rows.slots, rows.counts) if known else None
+
+    def _fitting(self, slots: Sequence[int], counts: list[int]) -> GraphSize | None:
+        if self.graphs is None or not self.may_graph:
+            return None
+        lengths, uses = zip(*((self.canvas.requests[s].visible, self.mechanisms.uses(s)) for s in slots), strict=True)
+        return self.graphs.fitting(counts, lengths, uses)

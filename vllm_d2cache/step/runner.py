@@ -107,9 +107,11 @@ class StepRunner:
             slots = slots[fills.order[: len(slots_host)]]
         if not slots_host:
             return Step(None, fills=fills)
-        size = self.forms.fitting_graph(slots_host) if fills is None else None
+        size = self.forms.padded_graph(slots_host) if fills is None else None
         observes = self.decoding.observes_all(slots_host)
         rows = select_rows(self.canvas, slots, slots_host, observes, padded or size is not None)
+        if size is None and fills is None:
+            size = self.forms.exact_graph(rows)
         for slot in slots_host:
             request = self.canvas.requests[slot]
             request.computed = request.length
