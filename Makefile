@@ -53,7 +53,7 @@ properties: env  ## the long ones of these: property tests and many runs (minute
 
 engine: env  ## tests inside vLLM, and end to end in an engine and a server (many minutes)
 	$(pytest) -n auto --dist loadfile tests/vllm
-	$(pytest) tests/e2e -m "not long"
+	$(pytest) -n auto --maxprocesses 4 --dist loadgroup tests/e2e -m "not long"
 
 long: env  ## end to end tests of more than a minute, which make test leaves out: two engines behind one server
 	$(pytest) tests/e2e -m long

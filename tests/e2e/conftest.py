@@ -84,15 +84,22 @@ class Engine:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process holds one engine at a time: first the tests that share one, then the server's, then all others."""
+    """One process holds one engine at a time: first the tests that share one, then the server's, then all others.
 
-    def place(item: pytest.Item) -> int:
+    With several processes (``--dist loadgroup``) what shares something stays in one of them, and so does a file.
+    """
+    order = ("", "engine", "server")
+
+    def group(item: pytest.Item) -> str:
         if Path(__file__).parent not in item.path.parents:
-            return 0
+            return ""
         names = getattr(item, "fixturenames", ())
-        return 1 if "engine" in names else 2 if "server" in names else 3
+        return next((name for name in order[1:] if name in names), item.path.name)
 
-    items.sort(key=place)
+    for item in items:
+        if name := group(item):
+            item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: order.index(name) if (name := group(item)) in order else len(order))
 
 
 def runner_of(engine: Engine) -> Any:
