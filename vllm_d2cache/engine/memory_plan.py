@@ -66,14 +66,21 @@ class Network:
             u.request_bytes(size) for u in uses_of(options)
         )
 
-    def partial_row_bytes(self) -> int:
-        """Of one row in a PartialForward, beyond what the plain loop over the layers takes.
+    def partial_bytes(self, rows: int, part: int) -> int:
+        """Of a PartialForward of ``rows`` rows, beyond what the plain loop over the layers takes.
 
-        While the layer runs: copies of its two inputs, and their sum in fp32. Behind it, when the MLP's own numbers are
-        gone: its outputs in fp32 and back, and both parts of the stream anew.
+        While the layer runs: copies of its two inputs, and their sum in fp32. Behind it, when its own numbers are gone
+        (an MLP's, and queries and outputs of attention where it works in parts): its outputs in fp32 and back, and both
+        parts of the stream anew.
+
+        Args:
+            part: most rows that a layer computes at a time.
         """
-        beside = self.hidden_size * (2 * self.itemsize + 4)
-        behind = self.hidden_size * (5 * self.itemsize + 16) - 3 * self.intermediate_size * self.itemsize
+        own = 3 * self.intermediate_size * min(rows, part)
+        if part < rows:
+            own += 2 * self.heads * self.head_size * rows
+        beside = rows * self.hidden_size * (2 * self.itemsize + 4)
+        behind = rows * self.hidden_size * (5 * self.itemsize + 16) - own * self.itemsize
         return max(beside, behind)
 
 
@@ -150,7 +157,7 @@ def plan_memory(config: Any, options: ServerOptions) -> MemoryPlan:
         graphs=graph_bytes(graphs, length, network.layers, network.hidden_size, network.itemsize, options.block_length),
         queries=looks * network.layers * rows * network.heads * (network.head_size * network.itemsize + 4),
         parts=parts_bytes(network.heads, network.head_size, length) * (2 if graphs else 1),
-        partial=rows * network.partial_row_bytes(),
+        partial=network.partial_bytes(rows, options.part_rows or rows),
         statistics=statistics_bytes(network.vocab_size, network.itemsize) + handed_on,
         rollout=looks * slots * (network.heads + 4) * length * 4,
     )
