@@ -17,6 +17,7 @@ from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.decoders.registry import DECODER_CLASSES
 from vllm_d2cache.graphs.step_graphs import graph_bytes, graph_sizes
 from vllm_d2cache.mechanisms.base import KEYS, RequestSize, Worker
+from vllm_d2cache.mechanisms.partial_forward import ROWS_AT_ONCE
 from vllm_d2cache.ops.row_stats import statistics_bytes
 from vllm_d2cache.ops.split import parts_bytes
 from vllm_d2cache.options.request import PREFIX, SECTION, RequestOptions
@@ -70,8 +71,8 @@ class Network:
         """Of a PartialForward of ``rows`` rows, beyond what the plain loop over the layers takes.
 
         While the layer runs: copies of its two inputs, and their sum in fp32. Behind it, when its own numbers are gone
-        (an MLP's, and queries and outputs of attention where it works in parts): its outputs in fp32 and back, and both
-        parts of the stream anew.
+        (an MLP's, and queries and outputs of attention where it works in parts): its outputs, of some rows in fp32 too,
+        and both parts of the stream anew; then what is stored of rows in place of the fp32 sum.
 
         Args:
             part: most rows that a layer computes at a time.
@@ -79,9 +80,10 @@ class Network:
         own = 3 * self.intermediate_size * min(rows, part)
         if part < rows:
             own += 2 * self.heads * self.head_size * rows
-        beside = rows * self.hidden_size * (2 * self.itemsize + 4)
-        behind = rows * self.hidden_size * (5 * self.itemsize + 16) - own * self.itemsize
-        return max(beside, behind)
+        beside = self.hidden_size * rows * (2 * self.itemsize + 4)
+        outputs = rows * (5 * self.itemsize + 4) + min(rows, ROWS_AT_ONCE) * (self.itemsize + 12)
+        behind = self.hidden_size * max(outputs, rows * 8 * self.itemsize)
+        return max(beside, behind - own * self.itemsize)
 
 
 @dataclass(frozen=True)

@@ -177,9 +177,10 @@ class WideLayer:
 
 
 @pytest.mark.parametrize("width", [16, 96, 256])
-@pytest.mark.parametrize("part", [10, 100, 500])
-def test_layers_that_compute_a_part_of_their_rows(width: int, part: int) -> None:
-    rows, layers = 500, [WideLayer(width, part)] * 3
+@pytest.mark.parametrize("part", [10, 100, 3000])
+@pytest.mark.parametrize("rows", [500, 3000])
+def test_layers_that_compute_a_part_of_their_rows(width: int, part: int, rows: int) -> None:
+    layers = [WideLayer(width, part)] * 3
     embedding, positions = torch.zeros(rows, NETWORK.hidden_size), torch.arange(rows)
     layout = PagedLayout([rows], [rows], torch.zeros(1, 1, dtype=torch.int32), [0], positions)
     kept = {0: (positions, positions)}
