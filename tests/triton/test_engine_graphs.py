@@ -61,17 +61,23 @@ def generate(engine: Engine, requests: Requests) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("model", "requests"), [(ORACLE / "llada", REQUESTS), (BLOCK_ORACLE / "sdar", IN_BLOCKS)], ids=["llada", "sdar"]
+    ("model", "requests", "parts"),
+    [
+        (ORACLE / "llada", REQUESTS, {}),
+        (BLOCK_ORACLE / "sdar", IN_BLOCKS, {}),
+        (ORACLE / "llada", REQUESTS, {"part_rows": 24}),
+    ],
+    ids=["llada", "sdar", "llada in parts"],
 )
 def test_an_engine_with_graphs_gives_the_tokens_of_one_without(
-    model: Path, requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, requests: Requests, parts: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.model_executor.layers.attention import Attention
 
     from vllm_d2cache.engine import cuda_graphs, model_state
     from vllm_d2cache.ops import dispatch
 
-    options = {"d2cache": {"graph_rows": 32}}
+    options = {"d2cache": {"graph_rows": 32, **parts}}
     size = {"max_num_seqs": 2, "max_model_len": 128, "num_gpu_blocks_override": 12, "block_size": 32}
     engine = Engine(tmp_path, model=str(model), **size, additional_config=options)
     try:

@@ -19,7 +19,9 @@ from tests.reference.blocks import BLOCK_ORACLE
 from tests.reference.oracle import ORACLE
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.engine import config_hook
-from vllm_d2cache.engine.config_hook import DEFAULT_MAX_MODEL_LEN
+from vllm_d2cache.engine.config_hook import DEFAULT_MAX_MODEL_LEN, DiffusionConfigHook
+from vllm_d2cache.engine.part_rows import configure_parts, part_rows
+from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.requests.resolve import parse_server_options
 
 pytestmark = pytest.mark.vllm
@@ -44,10 +46,45 @@ def options(config: VllmConfig) -> dict[str, Any]:
 
 
 def test_a_checkpoint_without_wishes_gets_the_defaults(checkpoint: Path) -> None:
-    config = configured(checkpoint)
+    config = configured(checkpoint, max_num_batched_tokens=DEFAULT_MAX_MODEL_LEN)
     assert options(config) == {}
     assert config.model_config.max_model_len == DEFAULT_MAX_MODEL_LEN
-    assert config.scheduler_config.max_num_batched_tokens >= DEFAULT_MAX_MODEL_LEN
+
+
+def test_rows_of_a_step_and_of_a_layer(checkpoint: Path) -> None:
+    """A step has room for the longest text; what the operator or vLLM says is what a layer computes at a time."""
+    config = configured(checkpoint)
+    assert config.scheduler_config.max_num_batched_tokens == DEFAULT_MAX_MODEL_LEN
+    assert part_rows(config) == options(config)["part_rows"] < DEFAULT_MAX_MODEL_LEN
+    config = configured(checkpoint, max_num_batched_tokens=300)
+    assert (config.scheduler_config.max_num_batched_tokens, part_rows(config)) == (DEFAULT_MAX_MODEL_LEN, 300)
+    DiffusionConfigHook.verify_and_update_config(config)  # vLLM may do it again
+    assert (config.scheduler_config.max_num_batched_tokens, part_rows(config)) == (DEFAULT_MAX_MODEL_LEN, 300)
+    config = configured(checkpoint, max_num_batched_tokens=20000)
+    assert (config.scheduler_config.max_num_batched_tokens, part_rows(config)) == (20000, 20000)
+    chosen = {"d2cache": {"part_rows": 1000}}
+    config = configured(checkpoint, max_num_batched_tokens=20000, additional_config=chosen)
+    assert (config.scheduler_config.max_num_batched_tokens, part_rows(config)) == (20000, 1000)
+    with pytest.raises(ValueError, match=r"part_rows.*: must be an integer >= 1"):
+        configured(checkpoint, additional_config={"d2cache": {"part_rows": 0}})
+
+
+def test_layers_that_compute_all_rows_at_a_time(checkpoint: Path) -> None:
+    """Where rows have adapters, or ranks agree on every call of the experts."""
+    config = configured(checkpoint, enable_lora=True, max_num_batched_tokens=300)
+    assert part_rows(config) == config.scheduler_config.max_num_batched_tokens == DEFAULT_MAX_MODEL_LEN
+    with pytest.raises(ValueError, match=r"part_rows.*: leave it out; --enable-lora: adapters are laid out for"):
+        configured(checkpoint, enable_lora=True, additional_config={"d2cache": {"part_rows": 300}})
+    mixed = SimpleNamespace(mixture=object())
+    ranks = SimpleNamespace(data_parallel_size=2)
+    model = SimpleNamespace(hf_config=SimpleNamespace(shape=lambda: mixed))
+    scheduler = SimpleNamespace(max_num_batched_tokens=500)
+    of_ranks: Any = SimpleNamespace(
+        lora_config=None, model_config=model, parallel_config=ranks, scheduler_config=scheduler
+    )
+    assert configure_parts(of_ranks, ServerOptions({}), 100) == {}
+    ranks.data_parallel_size = 1
+    assert configure_parts(of_ranks, ServerOptions({}), 100) == {"part_rows": 100}
 
 
 def test_longest_request_is_the_operators_choice(checkpoint: Path) -> None:
@@ -56,18 +93,19 @@ def test_longest_request_is_the_operators_choice(checkpoint: Path) -> None:
 
 def test_generation_config_is_mapped_and_the_operator_wins(checkpoint: Path) -> None:
     wishes = {"top_p": 0.9, "alg": "entropy", "temperature": 0.2, "min_p": 0.05}
+    whole = {"max_num_batched_tokens": DEFAULT_MAX_MODEL_LEN}
     (checkpoint / "generation_config.json").write_text(json.dumps(wishes))
-    config = configured(checkpoint)
+    config = configured(checkpoint, **whole)
     assert options(config) == {"confidence_top_p": 0.9, "score": "entropy"}
     defaults = config.model_config.get_diff_sampling_param()
     assert defaults == {"max_tokens": 256, "temperature": 0.2, "top_p": 0.9}
     chosen = {"d2cache": {"score": "margin", "window": 8}}
-    assert options(configured(checkpoint, additional_config=chosen)) == {
+    assert options(configured(checkpoint, additional_config=chosen, **whole)) == {
         "confidence_top_p": 0.9,
         "score": "margin",
         "window": 8,
     }
-    assert options(configured(checkpoint, generation_config="vllm")) == {}
+    assert options(configured(checkpoint, generation_config="vllm", **whole)) == {}
     overridden = configured(checkpoint, override_generation_config={"top_p": 0.5})
     assert options(overridden)["confidence_top_p"] == 0.5
     assert configured(checkpoint, override_generation_config={"min_p": 0.0, "alg": "entropy"})

@@ -48,6 +48,10 @@ class D2CacheMetadata(AttentionMetadata):
         plan = MapPlan.pack([None] * len(self.layout.counts))
         return AttentionMaps(plan, torch.empty(0, device=self.layout.slots.device))
 
+    def slots(self, first: int, count: int) -> torch.Tensor:
+        """[n] int64, n <= count: KV slots of rows from ``first`` on; those behind the text have none."""
+        return self.layout.slots[first : first + count]
+
     def use_layout(self, layout: PagedLayout) -> None:
         """The next layer's rows are those of ``layout``, and those behind the text."""
         self.layout = layout
@@ -102,7 +106,10 @@ class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend from [N, heads, head size] rows; ``output`` of that shape is written and returned."""
+        """Attend from [N, heads, head size] rows; ``output`` of that shape is written and returned.
+
+        Where keys and values are in their pages already, ``key`` and ``value`` may be those behind the text alone.
+        """
         if attn_metadata is None:
             # Memory profiling runs the model before there is a cache.
             return output.zero_()
@@ -118,7 +125,8 @@ class D2CacheAttentionImpl(AttentionImpl[D2CacheMetadata]):
         paged_attention(query[:n], kv_cache, layout, self.scale, output[:n], maps)
         for hook in hooks:
             if hook.extra is not None:
-                hook.attend(query[n:], key[n:], value[n:], kv_cache, layout, self.scale, output[n:])
+                at = key.shape[0] - (query.shape[0] - n)
+                hook.attend(query[n:], key[at:], value[at:], kv_cache, layout, self.scale, output[n:])
         return output
 
 
@@ -129,8 +137,12 @@ def rotate_into_pages(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    first: int = 0,
 ) -> bool:
-    """Rotate [N, heads * head size] queries and keys in place, and put keys and values into their pages: one kernel.
+    """Rotate [n, heads * head size] queries and keys in place, and put keys and values into their pages: one kernel.
+
+    Args:
+        first: the first of these rows among those of the step.
 
     Returns:
         False where nothing was done, as there is no kernel on the device, no step under way, or a compiler that
@@ -138,15 +150,44 @@ def rotate_into_pages(
     """
     if torch.compiler.is_compiling() or chosen(query.device) == "torch":
         return False
-    of_layers = get_forward_context().attn_metadata
-    if not isinstance(of_layers, dict):
-        return False  # memory is being profiled
-    metadata = of_layers[attn.layer_name]
-    assert isinstance(metadata, D2CacheMetadata)
+    metadata = _metadata(attn)
+    if metadata is None:
+        return False
     q, k, v = (x.view(x.shape[0], -1, attn.head_size) for x in (query, key, value))
-    rotate_and_write(attn.kv_cache, q, k, v, positions, rotation.cos_sin_cache, metadata.layout.slots, q, k)
+    slots = metadata.slots(first, len(q))
+    rotate_and_write(attn.kv_cache, q, k, v, positions, rotation.cos_sin_cache, slots, q, k)
     metadata.written = attn
     return True
+
+
+def write_into_pages(attn: Attention, key: torch.Tensor, value: torch.Tensor, first: int) -> None:
+    """Put [n, kv heads * head size] keys and values of the step's rows from ``first`` on into their pages."""
+    if (metadata := _metadata(attn)) is not None:
+        slots = metadata.slots(first, len(key))
+        k, v = (x.view(x.shape[0], -1, attn.head_size)[: len(slots)] for x in (key, value))
+        write_kv(attn.kv_cache, k, v, slots)
+        metadata.written = attn
+
+
+def rows_in_pages(attn: Attention, first: int, count: int) -> int:
+    """How many of ``count`` rows of the step, from ``first`` on, have a place in pages: those of the text."""
+    metadata = _metadata(attn)
+    return count if metadata is None else len(metadata.slots(first, count))
+
+
+def step_is_under_way() -> bool:
+    """Whether rows have places and keys; they have none while memory is being profiled."""
+    return isinstance(get_forward_context().attn_metadata, dict)
+
+
+def _metadata(attn: Attention) -> D2CacheMetadata | None:
+    """Of the step under way; None = there is none."""
+    if not step_is_under_way():
+        return None
+    metadata: Any = get_forward_context().attn_metadata
+    metadata = metadata[attn.layer_name]
+    assert isinstance(metadata, D2CacheMetadata)
+    return metadata
 
 
 class D2CacheMetadataBuilder(AttentionMetadataBuilder[D2CacheMetadata]):

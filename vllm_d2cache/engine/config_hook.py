@@ -14,6 +14,7 @@ from vllm_d2cache.compat import broken_bodies, cpu_runner, front_end
 from vllm_d2cache.compat.internals import model_file, unsupported_version
 from vllm_d2cache.decoders.frequencies import load_frequencies
 from vllm_d2cache.engine.changes import log_change
+from vllm_d2cache.engine.part_rows import configure_parts
 from vllm_d2cache.engine.prefill import configure_pieces
 from vllm_d2cache.engine.refusals import check_request
 from vllm_d2cache.options.request import SECTION
@@ -39,8 +40,8 @@ LOAD_FORMATS = (
 )
 # The engines of structured output that are tested.
 GRAMMAR_BACKENDS = ("xgrammar", "guidance")
-# Longest request, prompt and canvas, unless --max-model-len says otherwise: a first step computes all of it at once,
-# and vLLM measures and reserves memory for that. Dream's config.json promises 131072 positions. Texts in blocks are
+# Longest request, prompt and canvas, unless --max-model-len says otherwise: a first step computes all of it, and memory
+# for its rows is set aside (docs/performance.md). Dream's config.json promises 131072 positions. Texts in blocks are
 # computed in pieces, and have no such limit.
 DEFAULT_MAX_MODEL_LEN = 8192
 
@@ -59,8 +60,8 @@ class DiffusionConfigHook:
         whole = model_config.hf_config.traits().block_length is None
         if whole and model_config.original_max_model_len is None and model_config.max_model_len > DEFAULT_MAX_MODEL_LEN:
             logger.info(
-                "max_model_len is %d instead of the checkpoint's %d: a request's first step computes all of its "
-                "positions at once. --max-model-len sets another.",
+                "max_model_len is %d instead of the checkpoint's %d: memory is set aside for a first step of that many "
+                "rows. --max-model-len sets another.",
                 DEFAULT_MAX_MODEL_LEN,
                 model_config.max_model_len,
             )
@@ -87,17 +88,21 @@ class DiffusionConfigHook:
         section = additional.get(SECTION) if isinstance(additional, dict) else None
         family = _family_defaults(vllm_config.model_config, section)
         options = parse_server_options({**family, **section} if isinstance(section, dict) else section or family)
+        chosen = vllm_config.scheduler_config.max_num_batched_tokens
+        _configure_steps(vllm_config)
         if isinstance(additional, dict):
             # Where the scheduler and the workers read the options, too; what the operator set wins.
             defaults = {**family, **_generation_defaults(vllm_config.model_config)}
             graphs = _without_graphs(vllm_config, options)
-            pieces = configure_pieces(vllm_config, options)
-            vllm_config.additional_config = {**additional, SECTION: {**defaults, **(section or {}), **graphs, **pieces}}
+            fitted = {**configure_pieces(vllm_config, options), **configure_parts(vllm_config, options, chosen)}
+            vllm_config.additional_config = {**additional, SECTION: {**defaults, **(section or {}), **graphs, **fitted}}
             options = parse_server_options(vllm_config.additional_config[SECTION])
         front_end.note_longest(vllm_config.model_config, options.max_canvas)
         if options.token_frequencies is not None:
             load_frequencies(options.token_frequencies, vllm_config.model_config.hf_config.vocab_size)
-        _configure(vllm_config)
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+        _configure_grammars(vllm_config.structured_outputs_config)
+        _set_execution(vllm_config)
 
 
 def _whole_blocks(model_config: ModelConfig) -> None:
@@ -221,8 +226,8 @@ def _generation_defaults(model_config: ModelConfig) -> dict[str, Any]:
     return found.options
 
 
-def _configure(config: VllmConfig) -> None:
-    """Set what stock flags would have to; every change of a default is logged with its reason."""
+def _configure_steps(config: VllmConfig) -> None:
+    """Have a first step computed whole where rows see all positions; every change of a default is logged."""
     scheduler, cache = config.scheduler_config, config.cache_config
     max_len = config.model_config.max_model_len
     if not config.model_config.hf_config.traits().block_length:
@@ -230,16 +235,13 @@ def _configure(config: VllmConfig) -> None:
             log_change("prefix caching is off", "with bidirectional attention a prefix has no keys of its own")
         cache.enable_prefix_caching = False
         if scheduler.enable_chunked_prefill:
-            log_change("chunked prefill is off", "a request's first step computes all of its positions at once")
+            log_change("chunked prefill is off", "a request's first step computes all of its positions")
         scheduler.enable_chunked_prefill = False
         scheduler.long_prefill_token_threshold = 0
     if not scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens < max_len:
         change = f"max_num_batched_tokens is {max_len}, not {scheduler.max_num_batched_tokens}"
-        log_change(change, "a request's first step computes all of its positions, up to max_model_len, at once")
+        log_change(change, "a request's first step computes all of its positions, up to max_model_len")
         scheduler.max_num_batched_tokens = max_len
-    scheduler.scheduler_cls = SCHEDULER
-    _configure_grammars(config.structured_outputs_config)
-    _set_execution(config)
 
 
 def _set_execution(config: VllmConfig) -> None:

@@ -17,6 +17,7 @@ from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.decoders.registry import DECODER_CLASSES
 from vllm_d2cache.graphs.step_graphs import graph_bytes, graph_sizes
 from vllm_d2cache.mechanisms.base import KEYS, RequestSize, Worker
+from vllm_d2cache.mechanisms.partial_forward import ROWS_AT_ONCE
 from vllm_d2cache.ops.row_stats import statistics_bytes
 from vllm_d2cache.ops.split import parts_bytes
 from vllm_d2cache.options.request import PREFIX, SECTION, RequestOptions
@@ -66,15 +67,23 @@ class Network:
             u.request_bytes(size) for u in uses_of(options)
         )
 
-    def partial_row_bytes(self) -> int:
-        """Of one row in a PartialForward, beyond what the plain loop over the layers takes.
+    def partial_bytes(self, rows: int, part: int) -> int:
+        """Of a PartialForward of ``rows`` rows, beyond what the plain loop over the layers takes.
 
-        While the layer runs: copies of its two inputs, and their sum in fp32. Behind it, when the MLP's own numbers are
-        gone: its outputs in fp32 and back, and both parts of the stream anew.
+        While the layer runs: copies of its two inputs, and their sum in fp32. Behind it, when its own numbers are gone
+        (an MLP's, and queries and outputs of attention where it works in parts): its outputs, of some rows in fp32 too,
+        and both parts of the stream anew; then what is stored of rows in place of the fp32 sum.
+
+        Args:
+            part: most rows that a layer computes at a time.
         """
-        beside = self.hidden_size * (2 * self.itemsize + 4)
-        behind = self.hidden_size * (5 * self.itemsize + 16) - 3 * self.intermediate_size * self.itemsize
-        return max(beside, behind)
+        own = 3 * self.intermediate_size * min(rows, part)
+        if part < rows:
+            own += 2 * self.heads * self.head_size * rows
+        beside = self.hidden_size * rows * (2 * self.itemsize + 4)
+        outputs = rows * (5 * self.itemsize + 4) + min(rows, ROWS_AT_ONCE) * (self.itemsize + 12)
+        behind = self.hidden_size * max(outputs, rows * 8 * self.itemsize)
+        return max(beside, behind - own * self.itemsize)
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ def plan_memory(config: Any, options: ServerOptions) -> MemoryPlan:
         graphs=graph_bytes(graphs, length, network.layers, network.hidden_size, network.itemsize, options.block_length),
         queries=looks * network.layers * rows * network.heads * (network.head_size * network.itemsize + 4),
         parts=parts_bytes(network.heads, network.head_size, length) * (2 if graphs else 1),
-        partial=rows * network.partial_row_bytes(),
+        partial=network.partial_bytes(rows, options.part_rows or rows),
         statistics=statistics_bytes(network.vocab_size, network.itemsize) + handed_on,
         rollout=looks * slots * (network.heads + 4) * length * 4,
     )

@@ -35,7 +35,7 @@ def plan_lines(config: VllmConfig, options: ServerOptions, num_kv_blocks: int) -
         f"model: {model.model} ({', '.join(model.architectures)}), {_plain(model.dtype)}, {length} positions a request",
         f"decoding unless a request says otherwise: {_decoding(defaults)}",
         f"budget: {_budget(defaults, options)}",
-        f"batch: {slots} requests and {scheduler.max_num_batched_tokens} rows a step at most{_pieces(config, options)}",
+        f"batch: {slots} requests and {_rows(config, options)}{_pieces(config, options)}",
         f"KV cache: {num_kv_blocks} blocks of {block}, {positions} positions: {positions // length} requests of the "
         f"longest kind; {_mib(num_kv_blocks * block * per_position)} on each of {parallel.tensor_parallel_size} ranks",
         f"memory of running requests: {_mib(plan.requests)} for maps and stored outputs, of which one of "
@@ -48,6 +48,12 @@ def plan_lines(config: VllmConfig, options: ServerOptions, num_kv_blocks: int) -
         "scheduling: " + ("asynchronous" if scheduler.async_scheduling else "synchronous"),
         f"traces: {options.trace_dir} (they hold the prompts' token ids)" if options.trace_dir else "traces: off",
     ]
+
+
+def _rows(config: VllmConfig, options: ServerOptions) -> str:
+    most = config.scheduler_config.max_num_batched_tokens
+    part = options.part_rows or most
+    return f"{most} rows a step at most" + (f", of which a layer computes {part} at a time" if part < most else "")
 
 
 def _pieces(config: VllmConfig, options: ServerOptions) -> str:

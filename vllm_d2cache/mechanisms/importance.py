@@ -24,6 +24,8 @@ from vllm_d2cache.ops.rollout import LayerRecord, TensorParallel, batched_rollou
 _MAP_SHARE = 4
 # So is a map of few elements, whatever its shape: less memory than its queries in a large model, and no second pass.
 _SMALL_MAP = 1 << 14
+# A larger one is not kept, as it grows with T x T: what a quarter of 4,096 positions has, the longest text of a graph.
+_LARGE_MAP = 1 << 22
 
 
 class MapPool:
@@ -128,7 +130,8 @@ class ImportanceCapture(Hook):
 
 def keeps_map(bound: int, length: int) -> bool:
     """Whether a request of ``length`` positions that can need ``bound`` rows keeps its maps."""
-    return bound * _MAP_SHARE <= length or bound * length <= _SMALL_MAP
+    elements = bound * length
+    return elements <= _SMALL_MAP or (bound * _MAP_SHARE <= length and elements <= _LARGE_MAP)
 
 
 def map_bytes(num_layers: int, bound: int, length: int) -> int:
@@ -136,7 +139,8 @@ def map_bytes(num_layers: int, bound: int, length: int) -> int:
 
     Its first step has all positions as rows.
     """
-    most = length if keeps_map(length, length) else min(bound, max(length // _MAP_SHARE, _SMALL_MAP // length))
+    shared = min(length // _MAP_SHARE, _LARGE_MAP // length)
+    most = length if keeps_map(length, length) else min(bound, max(shared, _SMALL_MAP // length))
     return num_layers * with_slack(most * length) * torch.float32.itemsize
 
 

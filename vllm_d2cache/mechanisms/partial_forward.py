@@ -15,6 +15,9 @@ import torch
 from vllm_d2cache.mechanisms.base import Hook
 from vllm_d2cache.ops.paged_attention import PagedLayout
 
+# Rows whose outputs are worked out in fp32 at one time.
+ROWS_AT_ONCE = 1024
+
 
 class Layer(Protocol):
     """One transformer layer; the residual stream is ``hidden + residual``."""
@@ -124,7 +127,10 @@ class PartialForward:
         hidden = torch.zeros_like(at.hidden)
         if before is not None:
             outputs = torch.zeros_like(hidden)
-            outputs[index] = (fresh.float() + stream.float() - before).to(hidden.dtype)
+            for first in range(0, len(index), ROWS_AT_ONCE):
+                rows = slice(first, first + ROWS_AT_ONCE)
+                outputs[index[rows]] = (fresh[rows].float() + stream[rows].float() - before[rows]).to(hidden.dtype)
+            del before  # makes room for what hooks take
             for hook in keepers:
                 hook.stand_in(at, computed, outputs, hidden)
         # Rows that were computed keep the layer's own split of the stream: other requests get what they always get.

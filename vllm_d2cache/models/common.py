@@ -14,146 +14,35 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import QuantizationConfig
-from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
-from vllm_d2cache.engine.attention_backend import D2CacheAttentionBackend, rotate_into_pages
+from vllm_d2cache.engine.attention_backend import step_is_under_way
+from vllm_d2cache.engine.part_rows import part_rows
 from vllm_d2cache.engine.weight_check import finite_weights
 from vllm_d2cache.mechanisms.partial_forward import PartialForward
+from vllm_d2cache.models.attention import SelfAttention
 from vllm_d2cache.models.base_configs import DiffusionLMConfig
 from vllm_d2cache.models.experts import SparseMLP
 from vllm_d2cache.models.mlp import GatedMLP
+from vllm_d2cache.models.parts import in_parts, parts
 from vllm_d2cache.models.shape import TransformerShape
 from vllm_d2cache.models.tensor_rules import REDUNDANT, missing_modules, missing_problem, tensor_problem
-
-# Unit vectors that are projected at one time.
-_UNITS_AT_ONCE = 256
 
 # Three tensors of a checkpoint that are one here.
 QKV = {f".{name}_proj.": (".qkv_proj.", name) for name in "qkv"}
 
 
-class SelfAttention(nn.Module):
-    """Self-attention over all positions."""
-
-    def __init__(
-        self,
-        shape: TransformerShape,
-        cache_config: CacheConfig,
-        quant_config: QuantizationConfig | None,
-        prefix: str,
-    ) -> None:
-        super().__init__()
-        head_size, world = shape.head_size, get_tensor_model_parallel_world_size()
-        self.qkv_proj = QKVParallelLinear(
-            shape.hidden_size,
-            head_size,
-            shape.num_heads,
-            shape.num_kv_heads,
-            bias=shape.qkv_bias,
-            quant_config=quant_config,
-            prefix=f"{prefix}.qkv_proj",
-        )
-        self.o_proj = RowParallelLinear(
-            shape.q_size, shape.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
-        )
-        num_heads = shape.num_heads // world
-        num_kv_heads = max(1, shape.num_kv_heads // world)
-        self.sizes = [num_heads * head_size, num_kv_heads * head_size, num_kv_heads * head_size]
-        self.q_norm = RMSNorm(head_size, eps=shape.norm_eps) if shape.qk_norm else None
-        self.k_norm = RMSNorm(head_size, eps=shape.norm_eps) if shape.qk_norm else None
-        self.rope_in_fp32 = shape.rope_in_fp32
-        rotary_dim = head_size if shape.rotary_dim is None else shape.rotary_dim
-        positions, scaled = shape.max_positions, {"rope_type": "default"}
-        if shape.rope_scaling is not None:
-            positions, scaled = shape.rope_scaling.for_vllm()
-        self.rotary_emb = get_rope(
-            head_size,
-            max_position=positions,
-            rope_parameters={
-                **scaled,
-                "rope_theta": shape.rope_theta,
-                "partial_rotary_factor": rotary_dim / head_size,
-            },
-            is_neox_style=True,
-            dtype=torch.float32 if shape.rope_in_fp32 else None,
-        )
-        assert self.rotary_emb.rotary_dim == rotary_dim  # vLLM rounds the product of both
-        self.attn = Attention(
-            num_heads,
-            head_size,
-            head_size**-0.5,
-            num_kv_heads=num_kv_heads,
-            cache_config=cache_config,
-            quant_config=quant_config,
-            prefix=f"{prefix}.attn",
-            attn_backend=D2CacheAttentionBackend,
-        )
-
-    def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, d] -> [N, d]."""
-        q, k, v = self._project(hidden)
-        if not rotate_into_pages(self.attn, self.rotary_emb, positions, q, k, v):
-            q, k = self._rotate(positions, q, k)
-        out, _ = self.o_proj(self.attn(q, k, v))
-        return out
-
-    def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values [N, heads * head size], not yet rotated."""
-        qkv, _ = self.qkv_proj(hidden)
-        q, k, v = qkv.split(self.sizes, dim=-1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = _each_head(self.q_norm, q), _each_head(self.k_norm, k)
-        return q, k, v
-
-    def _rotate(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys by their positions; ``q`` and ``k`` may be overwritten."""
-        if self.rope_in_fp32 and q.dtype != torch.float32:
-            q32, k32 = self.rotary_emb(positions, q.float(), k.float())
-            return q32.to(q.dtype), k32.to(k.dtype)
-        q, k = self.rotary_emb(positions, q, k)
-        return q, k
-
-    def keys_and_values(self, positions: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[n, d] normed rows -> two of [n, kv heads, head size], as attention writes them to the cache."""
-        query, key, value = self._project(hidden)
-        _, key = self._rotate(positions, query, key)
-        shape = (len(hidden), -1, self.attn.head_size)
-        return key.reshape(shape), value.reshape(shape)
-
-    def value_projection(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight [kv heads * head size, d] and bias, float32 (value_directions.Projects).
-
-        The weight is what the projection makes of unit vectors: it does not matter how it is packed or quantised.
-        """
-        projection, size = self.qkv_proj, self.sizes[2]
-        units = torch.eye(projection.input_size, dtype=dtype, device=self.attn.kv_cache.device)
-        parts = [projection.quant_method.apply(projection, rows, None) for rows in units.split(_UNITS_AT_ONCE)]
-        weight = torch.cat([part[:, -size:].float() for part in parts]).t()
-        return weight, weight.new_zeros(size) if projection.bias is None else projection.bias[-size:].float()
-
-    def values(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, d] normed rows -> [n, kv heads, head size]."""
-        # The joint projection, as its weights may be packed or quantised: they are not for others to cut.
-        value = self.qkv_proj(hidden)[0].split(self.sizes, dim=-1)[2]
-        return value.reshape(len(hidden), -1, self.attn.head_size)
-
-
-def _each_head(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """``norm`` over each head of [N, heads * head size]."""
-    return norm(x.reshape(-1, norm.weight.shape[0])).view(x.shape)
-
-
 class TransformerLayer(nn.Module):
-    """Attention and an MLP, each behind an RMS norm."""
+    """Attention and an MLP, each behind an RMS norm.
+
+    Args:
+        part_rows: most rows that it computes at a time.
+    """
 
     def __init__(
         self,
@@ -162,8 +51,10 @@ class TransformerLayer(nn.Module):
         cache_config: CacheConfig,
         quant_config: QuantizationConfig | None,
         prefix: str,
+        part_rows: int,
     ) -> None:
         super().__init__()
+        self.part_rows = part_rows
         self.self_attn = SelfAttention(shape, cache_config, quant_config, f"{prefix}.self_attn")
         mixture = shape.mixture_of(number)
         self.mlp: nn.Module
@@ -177,7 +68,15 @@ class TransformerLayer(nn.Module):
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[N, d] and the residual stream [N, d] before it is added -> the same after the layer."""
+        """[N, d] and the residual stream [N, d] before it is added -> the same after the layer. May overwrite them."""
+        if len(hidden) <= self.part_rows:
+            return self.whole(positions, hidden, residual)
+        return self._by_parts(positions, hidden, residual)
+
+    def whole(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``forward`` of all rows at a time."""
         if residual is None:
             residual = hidden
             hidden = self.input_layernorm(hidden)
@@ -187,17 +86,52 @@ class TransformerLayer(nn.Module):
         hidden, residual = self.post_attention_layernorm(hidden, residual)
         return self.mlp(hidden), residual
 
+    def _by_parts(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``whole``, but with no more than ``part_rows`` rows at a time in all that is wider than the stream.
+
+        K and V of all rows come first: each row then finds the keys of all others in their pages. Attention is called
+        once, as mechanisms look at the queries of all rows; it keeps nothing but those and its outputs.
+        """
+        stream = hidden if residual is None else residual
+        query, behind = stream.new_empty(len(stream), self.self_attn.sizes[0]), []
+        for part in parts(len(stream), self.part_rows):
+            if residual is None:
+                normed = self.input_layernorm(stream[part])
+            else:
+                normed, stream[part] = self.input_layernorm(hidden[part], stream[part])
+            query[part], *others = self.self_attn.store(positions[part], normed, part.start)
+            behind.append(others)
+        attended = self.self_attn.attn(query, *(torch.cat(rows) for rows in zip(*behind, strict=True)))
+        del query
+        if residual is None:
+            hidden = torch.empty_like(stream)
+        for part in parts(len(stream), self.part_rows):
+            out, _ = self.self_attn.o_proj(attended[part])
+            normed, stream[part] = self.post_attention_layernorm(out, stream[part])
+            hidden[part] = self.mlp(normed)
+        return hidden, stream
+
     def values(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """[n, kv heads, head size] values of rows [n, d] before the layer (stored_outputs.Layer)."""
-        normed, _ = self.input_layernorm(hidden, residual)
-        return self.self_attn.values(normed)
+
+        def values(hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (self.self_attn.values(self.input_layernorm(hidden, residual)[0]),)
+
+        (value,) = in_parts(values, self.part_rows, hidden, residual)
+        return value
 
     def keys_and_values(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [n, kv heads, head size] of rows [n, d] before the layer (stored_outputs.Layer)."""
-        normed, _ = self.input_layernorm(hidden, residual)
-        return self.self_attn.keys_and_values(positions, normed)
+
+        def both(positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.self_attn.keys_and_values(positions, self.input_layernorm(hidden, residual)[0])
+
+        key, value = in_parts(both, self.part_rows, positions, hidden, residual)
+        return key, value
 
     def value_projection(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias of the value projection (value_directions.Projects)."""
@@ -213,7 +147,8 @@ class TransformerLayer(nn.Module):
 class LayerStack(nn.Module):
     """The layers one after the other and the last norm: what torch.compile gets, where the operator chooses it.
 
-    The model owns both; forward passes in which layers differ in their rows (mechanisms/partial_forward.py) call them.
+    The model owns both, and calls the layers itself where they differ in their rows (mechanisms/partial_forward.py) or
+    have more than they compute at a time (parts.py).
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layers: nn.ModuleList, norm: RMSNorm) -> None:
@@ -225,7 +160,7 @@ class LayerStack(nn.Module):
         layers, norm = self._parts
         residual = None
         for layer in layers:
-            hidden, residual = layer(positions, hidden, residual)
+            hidden, residual = layer.whole(positions, hidden, residual)
         hidden, _ = norm(hidden, residual)
         return hidden
 
@@ -265,6 +200,7 @@ class DiffusionLM(nn.Module, SupportsLoRA):
         self.shape = shape
         self.quant_config = quant_config
         self.traits = config.traits()
+        self.part_rows = part_rows(vllm_config)
         # embedding_size may exceed vocab_size; the rows beyond it are padding and never predicted.
         self.embed_tokens = VocabParallelEmbedding(
             shape.embedding_size,
@@ -273,7 +209,9 @@ class DiffusionLM(nn.Module, SupportsLoRA):
             prefix=maybe_prefix(prefix, "embed_tokens"),
         )
         self.layers = nn.ModuleList(
-            TransformerLayer(shape, i, vllm_config.cache_config, quant_config, maybe_prefix(prefix, f"layers.{i}"))
+            TransformerLayer(
+                shape, i, vllm_config.cache_config, quant_config, maybe_prefix(prefix, f"layers.{i}"), self.part_rows
+            )
             for i in range(shape.num_layers)
         )
         self.norm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
@@ -316,10 +254,18 @@ class DiffusionLM(nn.Module, SupportsLoRA):
         if self.step.replay is not None:
             return self.step.replay()
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.step.partial_forward is None:
+        if self.step.partial_forward is not None:
+            # A ModuleList is no Sequence of its layers to a type checker.
+            hidden, residual = self.step.partial_forward.run(self.layers, positions, hidden)  # type: ignore[arg-type]
+        elif len(hidden) <= self.part_rows:
             return self.stack(positions, hidden)
-        # A ModuleList is no Sequence of its layers to a type checker.
-        hidden, residual = self.step.partial_forward.run(self.layers, positions, hidden)  # type: ignore[arg-type]
+        else:
+            residual = None
+            if not step_is_under_way():
+                # vLLM looks at the longest step there can be. A compiler must see the layers now, too.
+                self.stack(positions[: self.part_rows], hidden[: self.part_rows].clone())
+            for layer in self.layers:
+                hidden, residual = layer(positions, hidden, residual)
         hidden, _ = self.norm(hidden, residual)
         return hidden
 

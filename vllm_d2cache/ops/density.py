@@ -48,10 +48,12 @@ def certainty_density(
     norm = _normaliser(length, safe_sigma)
     windows = extended.double().unfold(1, 2 * reach + 1, 1)  # [R, G, 2 * reach + 1], a view
     step = max(1, _TILE_ELEMENTS // max(1, width * (2 * reach + 1)))
+    slots = max(1, _TILE_ELEMENTS // (2 * reach + 1))  # the product copies its windows
     tiles = [
-        torch.bmm(windows[i : i + step], kernel[i : i + step].unsqueeze(2)).squeeze(2) for i in range(0, rows, step)
+        torch.cat([torch.bmm(x, kernel[i : i + step].unsqueeze(2)) for x in windows[i : i + step].split(slots, 1)], 1)
+        for i in range(0, rows, step)
     ]
-    density = (torch.cat(tiles) / norm).float()
+    density = (torch.cat(tiles).squeeze(2) / norm).float()
     density = torch.where(sigma.unsqueeze(1) > 0, density, 1.0)
     return density * (torch.arange(width, device=known.device) < length)
 

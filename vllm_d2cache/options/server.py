@@ -25,6 +25,7 @@ SERVER_FIELDS: dict[str, Number | Choice | Text] = {
     "attention_backend": Choice(ATTENTION_BACKENDS),
     "graph_rows": Number(int, 0, note="rows; 0 = no CUDA graphs"),
     "request_memory": Number(float, 0, open_low=True, note="GiB"),
+    "part_rows": Number(int, 1, note="rows that a layer computes at a time"),
     "block_length": Number(int, 0, note="positions; set by the plugin itself"),
     "prefill_piece": Number(int, 0, note="positions; of models whose text is cut into blocks"),
 }
@@ -44,6 +45,8 @@ class ServerOptions:
         graph_rows: on a GPU, refresh steps of up to this many rows are CUDA graphs; 0 = none are.
         request_memory: GiB that running requests may take beside K and V (engine/memory_plan.py); None = 2, or more
             where the longest request needs more.
+        part_rows: most rows that a layer computes at a time; None = all of a step's. The config hook puts
+            ``--max-num-batched-tokens`` here where a first step may have more.
         block_length: of the model family (canvas/traits.py), which the config hook puts here; 0 = it has none.
         prefill_piece: most positions of a prompt that a step computes before the request's first one, where texts are
             cut into blocks; the config hook puts it here, from ``--long-prefill-token-threshold`` where that is set;
@@ -58,6 +61,7 @@ class ServerOptions:
     attention_backend: str | None = None
     graph_rows: int = DEFAULT_GRAPH_ROWS
     request_memory: float | None = None
+    part_rows: int | None = None
     block_length: int = 0
     prefill_piece: int = 0
 

@@ -86,6 +86,23 @@ def test_maps_and_queries(requests: list[tuple[int, int]]) -> None:
         assert 0.9 * held <= peak <= held
 
 
+@pytest.mark.parametrize("length", [8192, 32768])
+def test_no_map_grows_with_the_square_of_a_long_text(length: int) -> None:
+    """A tenth of a text is refreshed: queries grow with the text, maps no more than those of 4,096 positions."""
+    meta, rows = torch.device("meta"), length // 10
+    query = torch.empty(rows, NETWORK.heads, NETWORK.head_size, device=meta)
+    for count in (rows, (1 << 22) // length):
+        layout = PagedLayout([count], [length], torch.zeros(1, 1), [0], torch.zeros(count))
+        pool = MapPool()
+        capture = ImportanceCapture(layout, [True], torch.zeros(count), pool)
+        maps = capture.start_layer(query[:count], torch.empty(0), 1.0)
+        held = pool._memory[0].nbytes
+        assert held <= 5 << 22
+        assert (maps[0] is None) == (count == rows) == (capture.layers[0].queries is not None)
+        planned = NETWORK.request_bytes(resolve(PLAIN, {}), length - 256, 256, None)
+        assert held * NETWORK.layers <= planned <= NETWORK.layers * (5 << 22)
+
+
 def test_maps_that_grow_do_not_stand_beside_their_predecessors() -> None:
     pool, elements = MapPool(), 10_000
     with LiveMemory() as live:
@@ -139,16 +156,20 @@ def test_stored_outputs() -> None:
 
 
 class WideLayer:
-    """Takes what a real layer takes for its MLP."""
+    """Takes what a real layer takes for its MLP, and for queries and outputs of attention where it works in parts."""
 
     pages = torch.empty(0)
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    def __init__(self, width: int, part: int) -> None:
+        self.width, self.part = width, part
 
     def __call__(self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None) -> Any:
         stream = hidden if residual is None else hidden + residual
-        hidden.new_empty(len(hidden), 3 * self.width)
+        attended = (
+            [stream.new_empty(len(hidden), 2 * NETWORK.heads * NETWORK.head_size)] if self.part < len(hidden) else []
+        )
+        hidden.new_empty(min(self.part, len(hidden)), 3 * self.width)
+        del attended
         return torch.zeros_like(stream), stream
 
     def values(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -156,8 +177,10 @@ class WideLayer:
 
 
 @pytest.mark.parametrize("width", [16, 96, 256])
-def test_layers_that_compute_a_part_of_their_rows(width: int) -> None:
-    rows, layers = 500, [WideLayer(width)] * 3
+@pytest.mark.parametrize("part", [10, 100, 3000])
+@pytest.mark.parametrize("rows", [500, 3000])
+def test_layers_that_compute_a_part_of_their_rows(width: int, part: int, rows: int) -> None:
+    layers = [WideLayer(width, part)] * 3
     embedding, positions = torch.zeros(rows, NETWORK.hidden_size), torch.arange(rows)
     layout = PagedLayout([rows], [rows], torch.zeros(1, 1, dtype=torch.int32), [0], positions)
     kept = {0: (positions, positions)}
@@ -176,7 +199,7 @@ def test_layers_that_compute_a_part_of_their_rows(width: int) -> None:
         hidden, residual = layers[0](positions, embedding, None)
         for layer in layers[1:]:
             hidden, residual = layer(positions, hidden, residual)
-    planned = rows * replace(NETWORK, intermediate_size=width).partial_row_bytes()
+    planned = replace(NETWORK, intermediate_size=width).partial_bytes(rows, part)
     # The numbers of a row, not those of its hidden state: indices, flags.
     assert 0.5 * planned <= live.peak - plain.peak <= planned + 32 * rows
 
@@ -235,7 +258,7 @@ def test_what_running_requests_may_hold() -> None:
     assert network == Network(LAYERS, SHAPE.hidden_size, 4, 256, SHAPE.head_size, SHAPE.vocab_size, 2)
     assert request_memory(PLAIN, network, LENGTH) == DEFAULT_REQUEST_MEMORY
     assert request_memory(parse_server_options({"request_memory": 0.5}), network, LENGTH) == GIB // 2
-    large = replace(network, layers=32)
+    large = replace(network, layers=256)
     longest = large.request_bytes(resolve(PLAIN, {}), 16_000, 16_000, None)
     assert request_memory(PLAIN, large, 32_000) == longest > DEFAULT_REQUEST_MEMORY
     assert large.request_bytes(resolve(PLAIN, {"policy": "full"}), 100, 100, None) == 0

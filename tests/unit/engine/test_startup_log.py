@@ -60,6 +60,8 @@ def test_ten_lines_with_the_numbers() -> None:
     assert by_name["decoding unless a request says otherwise"] == "policy d2cache"
     assert by_name["budget"].endswith("for 512 + 256 positions; results are exact")
     assert by_name["batch"] == "8 requests and 2048 rows a step at most"
+    in_parts = plan_lines(config(), parse_server_options({"part_rows": 512}), 640)
+    assert "batch: 8 requests and 2048 rows a step at most, of which a layer computes 512 at a time" in in_parts
     kv = 2 * LAYERS * KV_HEADS * HEAD * 2 * 640 * BLOCK / 2**20
     assert f"640 blocks of 16, 10240 positions: 10 requests of the longest kind; {kv:.1f} MiB" in by_name["KV cache"]
     rows = 32 + 1 + 77  # current_k, a commit, a tenth of 768 positions
