@@ -134,30 +134,56 @@ class VisibleKeys(NamedTuple):
     counts: torch.Tensor  # [R] int32, keys of each request
 
 
+class MapGroup(NamedTuple):
+    """Maps one behind the other whose rows are equally wide: one matrix."""
+
+    requests: list[int]
+    start: int  # first element of the first map
+    rows: int  # of all maps
+    pitch: int  # elements from a row to the next
+
+
 @dataclass(frozen=True)
 class MapPlan:
     """Which requests leave their attention map, and where in a layer's memory; the same for all layers of a step."""
 
     shapes: list[tuple[int, int] | None]  # [rows, T] of each request; None = leaves none
     starts: list[int]  # first element of each map, -1 where there is none
+    pitches: list[int]  # elements from a row to the next; for kernels it is T
     elements: int
+    groups: list[MapGroup]  # of small maps
     numbers: Numbers = field(default_factory=Numbers, repr=False, compare=False)  # see PagedLayout
 
     @classmethod
-    def pack(cls, shapes: list[tuple[int, int] | None], numbers: Numbers | None = None) -> MapPlan:
+    def pack(
+        cls, shapes: list[tuple[int, int] | None], numbers: Numbers | None = None, most_grouped: int = 0
+    ) -> MapPlan:
         """The maps of those shapes side by side.
 
         Args:
             numbers: of the step; None = its own.
+            most_grouped: maps of at most so many elements lie in groups, of texts that are about as long.
         """
-        starts, offset = [], 0
-        for shape in shapes:
-            starts.append(offset if shape else -1)
-            offset += shape[0] * shape[1] if shape else 0
+        members: dict[int, list[int]] = {}
+        small = [shape is not None and shape[0] * shape[1] <= most_grouped for shape in shapes]
+        pitches = [0 if shape is None else shape[1] for shape in shapes]
+        for r, (shape, grouped) in enumerate(zip(shapes, small, strict=True)):
+            if shape is not None and grouped:
+                pitches[r] = 1 << (shape[1] - 1).bit_length()
+            if shape is not None:
+                members.setdefault(pitches[r] if grouped else -1 - r, []).append(r)
+        starts, groups, offset = [-1] * len(shapes), [], 0
+        for mine in members.values():
+            begin = offset
+            for r in mine:
+                starts[r], offset = offset, offset + (shapes[r] or (0,))[0] * pitches[r]
+            if small[mine[0]]:
+                pitch = pitches[mine[0]]
+                groups.append(MapGroup(mine, begin, (offset - begin) // pitch, pitch))
         numbers = Numbers() if numbers is None else numbers
         if offset:
             numbers.expect(starts, torch.int64)
-        return cls(shapes, starts, offset, numbers)
+        return cls(shapes, starts, pitches, offset, groups, numbers)
 
     def read_on_device(self, starts: torch.Tensor) -> None:
         """Have kernels read ``starts`` [R] int64, which may change; those of the host are then no more than room."""
@@ -184,8 +210,15 @@ class AttentionMaps:
     lse: torch.Tensor | None = None
 
     def __getitem__(self, r: int) -> torch.Tensor | None:
-        shape, start = self.plan.shapes[r], self.plan.starts[r]
-        return None if shape is None else self.memory[start : start + shape[0] * shape[1]].view(shape)
+        plan, shape = self.plan, self.plan.shapes[r]
+        return None if shape is None else self._at(plan.starts[r], shape, plan.pitches[r])
+
+    def of_group(self, group: MapGroup) -> torch.Tensor:
+        """[rows, pitch] float32: its maps; columns past a text's end hold anything."""
+        return self._at(group.start, (group.rows, group.pitch), group.pitch)
+
+    def _at(self, start: int, shape: tuple[int, int], pitch: int) -> torch.Tensor:
+        return self.memory.as_strided(shape, (pitch, 1), self.memory.storage_offset() + start)
 
     def __len__(self) -> int:
         return len(self.plan.shapes)
