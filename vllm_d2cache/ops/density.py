@@ -41,8 +41,11 @@ def certainty_density(
     seen = terms.seen > inside if masks else terms.seen & inside
     windows = (seen | terms.known).double().unfold(1, terms.weights.shape[1], 1)  # a view
     step = max(1, _TILE_ELEMENTS // max(1, width * terms.weights.shape[1]))
-    tiles = [torch.bmm(windows[i : i + step], terms.weights[i : i + step]) for i in range(0, rows, step)]
-    sums = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+    if rows <= step:
+        sums = torch.bmm(windows, terms.weights)
+    else:
+        tiles = range(0, rows, step)
+        sums = torch.cat([torch.bmm(windows[i : i + step], terms.weights[i : i + step]) for i in tiles])
     return torch.where(terms.applies, (sums.squeeze(2) / terms.norm).float(), terms.otherwise)
 
 

@@ -56,7 +56,8 @@ def select_masked(
     start, first = outcome.window_start.unsqueeze(1), outcome.first.unsqueeze(1)
     update = outcome.predicted & (first | (latest[slots].unsqueeze(1) == 1))
     kept = memory[slots, :width].masked_fill(first, 0.0)
-    memory[slots, :width] = kept = torch.where(update, outcome.score, kept)
+    kept = torch.where(update, outcome.score, kept)
+    memory[:, :width].index_copy_(0, slots, kept)
     score = torch.where(slot < canvas_len, kept * density, 0.0)
     # A bonus of the best score puts the current window's slots before all others.
     behind_start = slot >= start
@@ -150,7 +151,7 @@ def _rollout_share(importance: torch.Tensor, candidates: torch.Tensor) -> torch.
     """[R, T] float32: importance as a share of the candidates' total, 0 elsewhere (section 3.5, point 2)."""
     mass = torch.where(candidates, importance, 0.0)
     # A running sum adds in position order, so that padding does not change the rounding.
-    total = mass.double().cumsum(1)[:, -1:]
+    total = mass.cumsum(1, dtype=torch.float64)[:, -1:]
     return mass / (total.float() + 1e-9)
 
 
@@ -158,8 +159,7 @@ def _head_of_mass(share: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """[R, T] bool: the longest head of the descending list with mass at most p, and at least one position."""
     ordered, index = share.sort(dim=1, descending=True, stable=True)
     # Added in fp64 and then rounded: the sum must not depend on the order, and twelve times 1/48 is 1/4.
-    head = ordered.double().cumsum(1).float() <= p.unsqueeze(1)
-    head |= (p >= 1).unsqueeze(1)
+    head = ordered.cumsum(1, dtype=torch.float64).float() <= p.masked_fill(p >= 1, torch.inf).unsqueeze(1)
     head[:, 0].fill_(True)
     head &= ordered > 0
     return torch.zeros_like(head).scatter_(1, index, head)

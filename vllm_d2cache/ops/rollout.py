@@ -65,7 +65,8 @@ def batched_rollout(
     out = torch.zeros(len(wanted), num_positions, device=positions.device)
     groups = layers[0].maps.plan.groups if layers else []
     for group in groups:
-        _rollout_of_group(out, positions, layers, layout, group, tensor_parallel)
+        lines = _rollout_of_group(positions, layers, layout, group, tensor_parallel)[:, :num_positions]
+        out[group.requests, : lines.shape[1]] = lines
     grouped = {r for group in groups for r in group.requests}
     offset = 0
     for r, count in enumerate(layout.counts):
@@ -81,19 +82,18 @@ def batched_rollout(
 
 
 def _rollout_of_group(
-    out: torch.Tensor,
     positions: torch.Tensor,
     layers: list[LayerRecord],
     layout: PagedLayout,
     group: MapGroup,
     tensor_parallel: TensorParallel | None,
-) -> None:
-    """The lines of ``out`` [R, num_positions] of requests with small maps, all in one product a layer.
+) -> torch.Tensor:
+    """[requests, pitch] float32: importance of the requests of a group, 0 behind a text; one product a layer for all.
 
     Each row of the maps is added to the line of its request, in the order of the rows: a sum is the same beside any
     mates, and a column past a text's end is added to no other.
     """
-    device, pitch = out.device, group.pitch
+    device, pitch = positions.device, group.pitch
     counts, lengths = [layout.counts[r] for r in group.requests], [layout.lengths[r] for r in group.requests]
     starts = list(accumulate(layout.counts, initial=0))
     owner = np.arange(len(counts)).repeat(counts)
@@ -106,19 +106,18 @@ def _rollout_of_group(
     else:
         slots = layout.slots
     at = torch.where(slots >= 0, positions, pitch).add_(owners, alpha=pitch + 1)
-    share, text = lines.view(-1), lines[:, :pitch]
+    share, text, at = lines.view(-1), lines[:, :pitch], at.unsqueeze(1)
+    kept = torch.ones_like(share)
+    kept[at] = 0.5
     for layer in reversed(layers):
         # Rows of a map sum to one, so normalising it with the identity halves both.
-        u = share[at].mul_(0.5)
-        share[at] = u
-        weighted = layer.maps.of_group(group) * u.unsqueeze(1)
+        weighted = layer.maps.of_group(group) * share.mul_(kept)[at]
         if tensor_parallel is None:
             text.index_add_(0, owners, weighted)
         else:
             product = torch.zeros_like(text).index_add_(0, owners, weighted)
             text.add_(tensor_parallel.all_reduce(product) / tensor_parallel.size)
-    width = min(pitch, out.shape[1])
-    out[group.requests, :width] = torch.where(own, text, 0.0)[:, :width]
+    return torch.where(own, text, 0.0)
 
 
 def _layer_product(

@@ -152,9 +152,12 @@ def store_plan(
         tables: [S, L] bool of each, in that order; written.
     """
     width = observe.shape[1]
-    tables[0][slots, : refresh.shape[1]] = refresh
-    tables[1][slots, :width] = observe
-    tables[2][slots, :width] = True if candidates is None else candidates
+    tables[0][:, : refresh.shape[1]].index_copy_(0, slots, refresh)
+    tables[1][:, :width].index_copy_(0, slots, observe)
+    if candidates is None:
+        tables[2][:, :width].index_fill_(0, slots, True)
+    else:
+        tables[2][:, :width].index_copy_(0, slots, candidates)
 
 
 @dispatched(_TRITON)

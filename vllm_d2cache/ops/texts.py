@@ -173,8 +173,9 @@ def commit_texts(
     numbers = torch.stack([start, step + 1, torch.where(start == window_start, window_step + 1, 0)])
     after = torch.cat([integers[:2], numbers, integers[5:]])
     tokens[line, position] = text
-    masked[slots, :width], terminal[slots, :width] = left, ends
-    counts[2:4, slots] = numbers[1:]
+    masked[:, :width].index_copy_(0, slots, left)
+    terminal[:, :width].index_copy_(0, slots, ends)
+    counts[2:4].index_copy_(1, slots, numbers[1:])
     return Committed(after, torch.stack(changes), left, live)
 
 
@@ -209,10 +210,11 @@ def emit_texts(
         unfinished = (masked & live).any(1)
         unfinished = unfinished if held is None else unfinished | held
         done = torch.where(unfinished & provisional, torch.minimum(done, window_start), done)
-    emitted = counts[4, slots]
+    emitted_of = counts[4]
+    emitted = emitted_of[slots]
     fresh = (done - emitted).clamp(min=0)
     # Whatever stands behind the fresh ones: nobody reads it.
     index = torch.minimum(emitted.unsqueeze(1) + slot, (canvas_len - 1).unsqueeze(1))
     handed = tokens[slots.unsqueeze(1), prompt_len.unsqueeze(1) + index]
-    counts[4, slots] = emitted + fresh
+    emitted_of.index_copy_(0, slots, emitted + fresh)
     return handed.long(), fresh.int()
