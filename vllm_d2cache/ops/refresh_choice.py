@@ -142,7 +142,8 @@ def choose_refresh(
         first = prompt_len
         certain = to_positions(selected | committed, first, canvas_len, total)
     chosen, _ = select_context(importance, certain, selected, integers, rollout_p[slots].float(), shift)
-    refresh = inflate(chosen, inflate_w[slots])
+    width = inflate_w[slots]
+    refresh = inflate(chosen, width) if int(width.max()) > 1 else chosen  # neighbours have no gap
     computed = to_slots(refresh, first, canvas_len, masked.shape[1])
     return refresh, computed & masked & (latest[slots] == 1).unsqueeze(1)
 
@@ -167,8 +168,6 @@ def _head_of_mass(share: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 def inflate(chosen: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
     """[R, T] bool with gaps of at most ``width`` [R] between consecutive members filled (section 3.5, point 4)."""
-    if int(width.max()) < 2:
-        return chosen  # neighbours have no gap
     position = columns(chosen.shape[1], chosen.device)
     far = 1 << 30
     before = torch.where(chosen, position, -far).cummax(1).values
