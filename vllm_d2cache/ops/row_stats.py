@@ -100,7 +100,8 @@ def row_stats(
         j = min(i + step, hidden.shape[0])
         part = params.tile(i, j)
         logits = lm_head(hidden[i:j])
-        step = max(step, rows_per_tile(logits.shape[1]))
+        if not by_kernel:
+            step = rows_per_tile(logits.shape[1])
         if scaled:
             logits = scaled_logits(logits, part, mask_token_id)
         for read in readers:
@@ -120,7 +121,7 @@ def row_stats(
 
 
 def rows_per_tile(vocab_size: int) -> int:
-    """Most rows of a tile, but for those whose logits kernels read as they come."""
+    """Most rows of a tile behind the first one, where no kernel reads the logits as they come."""
     return max(ROWS_PER_TILE, TILE_LOGITS // vocab_size)
 
 
