@@ -24,6 +24,7 @@ from vllm_d2cache.ops import row_stats as statistics
 _LAUNCHES = {"sort": 3, "topk": 3, "cumsum": 1, "nonzero": 3}
 # Operators that launch nothing.
 _NOTHING = ("detach", "lift_fresh", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty")
+_TOLIST = torch.Tensor.tolist
 # Operators after which the host knows a number.
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
 
@@ -60,7 +61,9 @@ class _Launched:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def launch(*args: Any, **kwargs: Any) -> Any:
             self.launched[name] += 1
-            with _disable_current_modes(), mock.patch.dict(dispatch._chosen, cpu="torch"):
+            # What a twin reads of its arguments, its kernel does not.
+            read = mock.patch.object(torch.Tensor, "tolist", _TOLIST)
+            with _disable_current_modes(), mock.patch.dict(dispatch._chosen, cpu="torch"), read:
                 return getattr(self.twins, name).__wrapped__(*args, **kwargs)
 
         return _tile_stats(self.launched) if name == "tile_stats" else launch
@@ -81,11 +84,11 @@ def _tile_stats(launched: Counter[str]) -> Callable[..., Any]:
 def counted_kernels() -> Iterator[tuple[Count, Counter[str]]]:
     """Count operators, and ops that have a kernel of their own: one each, whatever PyTorch would do in its place."""
     launched: Counter[str] = Counter()
-    count, tolist = Count(), torch.Tensor.tolist
+    count = Count()
 
     def waiting(self: torch.Tensor) -> Any:
         count.waits["tolist"] += 1
-        return tolist(self)
+        return _TOLIST(self)
 
     modules = SimpleNamespace(import_module=lambda module: _Launched(module, launched))
     with (

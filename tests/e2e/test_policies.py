@@ -45,18 +45,18 @@ def test_one_batch_of_all_policies_as_in_the_reference(engine: Engine) -> None:
 def test_attention_maps_are_taken_for_those_who_read_them(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     elements: list[int] = []
     rollouts: list[int] = []
-    take, rollout = capture.MapPool.take, rollout_op.rollout
+    take, rollout = capture.MapPool.take, rollout_op._rollout_of_group
 
     def counted_take(self: Any, layer: int, count: int, device: torch.device) -> Any:
         elements.append(count)
         return take(self, layer, count, device)
 
-    def counted_rollout(layers: Any, rows: torch.Tensor, length: int) -> torch.Tensor:
-        rollouts.append(length)
-        return rollout(layers, rows, length)
+    def counted_rollout(positions: torch.Tensor, layers: Any, layout: Any, group: Any, ranks: Any) -> torch.Tensor:
+        rollouts.extend(layout.lengths[r] for r in group.requests)
+        return rollout(positions, layers, layout, group, ranks)
 
     monkeypatch.setattr(capture.MapPool, "take", counted_take)
-    monkeypatch.setattr(rollout_op, "rollout", counted_rollout)
+    monkeypatch.setattr(rollout_op, "_rollout_of_group", counted_rollout)
     frugal = [options for options in OPTIONS if not POLICY_CLASSES[options.get("policy", "d2cache")].uses]
     engine.run([request(options, seed) for seed, options in enumerate(frugal)])
     assert (sum(elements), rollouts) == (0, [])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops.shapes import Shapes
 from tests.ops.test_paged_attention import HEAD, Paged, dense_attention, make_paged
@@ -85,6 +86,59 @@ def test_stored_maps_and_replayed_queries_agree(monkeypatch: pytest.MonkeyPatch,
         assert all((m is not None) == (share == 0) for m in capture.layers[0].maps)
         by_path.append(capture.importance(129))
     torch.testing.assert_close(by_path[0], by_path[1], rtol=1e-5, atol=1e-6)
+
+
+def kept_maps(forward: Forward, members: list[int], fill: float) -> ImportanceCapture:
+    """Layers whose attention is over, of some requests alone; what no map writes is ``fill``."""
+    counts, lengths = [forward.counts[r] for r in members], [forward.lengths[r] for r in members]
+    starts = [sum(forward.counts[:r]) for r in members]
+    slots = torch.zeros(sum(counts), dtype=torch.int64)
+    layout = PagedLayout(counts, lengths, torch.zeros(len(members), 1), [-1] * len(members), slots)
+    positions = torch.cat([forward.rows[r] for r in members])
+    capture = ImportanceCapture(layout, [True] * len(members), positions, MapPool())
+    for query, paged in zip(forward.queries, forward.layers, strict=True):
+        maps = capture.start_layer(query, paged.cache, SCALE)
+        maps.memory.fill_(fill)
+        for line, (r, start) in enumerate(zip(members, starts, strict=True)):
+            seen = dense_attention(query[start : start + counts[line]], paged.keys[r], paged.values[r], SCALE)[1]
+            maps[line].copy_(seen)
+    return capture
+
+
+@pytest.mark.parametrize("most", [None, 700], ids=["all grouped", "some alone"])
+def test_mates_change_no_bit(monkeypatch: pytest.MonkeyPatch, most: int | None) -> None:
+    """Whatever lies between the rows of mates, and however wide these are."""
+    if most is not None:
+        monkeypatch.setattr(module, "_MOST_GROUPED", most)
+    forward = Forward([1, 20, 10, 30, 7, 9], [1, 63, 63, 60, 64, 129])
+    members = [4, 0, 5, 2, 3, 1]
+    together = kept_maps(forward, members, torch.nan)
+    assert {g.pitch for g in together.plan.groups} == {1, 64} if most else {1, 64, 256}
+    got = together.importance(130)
+    assert got is not None
+    for line, r in enumerate(members):
+        own = kept_maps(forward, [r], 7.0).importance(forward.lengths[r])
+        assert own is not None
+        assert torch.equal(got[line, : forward.lengths[r]], own[0])
+        assert (got[line, forward.lengths[r] :] == 0).all()
+        torch.testing.assert_close(own[0].double(), forward.want(r), rtol=1e-4, atol=1e-5)
+
+
+def test_the_number_of_operators_does_not_grow_with_the_requests() -> None:
+    class Operators(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for requests in (2, 9):
+        capture = kept_maps(Forward([5] * requests, list(range(40, 40 + requests))), list(range(requests)), 0.0)
+        with Operators() as operators:
+            capture.importance(60)
+        counts.append(operators.count)
+    assert counts[0] == counts[1] < 60
 
 
 def test_only_wanted_requests_cost_anything() -> None:

@@ -148,7 +148,8 @@ def test_mask_at_the_edge_of_the_vocabulary_is_not_drawn(mask: int) -> None:
 
 
 @pytest.mark.parametrize("n", [0, 1, 5, module.ROWS_PER_TILE, 2 * module.ROWS_PER_TILE + 3])
-def test_any_number_of_rows_in_tiles(n: int) -> None:
+def test_any_number_of_rows_in_tiles(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TILE_LOGITS", 0)  # as of a large vocabulary
     logits = torch.randn(n, VOCAB)
     params = make_params(n, 0.8, 0.9, 5)
     calls: list[int] = []
@@ -167,6 +168,16 @@ def test_any_number_of_rows_in_tiles(n: int) -> None:
         one = stats_of(logits[r : r + 1], params.tile(r, r + 1))
         assert torch.equal(one.token, got.token[r : r + 1])
         assert torch.equal(one.confidence, got.confidence[r : r + 1])
+
+
+def test_a_small_vocabulary_has_more_rows_in_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = 2 * module.ROWS_PER_TILE
+    monkeypatch.setattr(module, "TILE_LOGITS", rows * VOCAB + VOCAB - 1)
+    calls: list[int] = []
+    head = lambda x: calls.append(len(x)) or x.clone()  # noqa: E731
+    row_stats(torch.randn(3 * rows, VOCAB), head, make_params(3 * rows), MASK, False, False)
+    assert calls == [module.ROWS_PER_TILE, rows, rows, 3 * rows - 2 * rows - module.ROWS_PER_TILE]
+    assert module.rows_per_tile(126_464) == module.ROWS_PER_TILE
 
 
 def test_bfloat16_logits_are_taken_in_float32() -> None:

@@ -53,7 +53,8 @@ class StepRows:
     @property
     def text_positions(self) -> torch.Tensor:
         """[N - S] int64: ``positions`` without those of extra rows."""
-        return self.positions[: self.request.shape[0]]
+        count = self.request.shape[0]
+        return self.positions if count == self.positions.shape[0] else self.positions[:count]
 
     def by_request(self) -> list[torch.Tensor]:
         """The positions of each request's rows."""

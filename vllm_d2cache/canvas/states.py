@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,11 +30,13 @@ class CanvasStates:
         self.traits = traits
         self.device = device
         self.requests: dict[int, Request] = {}
+        # The texts read or written last, and whose they are: read again only when other requests have a step.
+        self._latest: tuple[list[int], CanvasView] | None = None
 
         def table(dtype: torch.dtype, *width: int) -> torch.Tensor:
             return torch.zeros(num_slots, *width, dtype=dtype, device=device)
 
-        self.tokens = table(torch.int32, max_len)
+        self.tokens = table(torch.int32, max_len + 1)  # the last column is no position of a text
         self.refresh = table(torch.bool, max_len)  # by position
         # By canvas slot.
         self.masked, self.terminal = table(torch.bool, max_len), table(torch.bool, max_len)
@@ -63,7 +64,7 @@ class CanvasStates:
             writes.send()
             return
         p, g, t = request.prompt_len, request.canvas_len, request.length
-        self.requests[slot] = request
+        self.requests[slot], self._latest = request, None
         self._set_stop_ids(slot, request.sampling.stop_token_ids, writes)
         self.masked[slot], self.terminal[slot] = False, False
         canvas = np.full(g, self.traits.mask_token_id) if not request.given else self._set_given(slot, request, writes)
@@ -85,6 +86,7 @@ class CanvasStates:
     def remove(self, slot: int) -> None:
         """Forget the request in ``slot``."""
         del self.requests[slot]
+        self._latest = None
 
     def _set_given(self, slot: int, request: Request, writes: Writes) -> np.ndarray:
         """[G] token ids of a canvas with the tokens the request gives; from then on they are like committed ones."""
@@ -104,13 +106,17 @@ class CanvasStates:
 
     def view(self, slots: torch.Tensor, slots_host: Sequence[int]) -> CanvasView:
         """The texts of ``slots`` [R] as they are now, padded to the widest."""
+        if self._latest is not None and self._latest[0] == slots_host:
+            return self._latest[1]
         requests = [self.requests[s] for s in slots_host]
         width = max(r.canvas_len for r in requests)
         texts = read_texts(
             slots, self.masked, self.terminal, self.counts, self.numbers, width, self.traits.block_length
         )
         used = frozenset().union(*(r.options.used for r in requests))
-        return CanvasView(slots, texts, max(r.length for r in requests), used)
+        view = CanvasView(slots, texts, max(r.length for r in requests), used)
+        self._latest = (list(slots_host), view)
+        return view
 
     def commit(
         self,
@@ -137,7 +143,9 @@ class CanvasStates:
         tables = (self.tokens, self.masked, self.terminal, self.counts, self.stop_ids)
         mask, block = self.traits.mask_token_id, self.traits.block_length
         found = commit_texts(view.slots, integers, masked, edits, *tables, mask, view.num_positions, block)
-        after = replace(view, texts=Texts(found.integers, floats, found.masked, found.live))
+        after = view.after(Texts(found.integers, floats, found.masked, found.live))
+        # Whoever selects lines of a view commits nothing to them.
+        self._latest = (self._latest[0], after) if self._latest and self._latest[1] is view else None
         return after, found.changes
 
     def emit(

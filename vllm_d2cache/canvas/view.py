@@ -91,6 +91,12 @@ class CanvasView(Lines):
         threshold = self.options.threshold if "threshold" in self.used else None
         return threshold, self.options.factor if "factor" in self.used else None
 
+    def after(self, texts: Texts) -> CanvasView:
+        """The same requests behind a step; what no step changes is not derived again."""
+        view = replace(self, texts=texts)
+        view.__dict__.update((name, value) for name, value in self.__dict__.items() if name in _LASTING)
+        return view
+
     def select(self, rows: torch.Tensor) -> CanvasView:
         """The same of some requests only: [m] int64 lines."""
         integers, floats, masked, live = self.texts
@@ -138,6 +144,12 @@ class CanvasView(Lines):
     def lead(self) -> torch.Tensor:
         """[R] int64: the leftmost mask that may still become a token; 0 where there is none."""
         return self.open.to(torch.int8).argmax(1)
+
+
+# What no step changes.
+_LASTING = frozenset(
+    {"prompt_len", "canvas_len", "options", "length", "slot_index", "position", "in_canvas", "in_text"}
+)
 
 
 def canvas_to_positions(mask: torch.Tensor, view: CanvasView, shift: int = 0) -> torch.Tensor:

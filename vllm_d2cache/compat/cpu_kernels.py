@@ -9,31 +9,13 @@ on a small array costs a fraction of a torch operator: the twins work on NumPy v
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from vllm_d2cache.compat.raw_memory import Array, flat, int32_at, view
+
 Twin = Callable[..., None]
-
-
-class _RawMemory:
-    """Lets NumPy view `shape` elements of type `typestr` at an address (the kernels' pointer arguments)."""
-
-    def __init__(self, address: int, shape: tuple[int, ...], typestr: str) -> None:
-        data = (address, False)
-        self.__array_interface__ = {"data": data, "shape": shape, "typestr": typestr, "version": 3}
-
-
-def _int32_at(address: int, *shape: int) -> Array:
-    """A writable view, not a copy; the caller vouches for the memory as the Triton kernel's caller does."""
-    return np.asarray(_RawMemory(address, shape, "<i4"))
-
-
-def _flat(tensor: torch.Tensor) -> Array:
-    """The elements in memory order; raises for a tensor of which that is no view (writes would be lost)."""
-    return tensor.numpy() if tensor.ndim == 1 else tensor.view(-1).numpy()
 
 
 def _ragged(starts: Array, lengths: Array, total: int) -> Array:
@@ -58,24 +40,24 @@ def apply_write(
     MULTI_GROUP: bool,
 ) -> None:
     """Write each staged run of elements at its (row, start) of the output, or of its group's output."""
-    rows = write_indices_ptr.numpy().astype(np.int64)
-    starts, ends, contents = write_starts_ptr.numpy(), write_cu_lens_ptr.numpy(), write_contents_ptr.numpy()
+    rows = view(write_indices_ptr).astype(np.int64)
+    starts, ends, contents = view(write_starts_ptr), view(write_cu_lens_ptr), view(write_contents_ptr)
     if len(rows) == 0:
         return
     if not MULTI_GROUP:
         lengths = np.diff(ends, prepend=0)
         total = int(ends[-1])
-        _flat(output_ptr)[_ragged(rows * output_stride + starts, lengths, total)] = contents[:total]
+        flat(output_ptr)[_ragged(rows * output_stride + starts, lengths, total)] = contents[:total]
         return
     assert write_group_ids_ptr is not None and isinstance(output_stride, torch.Tensor)
-    addresses, strides = output_ptr.tolist(), output_stride.tolist()
+    addresses, strides = view(output_ptr).tolist(), view(output_stride).tolist()
     begin = 0
     for group, row, start, end in zip(
-        write_group_ids_ptr.tolist(), rows.tolist(), starts.tolist(), ends.tolist(), strict=True
+        view(write_group_ids_ptr).tolist(), rows.tolist(), starts.tolist(), ends.tolist(), strict=True
     ):
         # One write per request and group that got new blocks: a handful, on few steps.
         offset = row * strides[group] + start
-        _int32_at(addresses[group] + 4 * offset, end - begin)[:] = contents[begin:end]
+        int32_at(addresses[group] + 4 * offset, end - begin)[:] = contents[begin:end]
         begin = end
 
 
@@ -101,23 +83,23 @@ def gather_block_tables(
     """
     if num_reqs == 0:
         return
-    rows = batch_idx_to_req_idx.numpy()[:num_reqs]
+    rows = view(batch_idx_to_req_idx)[:num_reqs]
     top = int(rows.max()) + 1
-    counts = num_blocks_ptr.numpy()
-    sources, targets = src_block_table_ptrs.tolist(), dst_block_table_ptrs.tolist()
-    for group, stride in enumerate(block_table_strides.tolist()):
+    counts = view(num_blocks_ptr)
+    sources, targets = view(src_block_table_ptrs).tolist(), view(dst_block_table_ptrs).tolist()
+    for group, stride in enumerate(view(block_table_strides).tolist()):
         used = counts[group, rows]
         width = int(used.max())
         columns = np.arange(width)
-        blocks = _int32_at(sources[group], top, stride)[rows, :width]
+        blocks = int32_at(sources[group], top, stride)[rows, :width]
         if MASK_SLIDING_WINDOW:
             assert num_computed_tokens_ptr is not None
             assert sliding_window_reach_ptr is not None and block_sizes_ptr is not None
             reach = int(sliding_window_reach_ptr[group])
             if reach > 0:
-                below = np.maximum(num_computed_tokens_ptr.numpy()[rows] - reach, 0)
+                below = np.maximum(view(num_computed_tokens_ptr)[rows] - reach, 0)
                 blocks[columns < (below // int(block_sizes_ptr[group]))[:, None]] = 0
-        target = _int32_at(targets[group], num_reqs, stride)[:, :width]
+        target = int32_at(targets[group], num_reqs, stride)[:, :width]
         np.copyto(target, blocks, where=columns < used[:, None])
 
 
@@ -138,15 +120,15 @@ def compute_slot_mappings(
     """Slot (block * block size + offset) of every token's position; PAD_ID for the rest of the buffer."""
     if CP_SIZE != 1:
         raise NotImplementedError("context parallelism is not supported on CPU")
-    rows = idx_mapping.numpy()
+    rows = view(idx_mapping)
     num_reqs = len(rows)
-    bounds = query_start_loc.numpy()[: num_reqs + 1]
+    bounds = view(query_start_loc)[: num_reqs + 1]
     begin, end = int(bounds[0]), int(bounds[-1])
-    positions = pos.numpy()[begin:end]
-    sizes = (block_sizes if kernel_block_sizes is None else kernel_block_sizes).tolist()
-    addresses, strides = block_table_ptrs.tolist(), block_table_strides.tolist()
-    enabled = slot_mapping_enabled.tolist()
-    mappings = slot_mappings_ptr.numpy()
+    positions = view(pos)[begin:end]
+    sizes = view(block_sizes if kernel_block_sizes is None else kernel_block_sizes).tolist()
+    addresses, strides = view(block_table_ptrs).tolist(), view(block_table_strides).tolist()
+    enabled = view(slot_mapping_enabled).tolist()
+    mappings = view(slot_mappings_ptr)
     lengths = bounds[1:] - bounds[:-1]
     top = int(rows.max()) + 1 if num_reqs else 0
     all_real = bool(num_reqs == 0 or rows.min() >= 0)
@@ -160,7 +142,7 @@ def compute_slot_mappings(
         # A row of -1 is a dummy request that owns no blocks; it reads row 0 here and is overwritten below.
         rows_read = token_rows if all_real else np.maximum(token_rows, 0)
         columns = positions // size
-        blocks = _int32_at(addresses[group], top * strides[group]).take(rows_read * strides[group] + columns)
+        blocks = int32_at(addresses[group], top * strides[group]).take(rows_read * strides[group] + columns)
         slots[begin:end] = positions + (blocks - columns) * size
         if not all_real:
             slots[begin:end][token_rows < 0] = PAD_ID
@@ -180,13 +162,13 @@ def prepare_prefill_inputs(
     num_computed_tokens_ptr: torch.Tensor,
 ) -> None:
     """Copy each prefilling request's next tokens into the batch, and those after them into the look-ahead."""
-    rows = idx_mapping_ptr.numpy()
-    prefill, computed = prefill_lens_ptr.numpy()[rows], num_computed_tokens_ptr.numpy()[rows]
+    rows = view(idx_mapping_ptr)
+    prefill, computed = view(prefill_lens_ptr)[rows], view(num_computed_tokens_ptr)[rows]
     chosen = np.flatnonzero(computed < prefill)
     if len(chosen) == 0:
         return
-    bounds = query_start_loc_ptr.numpy()
-    ids, tokens, ahead = input_ids_ptr.numpy(), all_token_ids_ptr.numpy(), next_prefill_tokens_ptr.numpy()
+    bounds = view(query_start_loc_ptr)
+    ids, tokens, ahead = view(input_ids_ptr), view(all_token_ids_ptr), view(next_prefill_tokens_ptr)
     for i in chosen.tolist():  # one plain copy per request beats index arrays as long as its prompt
         row, done, limit = int(rows[i]), int(computed[i]), int(prefill[i])
         start, end = int(bounds[i]), int(bounds[i + 1])
@@ -206,18 +188,18 @@ def prepare_pos_seq_lens(
     max_num_reqs: int,
 ) -> None:
     """Contiguous positions from the number of computed tokens on, and the sequence lengths after the step."""
-    rows = idx_mapping_ptr.numpy()
+    rows = view(idx_mapping_ptr)
     num_reqs = len(rows)
-    seq_lens = seq_lens_ptr.numpy()
+    seq_lens = view(seq_lens_ptr)
     seq_lens[num_reqs:max_num_reqs] = 0
     if num_reqs == 0:
         return
-    bounds = query_start_loc_ptr.numpy()[: num_reqs + 1]
-    computed = num_computed_tokens_ptr.numpy()[rows]
+    bounds = view(query_start_loc_ptr)[: num_reqs + 1]
+    computed = view(num_computed_tokens_ptr)[rows]
     lengths = bounds[1:] - bounds[:-1]
     np.add(computed, lengths, out=seq_lens[:num_reqs])
     begin, end = int(bounds[0]), int(bounds[-1])
-    pos_ptr.numpy()[begin:end] = _ragged(computed, lengths, end - begin)
+    view(pos_ptr)[begin:end] = _ragged(computed, lengths, end - begin)
 
 
 def combine_sampled_and_draft_tokens(
@@ -233,28 +215,28 @@ def combine_sampled_and_draft_tokens(
     NUM_NEW_SAMPLED_TOKENS: int = 1,
 ) -> None:
     """Rows of the batch to compute logits for, and the sampled and draft tokens among this step's inputs."""
-    rows = idx_mapping_ptr.numpy()
+    rows = view(idx_mapping_ptr)
     num_reqs = len(rows)
     if num_reqs == 0:
         return
-    query_ends = query_start_loc_ptr.numpy()[1 : num_reqs + 1]
-    bounds = cu_num_logits_ptr.numpy()[: num_reqs + 1]
+    query_ends = view(query_start_loc_ptr)[1 : num_reqs + 1]
+    bounds = view(cu_num_logits_ptr)[: num_reqs + 1]
     num_logits = bounds[1:] - bounds[:-1]
     begin, end = int(bounds[0]), int(bounds[-1])
     first_logits = query_ends - num_logits
     if end > begin:
-        logits_indices_ptr.numpy()[begin:end] = _ragged(first_logits, num_logits, end - begin)
+        view(logits_indices_ptr)[begin:end] = _ragged(first_logits, num_logits, end - begin)
 
-    seq_lens = seq_lens_ptr.numpy()[:num_reqs]
-    prefill = prefill_len_ptr.numpy()[rows]
+    seq_lens = view(seq_lens_ptr)[:num_reqs]
+    prefill = view(prefill_len_ptr)[rows]
     decoding = seq_lens > prefill
     if not decoding.any():
         return
-    ids = input_ids_ptr.numpy()
+    ids = view(input_ids_ptr)
     if NUM_NEW_SAMPLED_TOKENS > 0:
         # Slots of the prompt's tail stay; only those of generated tokens are rewritten.
         chosen = decoding & (seq_lens - num_logits >= prefill)
-        ids[first_logits[chosen]] = _flat(last_sampled_tokens_ptr)[rows[chosen]]
+        ids[first_logits[chosen]] = flat(last_sampled_tokens_ptr)[rows[chosen]]
     num_drafts = num_logits - NUM_NEW_SAMPLED_TOKENS
     chosen = decoding & (num_drafts > 0)
     if chosen.any():
@@ -262,7 +244,7 @@ def combine_sampled_and_draft_tokens(
         total = int(counts.sum())
         targets = _ragged(query_ends[chosen] - counts, counts, total)
         columns = _ragged(np.zeros_like(counts), counts, total)
-        ids[targets] = draft_tokens_ptr.numpy()[np.repeat(rows[chosen], counts), columns]
+        ids[targets] = view(draft_tokens_ptr)[np.repeat(rows[chosen], counts), columns]
 
 
 def get_num_sampled_and_rejected(
@@ -274,13 +256,13 @@ def get_num_sampled_and_rejected(
     prefill_len_ptr: torch.Tensor,
 ) -> None:
     """A request still in its prefill samples and rejects nothing; else what was not sampled was rejected."""
-    rows = idx_mapping_ptr.numpy()
+    rows = view(idx_mapping_ptr)
     num_reqs = len(rows)
-    finished = seq_lens_ptr.numpy()[:num_reqs] >= prefill_len_ptr.numpy()[rows]
-    sampled = num_sampled_ptr.numpy()[:num_reqs]
+    finished = view(seq_lens_ptr)[:num_reqs] >= view(prefill_len_ptr)[rows]
+    sampled = view(num_sampled_ptr)[:num_reqs]
     sampled *= finished
-    bounds = cu_num_logits_ptr.numpy()[: num_reqs + 1]
-    num_rejected_ptr.numpy()[:num_reqs] = (bounds[1:] - bounds[:-1] - sampled) * finished
+    bounds = view(cu_num_logits_ptr)[: num_reqs + 1]
+    view(num_rejected_ptr)[:num_reqs] = (bounds[1:] - bounds[:-1] - sampled) * finished
 
 
 def post_update(
@@ -302,47 +284,47 @@ def post_update(
 
     Where the Triton kernel would write past a request's row of token ids, this raises IndexError.
     """
-    all_rows = idx_mapping_ptr.numpy()
+    all_rows = view(idx_mapping_ptr)
     batch = np.flatnonzero(all_rows >= 0)  # a negative row is skipped
     if len(batch) == 0:
         return
     rows = all_rows[batch]
     if draft_tokens_ptr is not None:
         assert draft_tokens_out_ptr is not None
-        drafts = draft_tokens_ptr.numpy()[batch, :num_draft_tokens]
-        draft_tokens_out_ptr.numpy()[rows, :num_draft_tokens] = drafts
+        drafts = view(draft_tokens_ptr)[batch, :num_draft_tokens]
+        view(draft_tokens_out_ptr)[rows, :num_draft_tokens] = drafts
 
-    delta = -num_rejected_ptr.numpy()[batch]
+    delta = -view(num_rejected_ptr)[batch]
     if query_start_loc_ptr is not None:
-        bounds = query_start_loc_ptr.numpy()
+        bounds = view(query_start_loc_ptr)
         delta += bounds[batch + 1] - bounds[batch]
-    num_computed_tokens_ptr.numpy()[rows] += delta
+    view(num_computed_tokens_ptr)[rows] += delta
 
-    counts = num_sampled_ptr.numpy()[batch]
+    counts = view(num_sampled_ptr)[batch]
     if not counts.any():
         return
     emitting = counts > 0
     batch, rows, counts = batch[emitting], rows[emitting], counts[emitting]
-    tokens, total_len = sampled_tokens_ptr.numpy(), total_len_ptr.numpy()
-    _flat(last_sampled_tokens_ptr)[rows] = tokens[batch, counts - 1]
+    tokens, total_len = view(sampled_tokens_ptr), view(total_len_ptr)
+    flat(last_sampled_tokens_ptr)[rows] = tokens[batch, counts - 1]
     lengths, total = total_len[rows], int(counts.sum())
     columns = _ragged(np.zeros_like(counts), counts, total)
     emitted = tokens[np.repeat(batch, counts), columns]
     token_rows = np.repeat(rows, counts)
-    all_token_ids_ptr.numpy()[token_rows, np.repeat(lengths, counts) + columns] = emitted
+    view(all_token_ids_ptr)[token_rows, np.repeat(lengths, counts) + columns] = emitted
     total_len[rows] = lengths + counts
     if output_bin_counts_ptr is not None:
         # Not +=, which would count a repeated token once.
-        np.add.at(output_bin_counts_ptr.numpy(), (token_rows, emitted), 1)
+        np.add.at(view(output_bin_counts_ptr), (token_rows, emitted), 1)
 
 
 def post_update_num_computed_tokens(
     idx_mapping_ptr: torch.Tensor, num_computed_tokens_ptr: torch.Tensor, query_start_loc_ptr: torch.Tensor
 ) -> None:
     """Advance the numbers of computed tokens by the query lengths."""
-    rows = idx_mapping_ptr.numpy()
-    bounds = query_start_loc_ptr.numpy()[: len(rows) + 1]
-    num_computed_tokens_ptr.numpy()[rows] += bounds[1:] - bounds[:-1]
+    rows = view(idx_mapping_ptr)
+    bounds = view(query_start_loc_ptr)[: len(rows) + 1]
+    view(num_computed_tokens_ptr)[rows] += bounds[1:] - bounds[:-1]
 
 
 def expand_idx_mapping(
@@ -352,14 +334,14 @@ def expand_idx_mapping(
     cu_num_logits_ptr: torch.Tensor,
 ) -> None:
     """Request row of every logit, and its index within the request."""
-    rows = idx_mapping_ptr.numpy()
-    bounds = cu_num_logits_ptr.numpy()[: len(rows) + 1]
+    rows = view(idx_mapping_ptr)
+    bounds = view(cu_num_logits_ptr)[: len(rows) + 1]
     begin, end = int(bounds[0]), int(bounds[-1])
     if end == begin:
         return
     counts = bounds[1:] - bounds[:-1]
-    expanded_idx_mapping_ptr.numpy()[begin:end] = np.repeat(rows, counts)
-    expanded_local_pos_ptr.numpy()[begin:end] = _ragged(np.zeros_like(counts), counts, end - begin)
+    view(expanded_idx_mapping_ptr)[begin:end] = np.repeat(rows, counts)
+    view(expanded_local_pos_ptr)[begin:end] = _ragged(np.zeros_like(counts), counts, end - begin)
 
 
 # --- by kernel -------------------------------------------------------------------------------------------

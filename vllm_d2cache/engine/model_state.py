@@ -180,12 +180,9 @@ class D2CacheModelState(ModelState):
         if self.steps.worker.traits.block_length is not None:
             reaches = (input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens).tolist()
         self.step = self.steps.open(input_batch.idx_mapping, slots, reaches=reaches)
-        positions, input_ids = self.step.packed()
-        count = positions.shape[0]
+        count = self.step.num_rows
         if count > input_batch.num_tokens:
             raise RuntimeError(f"the refresh sets have {count} rows, more than the {input_batch.num_tokens} reserved")
-        input_batch.positions[:count] = positions
-        input_batch.input_ids[:count] = input_ids
         rows = self.step.rows
         set_logits_rows(input_batch, input_batch.idx_mapping[:0] if rows is None else rows.logits_rows)
 
@@ -227,8 +224,8 @@ class D2CacheModelState(ModelState):
                 settle_request_state(req_states, slot, request.prompt_len + self._unsettled.pop(slot), computed)
         if self._adapters is not None:
             self._place_adapters(self._adapters, self.step)
-        count = self.step.num_rows
-        return {"input_ids": input_batch.input_ids[:count], "positions": input_batch.positions[:count]}
+        positions, input_ids = self.step.packed()
+        return {"input_ids": input_ids, "positions": positions}
 
     def _place_adapters(self, adapters: dict[int, int], step: Step) -> None:
         """Which row is whose, in the order in which the rows are packed."""

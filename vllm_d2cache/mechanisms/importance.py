@@ -26,6 +26,9 @@ _MAP_SHARE = 4
 _SMALL_MAP = 1 << 14
 # A larger one is not kept, as it grows with T x T: what a quarter of 4,096 positions has, the longest text of a graph.
 _LARGE_MAP = 1 << 22
+# Where PyTorch works out the rollout, maps of at most so many elements go into one product with those of mates: alone
+# they take longer to ask for than to compute. Their rows are padded, to less than twice the memory (docs/log.md).
+_MOST_GROUPED = 1 << 16
 
 
 class MapPool:
@@ -69,7 +72,8 @@ class ImportanceCapture(Hook):
         layout = self.layout
         kept = [w and keeps_map(b, t) for w, b, t in zip(self.wanted, self._bounds, layout.lengths, strict=True)]
         shapes = zip(layout.counts, layout.lengths, kept, strict=True)
-        return MapPlan.pack([(n, t) if keep else None for n, t, keep in shapes], layout.numbers)
+        most = _MOST_GROUPED if chosen(layout.slots.device) == "torch" else 0
+        return MapPlan.pack([(n, t) if keep else None for n, t, keep in shapes], layout.numbers, most)
 
     @property
     def _bounds(self) -> list[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -31,31 +33,54 @@ def certainty_density(
     Returns:
         [R, G] float32, 0 past a row's canvas.
     """
-    rows, width = known.shape
-    known = ~known if masks else known
-    reach = math.ceil(min(REACH_IN_SIGMAS * float(sigma.max()), 2 * width))
-    length = canvas_len.unsqueeze(1)
-    slot = torch.arange(-reach, width + reach, device=known.device).unsqueeze(0)
-    inside = known.gather(1, slot.clamp(0, width - 1).expand(rows, -1))
-    last = known.gather(1, (length - 1).clamp(min=0))
-    extended = torch.where(slot < 0, slot >= -length, torch.where(slot < length, inside, last & (slot < 2 * length)))
+    (rows, width), device = known.shape, known.device
+    # They change with the requests of a batch alone, and are worked out when these do.
+    terms = _terms(tuple(canvas_len.tolist()), tuple(sigma.tolist()), width, device)
+    inside = known.gather(1, terms.source)
+    # A mask is unknown: of two flags the one is greater where it alone is True.
+    seen = terms.seen > inside if masks else terms.seen & inside
+    windows = (seen | terms.known).double().unfold(1, terms.weights.shape[1], 1)  # a view
+    step = max(1, _TILE_ELEMENTS // max(1, width * terms.weights.shape[1]))
+    slots = max(1, _TILE_ELEMENTS // terms.weights.shape[1])  # the product copies its windows
+    if rows <= step and width <= slots:
+        sums = torch.bmm(windows, terms.weights)
+    else:
+        tiles = [
+            torch.cat([torch.bmm(x, terms.weights[i : i + step]) for x in windows[i : i + step].split(slots, 1)], 1)
+            for i in range(0, rows, step)
+        ]
+        sums = torch.cat(tiles)
+    return torch.where(terms.applies, (sums.squeeze(2) / terms.norm).float(), terms.otherwise)
 
-    distance = torch.arange(-reach, reach + 1, device=known.device, dtype=torch.float64)
-    safe_sigma = sigma.double().clamp(min=1e-6).unsqueeze(1)
-    kernel = torch.exp(-0.5 * (distance / safe_sigma) ** 2)  # [R, 2 * reach + 1]
+
+class _Terms(NamedTuple):
+    """What a density is made of beside the text; E columns of the extended canvas, W weights."""
+
+    source: torch.Tensor  # [R, E] int64, slot whose flag counts
+    seen: torch.Tensor  # [R, E] bool, whether it does
+    known: torch.Tensor  # [R, E] bool, known whatever the text is
+    weights: torch.Tensor  # [R, W, 1] float64
+    norm: torch.Tensor  # [R, 1] float64
+    applies: torch.Tensor  # [R, G] bool, where there is a density;
+    otherwise: torch.Tensor  # [R, G] float32: elsewhere
+
+
+@lru_cache(maxsize=8)
+def _terms(canvas_len: tuple[int, ...], sigma: tuple[float, ...], width: int, device: torch.device) -> _Terms:
+    reach = math.ceil(min(REACH_IN_SIGMAS * max(sigma), 2 * width))
+    length = torch.tensor(canvas_len, device=device).unsqueeze(1)
+    wide = torch.tensor(sigma, device=device).unsqueeze(1)
+    slot = torch.arange(-reach, width + reach, device=device).unsqueeze(0)
+    source = slot.clamp(min=0).minimum((length - 1).clamp(min=0))
+    distance = torch.arange(-reach, reach + 1, device=device, dtype=torch.float64)
+    safe = wide.double().clamp(min=1e-6)
+    weights = torch.exp(-0.5 * (distance / safe) ** 2)
     # A wider row of the batch must not lend its reach to the others.
-    kernel *= distance.abs() <= REACH_IN_SIGMAS * safe_sigma
-    norm = _normaliser(length, safe_sigma)
-    windows = extended.double().unfold(1, 2 * reach + 1, 1)  # [R, G, 2 * reach + 1], a view
-    step = max(1, _TILE_ELEMENTS // max(1, width * (2 * reach + 1)))
-    slots = max(1, _TILE_ELEMENTS // (2 * reach + 1))  # the product copies its windows
-    tiles = [
-        torch.cat([torch.bmm(x, kernel[i : i + step].unsqueeze(2)) for x in windows[i : i + step].split(slots, 1)], 1)
-        for i in range(0, rows, step)
-    ]
-    density = (torch.cat(tiles).squeeze(2) / norm).float()
-    density = torch.where(sigma.unsqueeze(1) > 0, density, 1.0)
-    return density * (torch.arange(width, device=known.device) < length)
+    weights *= distance.abs() <= REACH_IN_SIGMAS * safe
+    seen, known = (slot >= 0) & (slot < 2 * length), (slot < 0) & (slot >= -length)
+    in_canvas = slot[:, reach : reach + width] < length
+    norm = _normaliser(length, safe)
+    return _Terms(source, seen, known, weights.unsqueeze(2), norm, in_canvas & (wide > 0), in_canvas.float())
 
 
 def _normaliser(length: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

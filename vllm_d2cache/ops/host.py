@@ -20,6 +20,8 @@ _NUMPY: dict[torch.dtype, Any] = {
 
 def upload(values: Sequence[int] | Sequence[bool], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The numbers as a one-dimensional tensor; on CUDA through pinned memory, or the copy would block."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.array(values, dtype=_NUMPY[dtype]))
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
@@ -32,6 +34,8 @@ def upload_lists(lists: Sequence[Sequence[int]], dtype: torch.dtype, device: tor
 
 def upload_arrays(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Each array as a tensor of its own type and shape; all of them go there in one copy."""
+    if device.type == "cpu":
+        return [torch.from_numpy(np.array(array)) for array in arrays]
     # Every part begins at a multiple of 16 bytes: a part of wider numbers could not begin anywhere.
     ends = list(accumulate(-(-array.nbytes // 16) * 16 for array in arrays))
     memory, starts = np.zeros(ends[-1] if ends else 0, dtype=np.uint8), [0, *ends]

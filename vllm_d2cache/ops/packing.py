@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_d2cache.ops.columns import columns
 from vllm_d2cache.ops.dispatch import dispatched
 
 
@@ -30,12 +31,12 @@ def pack_columns(marked: torch.Tensor, starts: torch.Tensor, places: torch.Tenso
         starts: [R] int64, first place of each line.
         places: [R] int64, how many it has; they sum to ``size``.
     """
-    within = marked.cumsum(1) - 1
-    place = starts.unsqueeze(1) + within
-    fits = marked & (within < places.unsqueeze(1))
+    first, device = starts.unsqueeze(1), marked.device
+    place = marked.cumsum(1).add_(first - 1)
+    fits = marked & (place < first + places.unsqueeze(1))
     # Whatever has no place lands in one that is cut off.
     target = torch.where(fits, place, size)
-    column = torch.arange(marked.shape[1], device=marked.device).expand_as(marked)
-    packed = torch.full((size + 1,), -1, device=marked.device).scatter_(0, target.flatten(), column.flatten())
-    line = torch.arange(marked.shape[0], device=marked.device).repeat_interleave(places, output_size=size)
+    column = columns(marked.shape[1], device).expand_as(marked)
+    packed = torch.full((size + 1,), -1, device=device).scatter_(0, target.flatten(), column.flatten())
+    line = columns(marked.shape[0], device)[0].repeat_interleave(places, output_size=size)
     return Packed(line, packed[:size], place)

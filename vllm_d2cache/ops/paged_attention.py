@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_d2cache.ops.attention_maps import AttentionMaps as AttentionMaps
+from vllm_d2cache.ops.attention_maps import MapGroup as MapGroup
+from vllm_d2cache.ops.attention_maps import MapPlan as MapPlan
 from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.host import Numbers
 
@@ -132,63 +135,6 @@ class VisibleKeys(NamedTuple):
     positions: torch.Tensor  # flat int32, request by request
     starts: torch.Tensor  # [R] int64, first of each request in ``positions``; -1 = all positions
     counts: torch.Tensor  # [R] int32, keys of each request
-
-
-@dataclass(frozen=True)
-class MapPlan:
-    """Which requests leave their attention map, and where in a layer's memory; the same for all layers of a step."""
-
-    shapes: list[tuple[int, int] | None]  # [rows, T] of each request; None = leaves none
-    starts: list[int]  # first element of each map, -1 where there is none
-    elements: int
-    numbers: Numbers = field(default_factory=Numbers, repr=False, compare=False)  # see PagedLayout
-
-    @classmethod
-    def pack(cls, shapes: list[tuple[int, int] | None], numbers: Numbers | None = None) -> MapPlan:
-        """The maps of those shapes side by side.
-
-        Args:
-            numbers: of the step; None = its own.
-        """
-        starts, offset = [], 0
-        for shape in shapes:
-            starts.append(offset if shape else -1)
-            offset += shape[0] * shape[1] if shape else 0
-        numbers = Numbers() if numbers is None else numbers
-        if offset:
-            numbers.expect(starts, torch.int64)
-        return cls(shapes, starts, offset, numbers)
-
-    def read_on_device(self, starts: torch.Tensor) -> None:
-        """Have kernels read ``starts`` [R] int64, which may change; those of the host are then no more than room."""
-        self.__dict__["_starts"] = starts
-
-    def starts_on(self, device: torch.device) -> torch.Tensor:
-        """[R] int64: ``starts`` on the device."""
-        if "_starts" not in self.__dict__:
-            self.__dict__["_starts"] = self.numbers.on(device, self.starts, torch.int64)
-        return self.__dict__["_starts"]
-
-
-@dataclass(frozen=True)
-class AttentionMaps:
-    """Where one layer leaves its maps; indexed by request: float32 [rows, T], or None.
-
-    Attributes:
-        memory: flat float32, at least ``plan.elements`` long.
-        lse: [N, heads] float32; kernels leave log2 sum_j 2^(s_ij log2 e) of the scaled logits here. None = not kept.
-    """
-
-    plan: MapPlan
-    memory: torch.Tensor
-    lse: torch.Tensor | None = None
-
-    def __getitem__(self, r: int) -> torch.Tensor | None:
-        shape, start = self.plan.shapes[r], self.plan.starts[r]
-        return None if shape is None else self.memory[start : start + shape[0] * shape[1]].view(shape)
-
-    def __len__(self) -> int:
-        return len(self.plan.shapes)
 
 
 @dispatched(f"{_TRITON}.pages")

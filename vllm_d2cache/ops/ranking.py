@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_d2cache.ops.columns import columns
 from vllm_d2cache.ops.dispatch import dispatched
 
 
@@ -13,16 +14,18 @@ def rank_candidates(score: torch.Tensor, candidates: torch.Tensor) -> tuple[torc
     Returns:
         Scores in that order [R, G], -inf behind the candidates; their slots [R, G]; which of both are candidates.
     """
-    ordered, index = score.masked_fill(~candidates, -torch.inf).sort(dim=1, descending=True, stable=True)
-    rank = torch.arange(score.shape[1], device=score.device).unsqueeze(0)
-    return ordered, index, rank < candidates.sum(1, keepdim=True)
+    ordered, index = _ranked(score, candidates)
+    return ordered, index, columns(score.shape[1], score.device) < candidates.sum(1, keepdim=True)
+
+
+def _ranked(score: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.where(candidates, score, -torch.inf).sort(dim=1, descending=True, stable=True)
 
 
 def take_best(index: torch.Tensor, candidates: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """[R, G] bool: the first ``count`` [R] slots of the ranking ``index``, of the candidates at most all."""
-    rank = torch.arange(index.shape[1], device=index.device).unsqueeze(0)
-    count = torch.minimum(count, candidates.sum(1))
-    return torch.zeros_like(candidates).scatter_(1, index, rank < count.unsqueeze(1))
+    first = columns(index.shape[1], index.device) < count.unsqueeze(1)
+    return torch.zeros_like(candidates).scatter_(1, index, first).logical_and_(candidates)
 
 
 @dispatched("vllm_d2cache.ops.triton.ranking")
@@ -47,6 +50,8 @@ def choose_commits(
     Returns:
         [R, G] bool, a subset of ``candidates``; not empty where there are candidates.
     """
+    if threshold is None and factor is None:
+        return take_best(_ranked(score, candidates)[1], candidates, least)
     ordered, index, valid = rank_candidates(score, candidates)
     return take_best(index, candidates, allowed_count(ordered, valid, least, threshold, factor))
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_d2cache.ops.canvas_columns import to_positions, to_slots
+from vllm_d2cache.ops.columns import columns
 from vllm_d2cache.ops.dispatch import dispatched
 
 _TRITON = "vllm_d2cache.ops.triton.refresh_choice"
@@ -50,24 +51,25 @@ def select_masked(
         integers: [10, R] int64 (ops.texts.Texts).
         masked, live: [R, G] bool, after the step's commits.
     """
-    width, canvas_len, length = masked.shape[1], integers[1].unsqueeze(1), integers[5].unsqueeze(1)
-    slot = torch.arange(width, device=slots.device).unsqueeze(0)
-    in_canvas, start = slot < canvas_len, outcome.window_start.unsqueeze(1)
-    update = outcome.predicted & (outcome.first | (latest[slots] == 1)).unsqueeze(1)
-    kept = memory[slots, :width].masked_fill(outcome.first.unsqueeze(1), 0.0)
-    memory[slots, :width] = kept = torch.where(update, outcome.score, kept)
-    score = (kept * density).masked_fill(~in_canvas, 0.0)
+    width, slot = masked.shape[1], columns(masked.shape[1], slots.device)
+    _, canvas_len, _, _, _, length, *_ = integers.unsqueeze(2).unbind()
+    start, first = outcome.window_start.unsqueeze(1), outcome.first.unsqueeze(1)
+    update = outcome.predicted & (first | (latest[slots].unsqueeze(1) == 1))
+    kept = memory[slots, :width].masked_fill(first, 0.0)
+    kept = torch.where(update, outcome.score, kept)
+    memory[:, :width].index_copy_(0, slots, kept)
+    score = torch.where(slot < canvas_len, kept * density, 0.0)
     # A bonus of the best score puts the current window's slots before all others.
-    in_window = (slot >= start) & (slot < start + length)
+    behind_start = slot >= start
+    in_window = behind_start & (slot < start + length)
     score = score + in_window * score.amax(1, keepdim=True)
 
     remaining = masked & live
     k = current_k[slots].unsqueeze(1)
     # The search window ends with the window that holds the k-th remaining slot.
     kth = (remaining.cumsum(1) < k).sum(1, keepdim=True).clamp(max=width - 1)
-    end = (kth // length + 1) * length - 1
-    eligible = remaining & (slot >= start) & (slot <= end)
-    index = score.masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    eligible = remaining & behind_start & (slot < (kth // length + 1) * length)
+    index = torch.where(eligible, score, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return torch.zeros_like(eligible).scatter_(1, index, (slot < k).expand_as(index)) & eligible
 
 
@@ -95,8 +97,8 @@ def select_context(
         integers: [10, R] int64 (ops.texts.Texts).
         shift: a slot is read from the position that many in front of it.
     """
-    prompt_len, canvas_len = (x.unsqueeze(1) for x in integers[:2])
-    position = torch.arange(importance.shape[1], device=importance.device).unsqueeze(0)
+    prompt_len, canvas_len = integers[:2].unsqueeze(2).unbind()
+    position = columns(importance.shape[1], importance.device)
     # The last prompt position, which a shifted family may have in stage 1, is a candidate of stage 2 all the same.
     candidates = (position < prompt_len + canvas_len) & ~(certain & (position >= prompt_len))
     share = _rollout_share(importance, candidates)
@@ -131,12 +133,18 @@ def choose_refresh(
         rollout_p: [S] float64; ``inflate_w``, ``latest``: [S] int64.
         shift: a slot is read from the position that many in front of it.
     """
-    (prompt_len, canvas_len), total = integers[:2], importance.shape[1]
-    certain = to_positions(selected, prompt_len - shift, canvas_len, total)
-    certain = certain | to_positions(committed, prompt_len, canvas_len, total)
+    (prompt_len, canvas_len), total = integers[:2].unbind(), importance.shape[1]
+    if shift:
+        first = prompt_len - shift
+        certain = to_positions(selected, first, canvas_len, total)
+        certain = certain | to_positions(committed, prompt_len, canvas_len, total)
+    else:
+        first = prompt_len
+        certain = to_positions(selected | committed, first, canvas_len, total)
     chosen, _ = select_context(importance, certain, selected, integers, rollout_p[slots].float(), shift)
-    refresh = inflate(chosen, inflate_w[slots])
-    computed = to_slots(refresh, prompt_len - shift, canvas_len, masked.shape[1])
+    width = inflate_w[slots]
+    refresh = inflate(chosen, width) if int(width.max()) > 1 else chosen  # neighbours have no gap
+    computed = to_slots(refresh, first, canvas_len, masked.shape[1])
     return refresh, computed & masked & (latest[slots] == 1).unsqueeze(1)
 
 
@@ -144,7 +152,7 @@ def _rollout_share(importance: torch.Tensor, candidates: torch.Tensor) -> torch.
     """[R, T] float32: importance as a share of the candidates' total, 0 elsewhere (section 3.5, point 2)."""
     mass = torch.where(candidates, importance, 0.0)
     # A running sum adds in position order, so that padding does not change the rounding.
-    total = mass.double().cumsum(1)[:, -1:]
+    total = mass.cumsum(1, dtype=torch.float64)[:, -1:]
     return mass / (total.float() + 1e-9)
 
 
@@ -152,16 +160,15 @@ def _head_of_mass(share: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """[R, T] bool: the longest head of the descending list with mass at most p, and at least one position."""
     ordered, index = share.sort(dim=1, descending=True, stable=True)
     # Added in fp64 and then rounded: the sum must not depend on the order, and twelve times 1/48 is 1/4.
-    head = ordered.double().cumsum(1).float() <= p.unsqueeze(1)
-    head |= (p >= 1).unsqueeze(1)
-    head[:, 0] = True
+    head = ordered.cumsum(1, dtype=torch.float64).float() <= p.masked_fill(p >= 1, torch.inf).unsqueeze(1)
+    head[:, 0].fill_(True)
     head &= ordered > 0
     return torch.zeros_like(head).scatter_(1, index, head)
 
 
 def inflate(chosen: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
     """[R, T] bool with gaps of at most ``width`` [R] between consecutive members filled (section 3.5, point 4)."""
-    position = torch.arange(chosen.shape[1], device=chosen.device).unsqueeze(0)
+    position = columns(chosen.shape[1], chosen.device)
     far = 1 << 30
     before = torch.where(chosen, position, -far).cummax(1).values
     after = torch.where(chosen, position, far).flip(1).cummin(1).values.flip(1)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
 
 from vllm_d2cache.ops.dispatch import dispatched
-from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout, attention_map_product, read_kv
+from vllm_d2cache.ops.host import upload_arrays
+from vllm_d2cache.ops.paged_attention import AttentionMaps, MapGroup, PagedLayout, attention_map_product, read_kv
 
 # Receives u [n] and adds sum_i u_i * Abar[i, :] to v [T] in place; one for each layer, last layer first.
 PushBack = Callable[[torch.Tensor, torch.Tensor], None]
@@ -60,17 +63,61 @@ def batched_rollout(
         [R, num_positions] float32; 0 in rows of other requests and past a request's own positions.
     """
     out = torch.zeros(len(wanted), num_positions, device=positions.device)
+    groups = layers[0].maps.plan.groups if layers else []
+    for group in groups:
+        lines = _rollout_of_group(positions, layers, layout, group, tensor_parallel)[:, :num_positions]
+        out[group.requests, : lines.shape[1]] = lines
+    grouped = {r for group in groups for r in group.requests}
     offset = 0
     for r, count in enumerate(layout.counts):
         rows = slice(offset, offset + count)
         offset += count
-        if wanted[r]:
+        if wanted[r] and r not in grouped:
             steps = (_layer_product(layer, layout, r, rows, tensor_parallel) for layer in reversed(layers))
             length = layout.lengths[r]
             # Padding rows stand for a position behind the text, which has no share of anything.
             refreshed = torch.where(layout.slots[rows] >= 0, positions[rows], length)
             out[r, :length] = rollout(steps, refreshed, length)
     return out
+
+
+def _rollout_of_group(
+    positions: torch.Tensor,
+    layers: list[LayerRecord],
+    layout: PagedLayout,
+    group: MapGroup,
+    tensor_parallel: TensorParallel | None,
+) -> torch.Tensor:
+    """[requests, pitch] float32: importance of the requests of a group, 0 behind a text; one product a layer for all.
+
+    Each row of the maps is added to the line of its request, in the order of the rows: a sum is the same beside any
+    mates, and a column past a text's end is added to no other.
+    """
+    device, pitch = positions.device, group.pitch
+    counts, lengths = [layout.counts[r] for r in group.requests], [layout.lengths[r] for r in group.requests]
+    starts = list(accumulate(layout.counts, initial=0))
+    owner = np.arange(len(counts)).repeat(counts)
+    rows = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in group.requests])
+    # A column more than any text has, of which padding rows have no share.
+    inside = np.arange(pitch + 1) < np.array(lengths)[:, None]
+    lines, owners, row, own = upload_arrays([inside.astype(np.float32), owner, rows, inside[:, :pitch]], device)
+    if len(rows) < len(positions):
+        positions, slots = positions[row], layout.slots[row]
+    else:
+        slots = layout.slots
+    at = torch.where(slots >= 0, positions, pitch).add_(owners, alpha=pitch + 1)
+    share, text, at = lines.view(-1), lines[:, :pitch], at.unsqueeze(1)
+    kept = torch.ones_like(share)
+    kept[at] = 0.5
+    for layer in reversed(layers):
+        # Rows of a map sum to one, so normalising it with the identity halves both.
+        weighted = layer.maps.of_group(group) * share.mul_(kept)[at]
+        if tensor_parallel is None:
+            text.index_add_(0, owners, weighted)
+        else:
+            product = torch.zeros_like(text).index_add_(0, owners, weighted)
+            text.add_(tensor_parallel.all_reduce(product) / tensor_parallel.size)
+    return torch.where(own, text, 0.0)
 
 
 def _layer_product(

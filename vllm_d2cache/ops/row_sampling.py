@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ def sampling_of_rows(
     return RowSampling(temperature, top_p, top_k.long(), draw)
 
 
+@lru_cache(maxsize=8)
 def sampling_of_nobody(device: torch.device) -> RowSampling:
     """Of a step without temperatures and filters: none of it is read."""
     none = torch.empty(0, device=device)

@@ -15,6 +15,8 @@ from vllm_d2cache.ops.logit_edits import RowEdits
 
 # Rows whose logits exist at one time: bounds the transient to ROWS_PER_TILE x vocabulary, whatever the batch.
 ROWS_PER_TILE = 64
+# A small vocabulary has more rows in a tile, up to so many logits: 64 rows of a large one are eight times as many.
+TILE_LOGITS = 1 << 20
 # On a GPU each tile reads the LM head (1 GB for 8B models) again: more rows where a kernel takes the statistics from
 # the logits as they come, so that this is not what takes the time.
 KERNEL_ROWS_PER_TILE = 512
@@ -93,10 +95,13 @@ def row_stats(
     scaled = bool(readers) or params.edits is not None
     by_kernel = chosen(hidden.device) != "torch" and not scaled
     step = KERNEL_ROWS_PER_TILE if by_kernel else ROWS_PER_TILE
-    for i in range(0, hidden.shape[0], step):
+    j = 0
+    while (i := j) < hidden.shape[0]:
         j = min(i + step, hidden.shape[0])
         part = params.tile(i, j)
         logits = lm_head(hidden[i:j])
+        if not by_kernel:
+            step = rows_per_tile(logits.shape[1])
         if scaled:
             logits = scaled_logits(logits, part, mask_token_id)
         for read in readers:
@@ -115,9 +120,14 @@ def row_stats(
     )
 
 
+def rows_per_tile(vocab_size: int) -> int:
+    """Most rows of a tile behind the first one, where no kernel reads the logits as they come."""
+    return max(ROWS_PER_TILE, TILE_LOGITS // vocab_size)
+
+
 def statistics_bytes(vocab_size: int, itemsize: int) -> int:
     """Bytes that :func:`row_stats` takes for logits of ``itemsize`` bytes, at most; gathered logits exist twice."""
-    return vocab_size * max(KERNEL_ROWS_PER_TILE * 2 * itemsize, ROWS_PER_TILE * _BYTES_PER_LOGIT)
+    return vocab_size * max(KERNEL_ROWS_PER_TILE * 2 * itemsize, rows_per_tile(vocab_size) * _BYTES_PER_LOGIT)
 
 
 def token_probability(
@@ -167,9 +177,9 @@ def tile_stats(
         margin = top[:, 0] - top[:, 1]
     if want_entropy:
         entropy = -(probs * (probs + 1e-10).log()).sum(-1)
-    probs[:, mask_token_id] = 0.0
+    probs[:, mask_token_id].fill_(0.0)
     # Not the argmax of the probabilities: under a mask logit far above the others they are all zero.
-    logits[:, mask_token_id] = -torch.inf
+    logits[:, mask_token_id].fill_(-torch.inf)
     token = logits.argmax(-1)
     if params.samples:
         cumulative = probs.double().cumsum(-1)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_d2cache.ops.canvas_columns import to_positions, to_slots
+from vllm_d2cache.ops.columns import columns
 from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.packing import pack_columns
 
@@ -70,23 +71,24 @@ def choose_rows(
         shift: a slot is read from the position that many in front of it.
         num_positions: T.
     """
-    prompt_len, canvas_len, window_start, _, _, window, _, _, _, run = (x.unsqueeze(1) for x in integers)
+    prompt_len, canvas_len, window_start, _, _, window, _, _, _, run = integers.unsqueeze(2).unbind()
     width, open_slots = masked.shape[1], masked & live
-    slot = torch.arange(width, device=slots.device).unsqueeze(0)
-    position = torch.arange(num_positions, device=slots.device).unsqueeze(0)
+    slot, position = columns(width, slots.device), columns(num_positions, slots.device)
     chosen = refresh[slots, :num_positions] & (position < prompt_len + canvas_len)
-    inside = (slot >= window_start) & (slot < window_start + window) & (slot < canvas_len)
+    inside = (slot >= window_start) & (slot < torch.minimum(window_start + window, canvas_len))
     may_go = inside & eligible[slots, :width]
-    first = integers[0] - shift
+    first, length = integers[0], integers[1]
+    if shift:
+        first = first - shift
     if ordered:
         lead = open_slots.to(torch.int8).argmax(1, keepdim=True)
         at_lead = (slot == lead) & (run > 0)
         may_go = (may_go & ((slot < lead + run) | (run == 0))) | at_lead
-        chosen = chosen | to_positions(at_lead, first, integers[1], num_positions)
+        chosen = chosen | to_positions(at_lead, first, length, num_positions)
     wanted = observe[slots, :width]
     if observes_all is not None:
         wanted = wanted | observes_all.unsqueeze(1)
-    computed = to_slots(chosen, first, integers[1], width)
+    computed = to_slots(chosen, first, length, width)
     predictable = computed & open_slots
     predicted = predictable & (may_go | wanted)
     if revises is not None:
@@ -150,9 +152,12 @@ def store_plan(
         tables: [S, L] bool of each, in that order; written.
     """
     width = observe.shape[1]
-    tables[0][slots, : refresh.shape[1]] = refresh
-    tables[1][slots, :width] = observe
-    tables[2][slots, :width] = True if candidates is None else candidates
+    tables[0][:, : refresh.shape[1]].index_copy_(0, slots, refresh)
+    tables[1][:, :width].index_copy_(0, slots, observe)
+    if candidates is None:
+        tables[2][:, :width].index_fill_(0, slots, True)
+    else:
+        tables[2][:, :width].index_copy_(0, slots, candidates)
 
 
 @dispatched(_TRITON)
@@ -172,11 +177,13 @@ def spread(
         token: [n] int64; they come out as int32.
         entropy: [n] float32, or None.
     """
-    none = torch.zeros(1, device=score.device)
-    at = torch.where(predicted, place, score.shape[0])
-    scores = torch.cat([score, none])[at]
-    tokens = torch.cat([token.int(), none.int()])[at]
-    return scores, tokens, None if entropy is None else torch.cat([entropy, none])[at]
+    count = score.shape[0]
+    if not count:
+        nothing = score.new_zeros(predicted.shape)
+        return nothing, nothing.int(), None if entropy is None else nothing
+    at = place.clamp(0, count - 1)
+    scores, tokens = torch.where(predicted, score[at], 0.0), torch.where(predicted, token.int()[at], 0)
+    return scores, tokens, None if entropy is None else torch.where(predicted, entropy[at], 0.0)
 
 
 @dispatched(_TRITON)
@@ -189,6 +196,5 @@ def page_slots(
         table: [R, blocks] int, KV block ids of each request.
         request, positions: [N] int64.
     """
-    block = positions.div(block_size, rounding_mode="floor")
-    slots = table[request, block].long() * block_size + (positions - block * block_size)
-    return torch.where(live, slots, -1)
+    block = table[request, positions // block_size].long()
+    return torch.where(live, torch.add(positions % block_size, block, alpha=block_size), -1)

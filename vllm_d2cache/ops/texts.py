@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_d2cache.ops.canvas_columns import to_positions
+from vllm_d2cache.ops.columns import columns
 from vllm_d2cache.ops.dispatch import dispatched
 
 _TRITON = "vllm_d2cache.ops.triton.texts"
@@ -65,7 +65,7 @@ def live_slots(
     width = terminal.shape[1]
     first = torch.where(terminal.any(1), terminal.to(torch.int8).argmax(1), width)
     behind = first + block_length - (prompt_len + first) % block_length
-    return torch.arange(width, device=terminal.device).unsqueeze(0) < behind.unsqueeze(1)
+    return columns(width, terminal.device) < behind.unsqueeze(1)
 
 
 def first_window(
@@ -140,28 +140,29 @@ def commit_texts(
         slots: [R] int64.
         integers: [10, R] int64, of the texts before (Texts).
         before: [R, G] bool, masks before.
-        tokens: [S, L] int32 by position; written.
+        tokens: [S, L + 1] int32 by position, the last of which no text has; written.
         masked, terminal: [S, L] bool by canvas slot; written.
         counts: [7, S] int64, COUNTS; steps are written.
         stop_ids: [S, n] int32, -1 where there is none.
         num_positions: T.
         block_length: as for :func:`read_texts`.
     """
-    prompt_len, canvas_len, window_start, step, window_step, window = integers[:6]
+    prompt_len, canvas_len, window_start, step, window_step, window = integers[:6].unbind()
     committed, token, revoked, revised, held = edits
-    width = committed.shape[1]
+    width, slot = committed.shape[1], columns(committed.shape[1], slots.device)
     changes = [committed.sum(1), torch.zeros_like(step)]
     terminal_before = terminal[slots, :width]
     if revised is not None:
         committed, terminal_before = committed | revised, terminal_before & ~revised
-    text = tokens[slots, :num_positions]
-    where = to_positions(committed, prompt_len, canvas_len, num_positions)
-    text = torch.where(where, to_positions(token, prompt_len, canvas_len, num_positions), text)
+    # Columns behind a canvas keep what stands there. Some end in the last column, which is no position of a text.
+    line, inside = slots.unsqueeze(1), slot < canvas_len.unsqueeze(1)
+    position = (prompt_len.unsqueeze(1) + slot).clamp(max=tokens.shape[1] - 1)
+    text = torch.where(committed & inside, token, tokens[line, position])
     stops = (token.unsqueeze(2) == stop_ids[slots].unsqueeze(1)).any(2)
     left = before & ~committed
     ends = terminal_before | (stops & committed)
     if revoked is not None:
-        text = torch.where(to_positions(revoked, prompt_len, canvas_len, num_positions), mask_token_id, text)
+        text = text.masked_fill(revoked & inside, mask_token_id)
         left |= revoked
         ends &= ~revoked
         changes[1] = revoked.sum(1)
@@ -169,11 +170,12 @@ def commit_texts(
     if held is not None:
         start = torch.where(held, window_start, start)
         counts[5, slots], counts[6, slots] = held.long(), start
-    after = integers.clone()
-    after[2], after[3], after[4] = start, step + 1, torch.where(start == window_start, window_step + 1, 0)
-    tokens[slots, :num_positions] = text
-    masked[slots, :width], terminal[slots, :width] = left, ends
-    counts[2:4, slots] = after[3:5]
+    numbers = torch.stack([start, step + 1, torch.where(start == window_start, window_step + 1, 0)])
+    after = torch.cat([integers[:2], numbers, integers[5:]])
+    tokens[line, position] = text
+    masked[:, :width].index_copy_(0, slots, left)
+    terminal[:, :width].index_copy_(0, slots, ends)
+    counts[2:4].index_copy_(1, slots, numbers[1:])
     return Committed(after, torch.stack(changes), left, live)
 
 
@@ -200,18 +202,19 @@ def emit_texts(
         tokens: [S, L] int32 by position.
         counts: [7, S] int64, COUNTS; what is emitted is written.
     """
-    prompt_len, canvas_len = integers[:2]
-    slot = torch.arange(masked.shape[1], device=masked.device).unsqueeze(0)
-    done = (~masked & (slot < canvas_len.unsqueeze(1))).to(torch.int8).cumprod(1).sum(1)
+    prompt_len, canvas_len = integers[:2].unbind()
+    slot = columns(masked.shape[1], masked.device)
+    done = torch.minimum((masked.cumsum(1) == 0).sum(1), canvas_len)
     provisional, held = keeps
     if provisional is not None:
         unfinished = (masked & live).any(1)
         unfinished = unfinished if held is None else unfinished | held
         done = torch.where(unfinished & provisional, torch.minimum(done, window_start), done)
-    emitted = counts[4, slots]
+    emitted_of = counts[4]
+    emitted = emitted_of[slots]
     fresh = (done - emitted).clamp(min=0)
     # Whatever stands behind the fresh ones: nobody reads it.
     index = torch.minimum(emitted.unsqueeze(1) + slot, (canvas_len - 1).unsqueeze(1))
     handed = tokens[slots.unsqueeze(1), prompt_len.unsqueeze(1) + index]
-    counts[4, slots] = emitted + fresh
+    emitted_of.index_copy_(0, slots, emitted + fresh)
     return handed.long(), fresh.int()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vllm_d2cache.canvas.rows import StepRows
@@ -56,9 +57,8 @@ class Pages:
         device = self.table.device
         if device.type != "cpu" or chosen(device) != "torch":
             return [-1] * len(lengths)
-        used = [-(-length // self.block_size) for length in lengths]
-        block = torch.arange(max(used)).unsqueeze(0)
-        first = self.table[: len(lengths), :1].long()
-        behind = block >= torch.tensor(used).unsqueeze(1)
-        consecutive = (self.table[: len(lengths), : max(used)] == first + block) | behind
-        return torch.where(consecutive.all(1), first.squeeze(1), -1).tolist()
+        used = -(-np.array(lengths) // self.block_size)
+        block, table = np.arange(used.max()), self.table.numpy()[: len(lengths)]
+        first = table[:, :1]
+        consecutive = (table[:, : len(block)] == first + block) | (block >= used[:, None])
+        return np.where(consecutive.all(1), first[:, 0], -1).tolist()

@@ -34,7 +34,7 @@ from vllm_d2cache.mechanisms.row_store import RowStore
 from vllm_d2cache.mechanisms.stored_outputs import OutputHook
 from vllm_d2cache.mechanisms.value_directions import ValueDirections
 from vllm_d2cache.ops.paged_attention import PagedLayout
-from vllm_d2cache.ops.row_stats import ROWS_PER_TILE, statistics_bytes
+from vllm_d2cache.ops.row_stats import rows_per_tile, statistics_bytes
 from vllm_d2cache.options.sampling import EditSpec, SamplingSpec
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.options.types import OptionError
@@ -125,7 +125,8 @@ STATISTICS: list[tuple[dict[str, Any], SamplingSpec]] = [
 @pytest.mark.parametrize(("chosen", "sampling"), STATISTICS)
 def test_statistics(chosen: dict[str, Any], sampling: SamplingSpec) -> None:
     """Tiles full of rows, whatever is asked of them; the LM head's own output among it."""
-    prompt, canvas, vocab = 8, 3 * ROWS_PER_TILE, NETWORK.vocab_size
+    vocab = NETWORK.vocab_size
+    prompt, canvas = 8, 3 * rows_per_tile(vocab)
     options = resolve(PLAIN, chosen)
     runner = StepRunner(Worker(2, prompt + canvas, CPU, FamilyTraits(0)))
     runner.add(0, Request("r", prompt, canvas, options, sampling), torch.ones(prompt, dtype=torch.int64).numpy())

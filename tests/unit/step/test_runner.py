@@ -16,11 +16,15 @@ from tests.reference.oracle import ORACLE
 from tests.unit.batches import MASK, VOCAB, Batch, FakeJob, run_alone
 from tests.unit.strategies import POLICIES, jobs
 from vllm_d2cache.canvas.request import Request
+from vllm_d2cache.canvas.traits import FamilyTraits
+from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.decoders import DECODER_CLASSES
+from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.options.sampling import SamplingSpec
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.requests.resolve import resolve
+from vllm_d2cache.step.runner import StepRunner
 
 
 @given(jobs())
@@ -305,3 +309,39 @@ def test_add_takes_any_integer_array() -> None:
     for dtype in (np.int32, np.int64):
         batch.runner.add(0, request, np.array([[9, 8, 7], [3, 2, 1]], dtype=dtype)[1, ::-1])
         assert batch.runner.canvas.tokens[0, :7].tolist() == [1, 2, 3, *[MASK] * 4]
+
+
+def test_texts_are_read_again_only_when_somebody_enters_or_leaves() -> None:
+    """What a step has left is what the tables say; a set of other requests is read from them."""
+    runner = StepRunner(Worker(3, 12, torch.device("cpu"), FamilyTraits(MASK)))
+    request = Request("r", 4, 6, resolve(ServerOptions({}), {"policy": "full"}), SamplingSpec())
+    for slot in (0, 2):
+        runner.add(slot, replace(request), np.arange(4))
+
+    def step(slots: list[int]) -> CanvasView:
+        opened = runner.open(torch.tensor(slots), slots)
+        assert opened.rows is not None
+        hidden = torch.rand(len(opened.rows.logits_rows), VOCAB)
+        runner.close(opened, hidden, torch.clone)
+        return opened.rows.view
+
+    def read() -> CanvasView:
+        runner.canvas._latest = None
+        return runner.canvas.view(torch.tensor([2, 0]), [2, 0])
+
+    step([2, 0])
+    kept = runner.canvas.view(torch.tensor([2, 0]), [2, 0])
+    assert step([2, 0]) is kept
+    kept = runner.canvas.view(torch.tensor([2, 0]), [2, 0])
+    again = read()
+    assert again is not kept
+    for mine, other in zip(kept.texts, again.texts, strict=True):
+        assert torch.equal(mine, other)
+    assert kept.step.tolist() == [2, 2]
+    step([2])
+    assert step([2, 0]).step.tolist() == [3, 2]
+    runner.add(0, replace(request), np.arange(4))  # starts over
+    assert step([2, 0]).step.tolist() == [4, 0]
+    runner.remove(2)
+    runner.add(2, replace(request), np.arange(4))
+    assert step([2, 0]).step.tolist() == [0, 1]
