@@ -1,8 +1,8 @@
 """d2Cache inside a block in plain loops: one greedy request.
 
-A family may read a slot one row to its left (``shift`` 1): then a block's first token comes from the pass that stores the
-block before it, and the rows that fill the chosen masks are the ones to their left. A window is a part of the block in
-which tokens may be committed now.
+A family may read a slot one row to its left (``shift`` 1): then a block's first token comes from the pass that stores
+the block before it, and the rows that fill the chosen masks are the ones to their left. A window is a part of the block
+in which tokens may be committed now.
 """
 
 from __future__ import annotations
