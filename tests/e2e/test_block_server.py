@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -150,6 +154,17 @@ def test_a_repeated_prompt_is_found_again(blocks: Server) -> None:
     before = hits()
     assert complete(blocks, prompt=prompt).json()["choices"][0]["text"] == first
     assert hits() - before == 256
+
+
+def test_the_example(blocks: Server) -> None:
+    """A prompt of some 600 positions: once it is stored, what is computed is a page at most, and the answer."""
+    example = Path(__file__).resolve().parents[2] / "examples" / "in_blocks.py"
+    command = [sys.executable, str(example), f"{blocks.url}/v1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [int(count) for count in re.findall(r"steps, (\d+) rows:", done.stdout)]
+    assert len(rows) == 4
+    assert max(rows) < 128 + 32 * 2 * 4
 
 
 def test_the_log_says_what_is_done_with_prompts(blocks: Server) -> None:
