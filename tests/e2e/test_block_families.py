@@ -49,4 +49,6 @@ def test_all_traces_through_generate(checkpoint: str, length: int, tmp_path: Pat
             edited = [[position, new] for position, _, new in want.get("edited", [])]
             assert [[prompt + slot, token] for slot, token in line.get("edited", [])] == edited, trace["case"]
         assert tokens == trace["output_ids"][: len(tokens)], trace["case"]
+        reason = "stop" if tokens[-1] in trace["settings"]["eos_ids"] else "length"
+        assert lines[-1] == {"output_token_ids": tokens, "finish_reason": reason}, trace["case"]
         assert len(tokens) == job_of(trace).max_tokens or tokens[-1] in trace["settings"]["eos_ids"]

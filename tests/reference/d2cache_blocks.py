@@ -1,4 +1,9 @@
-"""d2Cache inside a block in plain loops, for a family that reads a slot at its own position: one greedy request."""
+"""d2Cache inside a block in plain loops: one greedy request.
+
+A family may read a slot one row to its left (``shift`` 1): then a block's first token comes from the pass that stores
+the block before it, and the rows that fill the chosen masks are the ones to their left. A window is a part of the block
+in which tokens may be committed now.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +46,8 @@ class D2CacheBlocks:
         self.model, self.length, self.prompt = model, length, len(prompt)
         self.k, self.sigma = int(options["current_k"]), options["selection_sigma"]
         self.inflate, self.threshold = int(options["inflate_w"]), options["threshold"]
-        self.latest = bool(options.get("latest", 0))
+        self.latest, self.shift = bool(options.get("latest", 0)), int(options.get("shift", 0))
+        self.window = int(options.get("window", 0)) or length
         self.mask = model.config["mask_token_id"]
         total = -(-(len(prompt) + max_tokens) // length) * length
         self.tokens = prompt + [self.mask] * (total - len(prompt))
@@ -61,38 +67,52 @@ class D2CacheBlocks:
         return found
 
     def steps(self) -> Iterator[PartialStep]:
-        """Block by block."""
+        """Block by block, until the last token that is wanted stands."""
         stored, start = 0, self.prompt - self.prompt % self.length
         while start < self.stop:
-            end = start + self.length
-            rows, memory, when = list(range(stored, end)), dict[int, float](), dict[int, int]()
-            masked = list(range(max(start, self.prompt), end))
-            number = 0
-            while masked:
-                step = self.step(rows, masked)
-                yield step
-                number += 1
-                for p, confidence in step.confidence.items():
-                    if self.latest or number == 1:
-                        memory[p] = confidence
-                last = [p for p, _ in step.committed]
-                when.update(dict.fromkeys(last, number))
-                masked = [p for p in masked if p not in last]
-                if all(self.tokens[p] != self.mask for p in range(self.prompt, self.stop)):
-                    return
-                rows = self.chosen(start, masked, last, memory, when)
-            stored, start = start, end
+            if self.shift and start >= self.prompt:
+                yield self.step(list(range(stored, start)), [start])
+                stored = start
+            yield from self.block(start, stored)
+            stored, start = start, start + self.length
+
+    def block(self, start: int, stored: int) -> Iterator[PartialStep]:
+        """The steps of the block at ``start``; the first one computes what comes before it and is not ``stored``."""
+        end = start + self.length
+        rows, memory, when = list(range(stored, end)), dict[int, float](), dict[int, int]()
+        number = 0
+        while masked := self.masks(start, end):
+            if not self.masks(start, self.stop):
+                return
+            step = self.step(rows, masked)
+            yield step
+            number += 1
+            if self.latest or number == 1:
+                memory.update(step.confidence)
+            last = [p for p, _ in step.committed]
+            when.update(dict.fromkeys(last, number))
+            rows = self.chosen(start, self.masks(start, end), last, memory, when)
+
+    def masks(self, start: int, end: int) -> list[int]:
+        """Slots with a mask; mask text in the prompt is prompt."""
+        return [p for p in range(max(start, self.prompt), end) if self.tokens[p] == self.mask]
+
+    def now(self, masked: list[int]) -> range:
+        """The window that holds the first mask."""
+        start = masked[0] - masked[0] % self.window
+        return range(start, start + self.window)
 
     def step(self, rows: list[int], masked: list[int]) -> PartialStep:
-        """Compute ``rows``, commit what is confident enough among the masks computed, or the best."""
+        """Compute ``rows``, commit what is confident enough among the window's masks that they fill, or the best."""
         logits = self.compute(rows)
         best: dict[int, tuple[int, float]] = {}
-        for p in [p for p in masked if p in logits]:
-            share = logits[p].softmax(-1)
+        for p in [p for p in masked if p - self.shift in logits]:
+            share = logits[p - self.shift].softmax(-1)
             share[self.mask] = 0
             best[p] = int(share.argmax()), float(share.max())
-        chosen = [p for p, (_, c) in best.items() if c >= self.threshold > 0]
-        chosen = chosen or [max(best, key=lambda p: (best[p][1], -p))]
+        candidates = [p for p in best if p in self.now(masked)]
+        chosen = [p for p in candidates if best[p][1] >= self.threshold > 0]
+        chosen = chosen or [max(candidates, key=lambda p: (best[p][1], -p))]
         for p in chosen:
             self.tokens[p] = best[p][0]
         return PartialStep(rows, [[p, best[p][0]] for p in chosen], {p: c for p, (_, c) in best.items()})
@@ -102,13 +122,16 @@ class D2CacheBlocks:
     ) -> list[int]:
         """The rows of the block's next step."""
         block = range(start, start + self.length)
-        if self.k >= self.length:
+        if self.k >= self.length or not masked:
             return list(block)
         weight = density([p not in masked for p in block], self.sigma)
-        best = sorted(masked, key=lambda p: (-memory.get(p, 0.0) * weight[p - start], p))[: self.k]
+        now, kth = self.now(masked), masked[: self.k][-1] if len(masked) >= self.k else block[-1]
+        reach = kth - kth % self.window + self.window  # the end of the window with the k-th mask
+        near = [p for p in masked if p < reach]
+        best = sorted(near, key=lambda p: (p not in now, -memory.get(p, 0.0) * weight[p - start], p))[: self.k]
         known = [p for p in block if p not in masked and p not in last]
         known = sorted(known, key=lambda p: (-when.get(p, -1), p))[: self.k - len(best)]
-        rows = {*best, *known, *last}
+        rows = {*(p - self.shift for p in best), *known, *last}
         for a, b in zip(sorted(rows), sorted(rows)[1:], strict=False):
             if b - a <= self.inflate:
                 rows |= set(range(a, b))

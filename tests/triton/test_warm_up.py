@@ -20,19 +20,32 @@ import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction, compute_cache_key
 
-from benchmarks.count.waits import Batch, Setting, mixed, settings
+from benchmarks.count.waits import Batch, Setting, blocks, mixed, settings
 from tests.triton.conftest import INTERPRETED
 from tests.triton.hopper import HOPPER
 from vllm_d2cache.engine import warm_up as module
 from vllm_d2cache.engine.warm_up import Place, warm_up
 from vllm_d2cache.ops import dispatch
+from vllm_d2cache.options.request import SCORES
 from vllm_d2cache.options.sampling import SamplingSpec
+from vllm_d2cache.step.pages import Pages
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter tells no specialisations apart")
 
 CPU = torch.device("cpu")
 PAGE, MAX_LEN = 16, 352
 TEXTS = [(301, 19), (20, 24), (33, 7), (64, 16)]
+# What requests can ask besides where texts are cut into blocks.
+IN_BLOCKS = {
+    "blocks, sampled": Setting(
+        ({"policy": "block"}, {"policy": "block", "threshold": 0.5}), (SamplingSpec(0.8, 0.9, 6, 3),), block=4
+    ),
+    "blocks, all scores": Setting(tuple({"policy": "block", "score": score} for score in SCORES), block=4),
+    "blocks, decoders": Setting(
+        tuple({"policy": "block", "decoder": d} for d in ("eb", "klass", "sequential", "edit")), block=4
+    ),
+    "blocks, grammar": Setting(({"policy": "block"},), grammar=True, block=4),
+}
 
 
 @cache
@@ -91,23 +104,30 @@ def batch_of(setting: Setting, n: int) -> Batch:
     return Batch(setting, n, CPU, TEXTS, MAX_LEN)
 
 
-@pytest.fixture(scope="module")
-def known() -> set[tuple[str, str]]:
-    """What the warm-up launches."""
-    place = place_of(batch_of(Setting(({},)), 2))
+@cache
+def warmed(block: int) -> frozenset[tuple[str, str]]:
+    """What the warm-up launches for a family, where ``block`` is not 0 one whose texts are cut into such blocks."""
+    place = place_of(batch_of(Setting(({"policy": "block"},), block=block) if block else Setting(({},)), 2))
     assert warm_up(place) == 0, "PyTorch compiles nothing"
     with launched() as found:
-        assert warm_up(place) > 100
-    return found
+        assert warm_up(place) > (30 if block else 100)
+    return frozenset(found)
+
+
+@pytest.fixture
+def known() -> frozenset[tuple[str, str]]:
+    """Of a family whose rows see all of their text."""
+    return warmed(0)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-@pytest.mark.parametrize("name", settings() | mixed())
-def test_requests_launch_nothing_that_the_warm_up_has_not(name: str, batch: int, known: set[tuple[str, str]]) -> None:
-    setting = (settings() | mixed())[name]
+@pytest.mark.parametrize("name", settings() | mixed() | blocks() | IN_BLOCKS)
+def test_requests_launch_nothing_that_the_warm_up_has_not(name: str, batch: int) -> None:
+    setting = (settings() | mixed() | blocks() | IN_BLOCKS)[name]
+    known = warmed(setting.block)
     with launched() as used:
         requests = batch_of(setting, batch)
-        for _ in range(4):
+        for _ in range(6 if setting.block else 4):  # the next block is entered
             requests.step()
             if requests.runner.forms.can_pad(requests.host):
                 requests.step(padded=True)
@@ -115,7 +135,29 @@ def test_requests_launch_nothing_that_the_warm_up_has_not(name: str, batch: int,
     assert not used - known, sorted(used - known)
 
 
-def test_a_kernel_that_was_left_out_is_noticed(known: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_prompts_launch_nothing_else() -> None:
+    """A step that only fills, and one in which some requests are filled and others decide."""
+    known = warmed(4)
+    with launched() as used:
+        requests = batch_of(Setting(({"policy": "block"},), block=4), 3)
+        for slot in requests.host:
+            request = requests.runner.canvas.requests[slot]
+            request.first_end = request.prompt_len - request.prompt_len % 4 + 4
+        for reaches in ([16, 12, 12], [32, 44, 24], [304, 44, 40], [304, 44, 40]):
+            step = requests.runner.open(requests.slots, requests.host, reaches=reaches)
+            requests.runner.place(step, Pages(requests.table, PAGE))
+            positions, input_ids = step.packed()
+            assert step.layout is not None
+            hidden = requests.network.hidden(input_ids, positions, step.layout, step.hooks)
+            if step.rows is not None:
+                requests.runner.close(step, hidden[step.rows.logits_rows], requests.network.logits)
+    assert len({kernel for kernel, _ in used}) > 8
+    assert not used - known, sorted(used - known)
+
+
+def test_a_kernel_that_was_left_out_is_noticed(
+    known: frozenset[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Planted fault: the warm-up has asked for no draws."""
     kinds = module._kinds
     monkeypatch.setattr(module, "_kinds", lambda worker: [kind for kind in kinds(worker) if kind[1] == SamplingSpec()])

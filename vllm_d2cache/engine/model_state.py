@@ -116,6 +116,7 @@ class D2CacheModelState(ModelState):
             self._grammars.start(params) if asked.constrained else None,
             computed=new_req_data.num_computed_tokens,
             first_end=settled + options.block,
+            wanted=params.max_tokens,
         )
         if request.grammar is not None:
             request.grammar.go_on(known)

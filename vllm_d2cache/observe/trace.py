@@ -98,7 +98,7 @@ class TraceRecorder:
             self._output[slot].append(token)
             if token in request.sampling.stop_token_ids:
                 return self.finish(slot, "stop")
-            if len(self._output[slot]) == request.canvas_len:
+            if len(self._output[slot]) == (request.wanted or request.canvas_len):
                 return self.finish(slot, "length")
         return None
 

@@ -194,7 +194,7 @@ def _check_names(chosen: Mapping[str, Any], request: Mapping[str, Any], block: i
     for name in request:
         readers = [d for d, cls in DECODER_CLASSES.items() if name in (*cls.options, *cls.reads)]
         if readers and decoder.name not in readers:
-            own = ", ".join(PREFIX + n for n in (*decoder.options, *decoder.reads))
+            own = ", ".join(PREFIX + n for n in (*decoder.options, *decoder.reads)) or "none"
             raise OptionError(
                 f"{PREFIX}{name}: not an option of {PREFIX}decoder {decoder.name!r}, whose own options are {own}; "
                 f"decoders that read it are {', '.join(map(repr, readers))}"

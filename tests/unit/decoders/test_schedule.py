@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.reference.blocks import quota
 from tests.unit.batches import MASK, Batch, FakeJob, run_alone
 from tests.unit.views import at_window_step, view_of
 from vllm_d2cache.canvas.traits import FamilyTraits
@@ -87,3 +88,13 @@ def test_a_new_tenant_starts_its_windows_anew() -> None:
     while not batch.jobs[1].done:
         batch.step([1])
     assert batch.jobs[1].steps == run_alone(batch.jobs[1]).steps
+
+
+@pytest.mark.parametrize(("steps", "wanted"), [(3, [3, 3, 2]), (5, [2, 2, 2, 1, 1]), (4, [2] * 4), (30, [1] * 8)])
+def test_in_blocks_a_step_commits_its_share_of_the_window(steps: int, wanted: list[int]) -> None:
+    """Whatever is left in it: a prompt that ends inside a block leaves fewer masks, and takes nothing off a share."""
+    view = view_of(["########"] * len(wanted), [1] * len(wanted), steps=float(steps), window=8.0)
+    view = at_window_step(view, list(range(len(wanted))))
+    assert least_commits(view, "window").tolist() == wanted == [quota(8, steps, k) for k in range(len(wanted))]
+    short = view_of(["....####"], [1], steps=float(steps), window=8.0)
+    assert least_commits(at_window_step(short, [0]), "window").tolist() == wanted[:1]

@@ -43,6 +43,15 @@ def test_sdar_is_built_as_published() -> None:
     assert config.unsupported() == []
 
 
+def test_texts_are_decoded_as_the_family_does() -> None:
+    """Fast-dLLM v2 in sub-blocks of 8, where its block has whole ones."""
+    assert read("sdar").decoding_defaults() == read("sdar_moe").decoding_defaults()
+    assert read("sdar").decoding_defaults() == {"policy": "block", "threshold": 0.85}
+    assert read("llada2").decoding_defaults() == {"policy": "block", "threshold": 0.95}
+    windows = [read("fast_dllm_v2", bd_size=size).decoding_defaults() for size in (32, 8, 4)]
+    assert windows == [{"policy": "block", "threshold": 0.9, "window": window} for window in (8, 8, 0)]
+
+
 def test_sdar_moe_is_built_as_published() -> None:
     config = read("sdar_moe")
     assert config.shape().mixture == Mixture(8, 3, 24, renormalised=True)

@@ -1,4 +1,18 @@
-"""The traces of the block-diffusion families notice mistakes: each one is made here, and some trace must differ."""
+"""The traces of the block-diffusion families notice mistakes: each one is made here, and some trace must differ.
+
+That is of the plain networks and loops. The same mistake in the package is found by the tests of:
+
+- rotary over the whole head, experts (bias, groups, scores, scale, shared, weights), norms and biases of q, k, v:
+  tests/vllm/test_block_networks.py, by logits and traces
+- causal or bidirectional prompt, causal block, K and V of the last denoising step, threshold, edits and their limit,
+  rows read without the shift, sub-blocks, block cache, the first token of a block:
+  tests/unit/step/test_block_traces.py, through the StepRunner
+- a share of a window with a remainder, which no trace has: tests/unit/decoders/test_schedule.py
+- a piece of a prompt that cuts a block: tests/unit/canvas/test_extent.py; positions of a piece: test_block_traces.py
+- end tokens ignored: tests/e2e/test_block_families.py (the scheduler ends requests)
+- the mask token committed: tests/ops/test_row_stats.py
+- an edited prompt cannot come about: edits are of canvas slots
+"""
 
 from __future__ import annotations
 

@@ -90,6 +90,18 @@ def test_a_stop_token_ends_the_output(tmp_path: Path) -> None:
     assert output == job.output[: len(output)]
 
 
+def test_an_answer_that_ends_inside_its_last_block(tmp_path: Path) -> None:
+    """Its file ends as the answer does, and says so, though more is written by then or would be."""
+    job = FakeJob([1], 12, {"tokens_per_step": 12})
+    batch = TracedBatch([job], tmp_path)
+    batch.add(0)
+    batch.runner.canvas.requests[batch.slot(0)].wanted = 5
+    batch.step([0])
+    batch.tracer.finish(batch.slot(0), "abort")  # as for every request that has left
+    assert read(tmp_path / "r0.jsonl")[-1] == {"output_token_ids": job.output[:5], "finish_reason": "length"}
+    assert len(job.output) == 12
+
+
 def test_an_abort_ends_the_file_once(tmp_path: Path) -> None:
     job = FakeJob([1], 6)
     batch = TracedBatch([job], tmp_path)

@@ -57,29 +57,39 @@ def test_a_whole_block_is_the_same_computation(family: str, length: int, options
             assert plain.steps == other.steps
 
 
-@pytest.mark.parametrize(("family", "length"), [pair for pair in ALL if pair[0] not in SHIFTED])
+@pytest.mark.parametrize(("family", "length"), ALL)
 @pytest.mark.parametrize(
     "options",
     [
         {"current_k": 2, "selection_sigma": 0, "inflate_w": 0, "threshold": 0},
         {"current_k": 3, "selection_sigma": 2.0, "inflate_w": 2, "threshold": 0.8},
         {"current_k": 3, "selection_sigma": 10.0, "inflate_w": 0, "threshold": 0.7, "latest": 1},
+        {"current_k": 3, "selection_sigma": 2.0, "inflate_w": 1, "threshold": 0.5, "parts": 2},
+        {"current_k": 3, "selection_sigma": 0, "inflate_w": 0, "threshold": 0, "parts": 4, "latest": 1},
     ],
-    ids=["best", "dense", "latest"],
+    ids=["best", "dense", "latest", "halves", "quarters"],
 )
 def test_a_part_of_a_block_is_that_of_the_plain_loop(family: str, length: int, options: dict[str, float]) -> None:
+    """Also where a block has several windows, and where a slot is read left of its position."""
     partial = 0
-    for job in jobs_of(family, length)[::2]:
-        asked = {key: value for key, value in options.items() if key != "latest"}
-        asked |= {"policy": "d2cache", "confidence_memory": "latest" if "latest" in options else "first"}
-        got = run(replace(job, options=asked, steps=[], output=[]), model_of(family))
-        twin = D2CacheBlocks(model_of(family), list(job.prompt), job.max_tokens, length, **options)
+    own = {key: value for key, value in options.items() if key not in ("latest", "parts")}
+    window = length // int(options["parts"]) if "parts" in options else 0
+    for job in jobs_of(family, length):
+        asked = {**own, "policy": "d2cache", "window": window}
+        asked |= {"confidence_memory": "latest" if "latest" in options else "first"}
+        job = replace(job, options=asked, sampling=SamplingSpec(), steps=[], output=[])
+        got = run(job, model_of(family))
+        twin = D2CacheBlocks(
+            model_of(family), list(job.prompt), job.max_tokens, length, window=window, shift=job.shift, **options
+        )
         wanted = list(twin.steps())
         for step, want in zip(got.steps, wanted, strict=True):
             assert step.rows == want.rows
             assert step.committed == want.committed
             judged = {p: c for p, (_, c) in step.predicted.items()}
             assert judged == pytest.approx({p: want.confidence[p] for p in judged}, abs=1e-5)
+            if "latest" in options:  # the memory takes all of them
+                assert judged.keys() == want.confidence.keys()
             partial += len(want.rows) < length
         assert got.output == twin.tokens[twin.prompt : twin.stop]
     assert partial > 1 or length == 4, "or nothing has been left out"
