@@ -209,7 +209,7 @@ def test_a_frozen_number_shows(device: torch.device, buffers: type[StepBuffers],
     assert differs(device, buffers) is wrong
 
 
-@pytest.mark.parametrize(("buffers", "complaint"), [(Reads, "tolist"), (Uploads, "torch.tensor while")])
+@pytest.mark.parametrize(("buffers", "complaint"), [(Reads, "tolist"), (Uploads, "torch.from_numpy while")])
 def test_what_a_capture_cannot_hold_is_refused(
     device: torch.device, buffers: type[StepBuffers], complaint: str
 ) -> None:
