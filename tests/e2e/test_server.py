@@ -102,7 +102,7 @@ def test_stop_string_and_stop_token(client: openai.OpenAI, url: str) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"xargs": {"windw": 8}}, "d2cache_windw"),
     ({"xargs": {"window": -1}}, "d2cache_window"),
-    ({"xargs": {"policy": "fast"}}, "'d2cache', 'full'"),
+    ({"xargs": {"policy": "fast"}}, "'d2cache', 'd2cache_light', 'full'"),
     ({"xargs": {"threshold": 0.9, "factor": 1.0}}, "d2cache_factor"),
     ({"xargs": {"trace_dir": "x"}}, "server-wide only"),
     ({"xargs": {"policy": "dual", "current_k": 4}}, "d2cache_current_k: an option of d2cache_policy 'd2cache'"),
