@@ -62,15 +62,15 @@ class StepForms:
         if self.graphs is None or not self.may_graph or not self.can_pad(slots):
             return None
         bounds = [self.canvas.requests[s].most_rows for s in slots]
-        return self._fitting(slots, bounds) if sum(bounds) <= self.free_rows else None
+        return self._fitting(self.graphs, slots, bounds) if sum(bounds) <= self.free_rows else None
 
     def exact_graph(self, rows: StepRows) -> GraphSize | None:
         """The graph that does a step whose rows have been counted; None = eager."""
-        known = all(r.computed == r.length for r in (self.canvas.requests[s] for s in rows.slots))
-        return self._fitting(rows.slots, rows.counts) if known else None
-
-    def _fitting(self, slots: Sequence[int], counts: list[int]) -> GraphSize | None:
         if self.graphs is None or not self.may_graph:
             return None
+        known = all(r.computed == r.length for r in (self.canvas.requests[s] for s in rows.slots))
+        return self._fitting(self.graphs, rows.slots, rows.counts) if known else None
+
+    def _fitting(self, graphs: StepGraphs, slots: Sequence[int], counts: list[int]) -> GraphSize | None:
         lengths, uses = zip(*((self.canvas.requests[s].visible, self.mechanisms.uses(s)) for s in slots), strict=True)
-        return self.graphs.fitting(counts, lengths, uses)
+        return graphs.fitting(counts, lengths, uses)
