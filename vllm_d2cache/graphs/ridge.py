@@ -21,7 +21,8 @@ CARDS = (
 """Words of the device's name, 10^12 operations a second on dense bf16 matrices with fp32 sums, and 10^9 bytes a second,
 from the vendor's data sheets. The first that matches counts, so longer names of a kind stand before shorter ones."""
 OTHERS = {8: 76, 9: 206, 10: 281, 12: 117}
-"""Ridge of 16-bit weights by major compute capability, for other cards: the lowest of those above."""
+"""Ridge of 16-bit weights by major compute capability, for other cards: the lowest of those above,
+but for the H20, which has little arithmetic for its memory."""
 LEAST = 64
 """Of any card."""
 
