@@ -35,8 +35,8 @@ class Part(NamedTuple):
     """One decoder's share of a step. Where it is the only one, the tensors are None: all is its own."""
 
     decoder: Decoder
-    members: list[int]  # rows of the batch
-    chosen: torch.Tensor | None  # the same [m] int64 on the device
+    slots: list[int]  # of its requests
+    chosen: torch.Tensor | None  # [m] int64, rows of the batch
     mine: torch.Tensor | None  # [n] bool, predicted slots that are of these
 
 
@@ -106,7 +106,7 @@ class Decoding:
         requests = [self.canvas.requests[s] for s in slots]
         scores = {r.options.score for r in requests}
         return Asks(
-            self._shares(decoders),
+            self._shares(slots, decoders),
             all(d.takes_padding for d in decoders),
             self._flags([d.observes_all for d in decoders]),
             self._flags([d.revises for d in decoders]),
@@ -124,14 +124,17 @@ class Decoding:
     def _flags(self, flags: list[bool]) -> torch.Tensor | None:
         return upload(flags, torch.bool, self.canvas.device) if any(flags) else None
 
-    def _shares(self, decoders: list[Decoder]) -> list[Part]:
+    def _shares(self, slots: Sequence[int], decoders: list[Decoder]) -> list[Part]:
         members: dict[Decoder, list[int]] = {}
         for i, decoder in enumerate(decoders):
             members.setdefault(decoder, []).append(i)
         if len(members) == 1:
-            return [Part(decoder, mine, None, None) for decoder, mine in members.items()]
+            return [Part(decoders[0], list(slots), None, None)]
         uploaded = upload_lists(list(members.values()), torch.int64, self.canvas.device)
-        return [Part(*share, chosen, None) for share, chosen in zip(members.items(), uploaded, strict=True)]
+        return [
+            Part(decoder, [slots[i] for i in mine], chosen, None)
+            for (decoder, mine), chosen in zip(members.items(), uploaded, strict=True)
+        ]
 
     def row_stats(
         self, rows: StepRows, parts: Sequence[Part], hidden: torch.Tensor, lm_head: LMHead, want_entropy: bool
@@ -148,9 +151,8 @@ class Decoding:
         asks = self.asks(rows.slots)
         mask = self.canvas.traits.mask_token_id
         readers = []
-        for decoder, members, _, part in parts:
-            own = [rows.slots[i] for i in members]
-            seen = PredictedRows(view, rows.predicted, who, slot, part, members, hidden, lm_head, params, mask, own)
+        for decoder, slots, chosen, mine in parts:
+            seen = PredictedRows(view, rows.predicted, who, slot, mine, chosen, hidden, lm_head, params, mask, slots)
             if (reader := decoder.tile_reader(seen)) is not None:
                 readers.append(reader)
         return row_stats(hidden, lm_head, params, mask, asks.density, want_entropy or asks.entropy, readers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from operator import eq
 
 import torch
@@ -40,8 +39,7 @@ def select_rows(
         # The one place of a step that waits for the device: how many rows, and how many of them lead to logits.
         # (Mechanisms that need exact rows, logit edits and some decoders wait once more.)
         counts, predictions = chosen.sums.tolist()
-    numbers = [*_starts(counts), *counts, *_starts(predictions), *predictions]
-    places = upload(numbers, torch.int64, canvas.device).view(4, -1)
+    places = upload([*counts, *predictions], torch.int64, canvas.device).view(2, -1) if padded else chosen.sums
     first, sizes = view.prompt_len - shift if shift else view.prompt_len, (sum(counts), sum(predictions))
     packed = pack_rows(slots, chosen.refresh, chosen.predicted, places, canvas.tokens, first, *sizes)
     return StepRows(
@@ -66,8 +64,3 @@ def select_rows(
         logits_rows=packed.logits_rows,
         extra=[0] * len(counts),
     )
-
-
-def _starts(counts: list[int]) -> list[int]:
-    """Where each of stretches of these lengths begins."""
-    return list(accumulate(counts[:-1], initial=0))
