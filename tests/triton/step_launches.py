@@ -40,7 +40,7 @@ def step_kernels(rows: int = 3, prompt: int = 700, canvas: int = 256, target: GP
             texts.commit_texts(*text, edits, *tables, None if some is None else 32)
             texts.emit_texts(slots, now.integers, whole, flags, flags, (some, some), tokens, counts)
         packed = step_rows.pack_rows(
-            slots, plans[0][:rows, :total], flags, torch.zeros(4, rows, dtype=torch.int64), tokens, first, 40, 20
+            slots, plans[0][:rows, :total], flags, torch.zeros(2, rows, dtype=torch.int64), tokens, first, 40, 20
         )
         table = torch.zeros(rows, MAX_LENGTH // 16, dtype=torch.int32)
         step_rows.page_slots(table, packed.request, packed.positions, packed.live, 16)

@@ -165,8 +165,7 @@ def test_rows_are_chosen_and_packed(
     counts, predictions = want.sums.tolist()
     for spare in (0, 5):
         rooms = [[n + spare for n in counts], [n + spare for n in predictions]]
-        starts = [[sum(room[:i]) for i in range(len(room))] for room in rooms]
-        places_of = torch.tensor([starts[0], rooms[0], starts[1], rooms[1]], device=device)
+        places_of = torch.tensor(rooms, device=device)
         first = now.integers[0] - shift
         arguments = (b.slots, want.refresh, want.predicted, places_of, b.tokens, first, sum(rooms[0]), sum(rooms[1]))
         packed = step_rows.pack_rows.__wrapped__(*arguments)

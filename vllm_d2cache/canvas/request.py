@@ -26,7 +26,6 @@ class Request:
     first_end: int = 0  # how far its first step must reach; until then it can only be filled
     reach: int = 0  # up to which position it has memory in the step under way; 0 = all of its text
     wanted: int = 0  # tokens after which it ends, where a last block sticks out of its answer; 0 = its whole canvas
-    revises: bool = False  # its decoder may write over tokens of the current window, and says when that is over
 
     @property
     def length(self) -> int:

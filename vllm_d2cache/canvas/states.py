@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from vllm_d2cache.canvas.request import Request
+from vllm_d2cache.canvas.standing import Standing
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.canvas.view import CanvasView, OptionColumns
 from vllm_d2cache.ops.host import Writes
@@ -16,6 +18,18 @@ from vllm_d2cache.options.request import SCORES, RequestOptions
 
 # Exact in float32, and more than any text has slots.
 _MOST_STEPS = 1 << 24
+
+
+class BatchTexts(NamedTuple):
+    """What the host knows of the texts of a batch, and no step changes."""
+
+    requests: list[Request]
+    prompt_lens: list[int]
+    lengths: list[int]  # T of each
+    row_budgets: list[int]
+    width: int  # G, the widest
+    used: frozenset[str]  # see CanvasView
+    ordered: bool  # whether some text is written from left to right
 
 
 class CanvasStates:
@@ -30,6 +44,8 @@ class CanvasStates:
         self.traits = traits
         self.device = device
         self.requests: dict[int, Request] = {}
+        self.unseen: set[int] = set()  # slots with positions that no step has computed yet
+        self._standing = Standing(self._batch)
         # The texts read or written last, and whose they are: read again only when other requests have a step.
         self._latest: tuple[list[int], CanvasView] | None = None
 
@@ -65,6 +81,8 @@ class CanvasStates:
             return
         p, g, t = request.prompt_len, request.canvas_len, request.length
         self.requests[slot], self._latest = request, None
+        self.unseen.add(slot)
+        self._standing.forget()
         self._set_stop_ids(slot, request.sampling.stop_token_ids, writes)
         self.masked[slot], self.terminal[slot] = False, False
         canvas = np.full(g, self.traits.mask_token_id) if not request.given else self._set_given(slot, request, writes)
@@ -86,7 +104,9 @@ class CanvasStates:
     def remove(self, slot: int) -> None:
         """Forget the request in ``slot``."""
         del self.requests[slot]
+        self.unseen.discard(slot)
         self._latest = None
+        self._standing.forget()
 
     def _set_given(self, slot: int, request: Request, writes: Writes) -> np.ndarray:
         """[G] token ids of a canvas with the tokens the request gives; from then on they are like committed ones."""
@@ -104,17 +124,36 @@ class CanvasStates:
         if stop_ids:
             writes.put(self.stop_ids[slot, : len(stop_ids)], stop_ids)
 
+    def batch(self, slots: Sequence[int]) -> BatchTexts:
+        """What no step changes of the texts in these slots."""
+        return self._standing.of(slots)
+
+    def _batch(self, slots: Sequence[int]) -> BatchTexts:
+        requests = [self.requests[s] for s in slots]
+        return BatchTexts(
+            requests,
+            [r.prompt_len for r in requests],
+            [r.length for r in requests],
+            [r.row_budget for r in requests],
+            max(r.canvas_len for r in requests),
+            frozenset().union(*(r.options.used for r in requests)),
+            any(r.options.ordered for r in requests),
+        )
+
+    def see(self, slots: Sequence[int]) -> None:
+        """The step of these requests computes all that is left of their texts."""
+        for slot in self.unseen.intersection(slots):
+            self.requests[slot].computed = self.requests[slot].length
+            self.unseen.discard(slot)
+
     def view(self, slots: torch.Tensor, slots_host: Sequence[int]) -> CanvasView:
         """The texts of ``slots`` [R] as they are now, padded to the widest."""
         if self._latest is not None and self._latest[0] == slots_host:
             return self._latest[1]
-        requests = [self.requests[s] for s in slots_host]
-        width = max(r.canvas_len for r in requests)
-        texts = read_texts(
-            slots, self.masked, self.terminal, self.counts, self.numbers, width, self.traits.block_length
-        )
-        used = frozenset().union(*(r.options.used for r in requests))
-        view = CanvasView(slots, texts, max(r.length for r in requests), used)
+        batch = self.batch(slots_host)
+        tables = (self.masked, self.terminal, self.counts, self.numbers)
+        texts = read_texts(slots, *tables, batch.width, self.traits.block_length)
+        view = CanvasView(slots, texts, max(batch.lengths), batch.used)
         self._latest = (list(slots_host), view)
         return view
 

@@ -35,12 +35,12 @@ class PredictedRows:
     request: torch.Tensor  # [n] int64, row of the batch
     canvas_slot: torch.Tensor  # [n] int64, G where the row is padding
     part: torch.Tensor | None  # [n] bool, the decoder's own rows; None = all are
-    members: list[int]  # rows of the batch that are this decoder's, on the host
+    lines: torch.Tensor | None  # [m] int64, rows of the batch that are this decoder's; None = all are
     hidden: torch.Tensor  # [n, d] final hidden states
     lm_head: Callable[[torch.Tensor], torch.Tensor]  # [m, d] -> [m, vocab] logits
     params: RowParams
     mask_token_id: int
-    member_slots: Sequence[int] = ()  # slots of ``members``, on the host
+    member_slots: Sequence[int] = ()  # slots of ``lines``, on the host
 
     @cached_property
     def slots(self) -> torch.Tensor:
@@ -59,7 +59,7 @@ class PredictedRows:
 
     @cached_property
     def mine(self) -> torch.Tensor:
-        """[n] bool: the row is of one of ``members``."""
+        """[n] bool: the row is of one of ``lines``."""
         return torch.ones_like(self.request, dtype=torch.bool) if self.part is None else self.part
 
 

@@ -12,7 +12,7 @@ from vllm_d2cache.canvas.grammar import GrammarState, RunPrediction
 from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.decoders.base import Commits, Decoder, DecoderStep, PredictedRows
 from vllm_d2cache.mechanisms.base import Worker
-from vllm_d2cache.ops.host import upload_arrays
+from vllm_d2cache.ops.host import Writes, upload_arrays
 from vllm_d2cache.ops.logit_edits import LogitEdits, RowEdits
 from vllm_d2cache.ops.row_stats import row_stats
 
@@ -33,8 +33,11 @@ class GrammarDecoder(Decoder):
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
+        self._num_slots = worker.num_slots
         self._tenants: dict[int, _Tenant] = {}
         self._members: list[int] = []  # slots of its requests in the step under way
+        self._allowed: torch.Tensor | None = None  # [S, W] int32 by slot, what each grammar allows for the lead
+        self._unsent: set[int] = set()  # slots whose line does not say so yet
         self._lead_token: torch.Tensor | None = None  # [m] int64, what each of them takes for its lead
 
     def start(self, slot: int, request: Request) -> None:
@@ -42,10 +45,12 @@ class GrammarDecoder(Decoder):
         super().start(slot, request)
         assert request.grammar is not None
         self._tenants[slot] = _Tenant(request.grammar, request.options.longest_run(request.canvas_len))
+        self._unsent.add(slot)
 
     def stop(self, slot: int) -> None:
         """Forget the grammar."""
         self._tenants.pop(slot, None)
+        self._unsent.discard(slot)
 
     def tile_reader(self, rows: PredictedRows) -> None:
         """Find what each request takes for its lead, if it has one to commit.
@@ -57,9 +62,9 @@ class GrammarDecoder(Decoder):
         self._lead_token = None
         if not len(rows.hidden):
             return
-        words = np.stack([self._tenants[slot].grammar.allowed for slot in self._members])
-        members = np.array(rows.members, dtype=np.int64)
-        chosen, bitmask = upload_arrays([members, words], rows.hidden.device)
+        device = rows.hidden.device
+        chosen = torch.arange(len(view.slots), device=device) if rows.lines is None else rows.lines
+        bitmask = self._table(device)[view.slots[chosen]]
         lead = view.lead[chosen]
         # Where the lead is not predicted there is nothing to commit, and the row does not matter.
         place = (rows.predicted.flatten().cumsum(0) - 1).view(rows.predicted.shape)
@@ -68,6 +73,18 @@ class GrammarDecoder(Decoder):
         edits = params.edits or RowEdits(LogitEdits(), chosen, lead)
         params = replace(params, edits=replace(edits, bitmask=bitmask))
         self._lead_token = row_stats(rows.hidden[index], rows.lm_head, params, rows.mask_token_id, False, False).token
+
+    def _table(self, device: torch.device) -> torch.Tensor:
+        """What the grammars of the step allow. Those that have gone on have sent it in the step before."""
+        first = self._tenants[self._members[0]].grammar.allowed
+        if self._allowed is None:
+            self._allowed = torch.zeros(self._num_slots, len(first), dtype=torch.int32, device=device)
+        writes = Writes(device)
+        for slot in self._unsent.intersection(self._members):
+            writes.put(self._allowed[slot], self._tenants[slot].grammar.allowed)
+        writes.send()
+        self._unsent.difference_update(self._members)
+        return self._allowed
 
     def choose(self, step: DecoderStep) -> Commits:
         """What each grammar makes of the run of slots from its request's lead on."""
@@ -91,7 +108,10 @@ class GrammarDecoder(Decoder):
         # Slots without a token land in a column that is cut off.
         lengths = np.array([[len(run)] for run in runs], dtype=np.int64)
         padded = np.array([[*run, *[0] * (most - len(run))] for run in runs], dtype=np.int32)
-        length, written_tokens = upload_arrays([lengths, padded], device)
+        words = np.stack([tenant.grammar.allowed for tenant in tenants])
+        length, written_tokens, allowed = upload_arrays([lengths, padded, words], device)
+        if self._allowed is not None:
+            self._allowed.index_copy_(0, view.slots, allowed)
         target = torch.where(torch.arange(most, device=device) < length, slot, width)
         written = torch.nn.functional.pad(step.token, (0, 1)).scatter(1, target, written_tokens)
         committed = torch.zeros(written.shape, dtype=torch.bool, device=device).scatter(1, target, True)

@@ -8,7 +8,7 @@ find something out (:class:`Finding`). The step itself knows nothing of any mech
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -16,6 +16,7 @@ import torch
 
 from vllm_d2cache.canvas.lines import Lines
 from vllm_d2cache.canvas.rows import ExtraRows, StepRows
+from vllm_d2cache.canvas.standing import Standing
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.canvas.view import CanvasView
@@ -120,11 +121,18 @@ Ask = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.T
 request's own sampling parameters."""
 
 
-def membership(members: Collection[int], num_requests: int, device: torch.device) -> torch.Tensor | None:
-    """[R] bool: which rows of the batch use a mechanism; None where all of them do."""
-    if len(members) == num_requests:
-        return None
-    return upload([r in members for r in range(num_requests)], torch.bool, device)
+class Members(dict[int, Use]):
+    """Rows of the batch whose requests use a mechanism, and how."""
+
+    _flags: torch.Tensor | None = None
+
+    def flags(self, num_requests: int, device: torch.device) -> torch.Tensor | None:
+        """[R] bool: which rows of the batch they are; None where all of them are."""
+        if len(self) == num_requests:
+            return None
+        if self._flags is None:
+            self._flags = upload([r in self for r in range(num_requests)], torch.bool, device)
+        return self._flags
 
 
 class Mechanism(ABC):
@@ -153,11 +161,11 @@ class Mechanism(ABC):
         self._tables = {}
 
     @abstractmethod
-    def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> Hook:
+    def open(self, rows: StepRows, members: Members, canvas: CanvasStates) -> Hook:
         """Its part of a step.
 
         Args:
-            members: rows of the batch whose requests use it, and how.
+            members: the same object as in the step before if its batch was the same.
             canvas: of the running requests; read only.
         """
 
@@ -236,6 +244,7 @@ class Mechanisms:
         self.canvas = canvas
         self._made: dict[type[Use], Mechanism] = {}
         self._uses: dict[int, tuple[Use, ...]] = {}  # slot -> uses of its request
+        self._standing = Standing(self._members)
 
     def enter(self, slot: int, uses: tuple[Use, ...]) -> None:
         """The request in ``slot`` begins."""
@@ -247,9 +256,11 @@ class Mechanisms:
             if not self._used(kind):
                 self._made[kind].allocate()
         self._uses[slot] = uses
+        self._standing.forget()
 
     def leave(self, slot: int) -> None:
         """The request in ``slot`` has ended, or starts over."""
+        self._standing.forget()
         for use in self._uses.pop(slot, ()):
             self._made[type(use)].forget(slot)
             if not self._used(type(use)):
@@ -269,8 +280,16 @@ class Mechanisms:
 
     def open(self, rows: StepRows) -> tuple[Hook, ...]:
         """A hook of each mechanism that some request of the step uses."""
-        members: dict[type[Use], dict[int, Use]] = {}
-        for r, slot in enumerate(rows.slots):
-            for use in self._uses[slot]:
-                members.setdefault(type(use), {})[r] = use
+        members = self._standing.of(rows.slots)
         return tuple(self._made[kind].open(rows, mine, self.canvas) for kind, mine in members.items())
+
+    def take_padding(self, slots: Sequence[int]) -> bool:
+        """Whether none that these requests use minds padding rows."""
+        return all(use.takes_padding for mine in self._standing.of(slots).values() for use in mine.values())
+
+    def _members(self, slots: Sequence[int]) -> dict[type[Use], Members]:
+        members: dict[type[Use], Members] = {}
+        for r, slot in enumerate(slots):
+            for use in self._uses[slot]:
+                members.setdefault(type(use), Members())[r] = use
+        return members

@@ -14,7 +14,7 @@ import torch
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.view import canvas_to_positions
-from vllm_d2cache.mechanisms.base import KEYS, ROWS, Finding, Hook, Mechanism, Use, Worker, membership
+from vllm_d2cache.mechanisms.base import KEYS, ROWS, Finding, Hook, Mechanism, Members, Use, Worker
 from vllm_d2cache.mechanisms.canvas_rows import per_request
 from vllm_d2cache.ops.attention_drift import attention_to, received_attention, shared_similarity
 from vllm_d2cache.ops.paged_attention import PagedLayout, read_kv
@@ -67,13 +67,13 @@ class DriftMeter(Mechanism):
     def forget(self, slot: int) -> None:
         self.memory.pop(slot, None)
 
-    def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> DriftHook:
+    def open(self, rows: StepRows, members: Members, canvas: CanvasStates) -> DriftHook:
         """Waits for the device once: how many rows look."""
         view = rows.view
         watched: list[WatchedRows | None] = [None] * len(rows.slots)
         known = ~canvas_to_positions(view.masked, view)
         looking = canvas_to_positions(rows.candidates, view)[rows.request, rows.text_positions]
-        if (mine := membership(members, len(rows.slots), view.slots.device)) is not None:
+        if (mine := members.flags(len(rows.slots), view.slots.device)) is not None:
             looking = looking & mine[rows.request]
         counts = per_request(rows, looking).tolist()
         index = looking.nonzero_static(size=sum(counts)).flatten()

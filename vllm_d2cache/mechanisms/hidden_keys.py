@@ -10,7 +10,7 @@ import torch
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.view import CanvasView
-from vllm_d2cache.mechanisms.base import KEYS, Hook, Mechanism, Use, Wish, Worker, membership
+from vllm_d2cache.mechanisms.base import KEYS, Hook, Mechanism, Members, Use, Wish, Worker
 from vllm_d2cache.mechanisms.canvas_rows import per_request
 from vllm_d2cache.ops.key_choice import choose_keys, mean_query_scores
 from vllm_d2cache.ops.paged_attention import PagedLayout, read_kv
@@ -81,7 +81,7 @@ class HiddenKeys(Mechanism):
     def forget(self, slot: int) -> None:
         self.chosen.pop(slot, None)
 
-    def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> KeysHook:
+    def open(self, rows: StepRows, members: Members, canvas: CanvasStates) -> KeysHook:
         """Waits for the device once: how many keys there are, and how many rows say which of them are kept."""
         view = rows.view
         nobody: list[None] = [None] * len(rows.slots)
@@ -89,7 +89,7 @@ class HiddenKeys(Mechanism):
         visible = self.visible[view.slots, : view.num_positions] & view.in_text
         kept = self.kept[view.slots]
         asks = kept[:, :2].any(1)
-        if (mine := membership(members, len(rows.slots), view.slots.device)) is not None:
+        if (mine := members.flags(len(rows.slots), view.slots.device)) is not None:
             visible, asks = visible & mine.unsqueeze(1), asks & mine
         slot = rows.text_positions - view.prompt_len[rows.request]
         inside = (slot >= 0) & view.in_window[rows.request, slot.clamp(min=0)] & asks[rows.request]

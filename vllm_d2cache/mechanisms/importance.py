@@ -15,7 +15,7 @@ import torch
 
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
-from vllm_d2cache.mechanisms.base import KEYS, ROWS, Finding, Hook, Mechanism, RequestSize, Use, Worker
+from vllm_d2cache.mechanisms.base import KEYS, ROWS, Finding, Hook, Mechanism, Members, RequestSize, Use, Worker
 from vllm_d2cache.ops.dispatch import chosen
 from vllm_d2cache.ops.paged_attention import AttentionMaps, MapPlan, PagedLayout
 from vllm_d2cache.ops.rollout import LayerRecord, TensorParallel, batched_rollout
@@ -184,7 +184,7 @@ class ImportanceMaps(Mechanism):
     def tables(self) -> dict[str, Any]:
         return {"pool": MapPool()}
 
-    def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> ImportanceHook:
+    def open(self, rows: StepRows, members: Members, canvas: CanvasStates) -> ImportanceHook:
         wanted = [r in members for r in range(len(rows.slots))]
         return ImportanceHook(wanted, rows.text_positions, self.pool, self.worker.tensor_parallel)
 

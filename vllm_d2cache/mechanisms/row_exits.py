@@ -16,7 +16,7 @@ import torch
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.view import CanvasView
-from vllm_d2cache.mechanisms.base import KEYS, ROWS, Mechanism, RequestSize, Use, Wish, Worker
+from vllm_d2cache.mechanisms.base import KEYS, ROWS, Mechanism, Members, RequestSize, Use, Wish, Worker
 from vllm_d2cache.mechanisms.canvas_rows import canvas_places, canvas_rows
 from vllm_d2cache.mechanisms.partial_forward import BeforeLayer, RowHook
 from vllm_d2cache.mechanisms.row_store import RowStore
@@ -86,7 +86,7 @@ class ExitMemory(Mechanism):
     def forget(self, slot: int) -> None:
         self.states.drop(slot)
 
-    def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> ExitHook:
+    def open(self, rows: StepRows, members: Members, canvas: CanvasStates) -> ExitHook:
         """Waits for the device once: how many rows leave."""
         slots, dropping = rows.view.slots, list(members)
         place, sizes = canvas_places(rows)

@@ -9,7 +9,7 @@ import torch
 
 from vllm_d2cache.canvas.rows import ExtraRows, StepRows
 from vllm_d2cache.canvas.states import CanvasStates
-from vllm_d2cache.mechanisms.base import FRESH, KEYS, ROWS, Ask, Finding, Hook, Mechanism, Use, Worker, membership
+from vllm_d2cache.mechanisms.base import FRESH, KEYS, ROWS, Ask, Finding, Hook, Mechanism, Members, Use, Worker
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.ops.shadow_attention import ShadowRows, shadow_attention
 
@@ -40,11 +40,11 @@ class Verified(Finding):
 class Shadows(Mechanism):
     """Keeps nothing from step to step."""
 
-    def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> ShadowHook:
+    def open(self, rows: StepRows, members: Members, canvas: CanvasStates) -> ShadowHook:
         """Waits for the device once: how many shadows there are."""
         view, device = rows.view, rows.view.slots.device
         verified = view.in_window & ~view.masked
-        if (mine := membership(members, len(rows.slots), device)) is not None:
+        if (mine := members.flags(len(rows.slots), device)) is not None:
             verified = verified & mine.unsqueeze(1)
         shadowed = view.in_window & verified.any(1, keepdim=True)
         counts, verifies = torch.stack([shadowed.sum(1), verified.sum(1)]).tolist()

@@ -15,7 +15,7 @@ import torch
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.view import CanvasView
-from vllm_d2cache.mechanisms.base import ROWS, Mechanism, RequestSize, Use, Wish, Worker, membership
+from vllm_d2cache.mechanisms.base import ROWS, Mechanism, Members, RequestSize, Use, Wish, Worker
 from vllm_d2cache.mechanisms.canvas_rows import canvas_places, canvas_rows, per_request
 from vllm_d2cache.mechanisms.partial_forward import BeforeLayer, RowHook
 from vllm_d2cache.mechanisms.row_store import RowStore
@@ -89,11 +89,11 @@ class OutputStore(Mechanism):
     def forget(self, slot: int) -> None:
         self.outputs.drop(slot)
 
-    def open(self, rows: StepRows, members: dict[int, Use], canvas: CanvasStates) -> OutputHook:
+    def open(self, rows: StepRows, members: Members, canvas: CanvasStates) -> OutputHook:
         """Waits for the device once: how many rows each layer computes."""
         view, device = rows.view, self.worker.device
         kind = self.kind[view.slots[rows.request], rows.text_positions]
-        if (mine := membership(members, len(rows.slots), device)) is not None:
+        if (mine := members.flags(len(rows.slots), device)) is not None:
             kind = kind * mine[rows.request]
         count, place = self.count[view.slots], canvas_places(rows)
         compared = per_request(rows, kind == 2).unsqueeze(1)

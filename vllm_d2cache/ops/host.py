@@ -68,6 +68,8 @@ class Writes:
 
     def send(self) -> None:
         """Write all of it."""
+        if not self._targets:
+            return
         for target, values in zip(self._targets, upload_arrays(self._arrays, self.device), strict=True):
             target.copy_(values)
         self._targets, self._arrays = [], []

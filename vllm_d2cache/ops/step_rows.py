@@ -101,7 +101,7 @@ def pack_rows(
     slots: torch.Tensor,
     chosen: torch.Tensor,
     predicted: torch.Tensor,
-    places: torch.Tensor,
+    counts: torch.Tensor,
     tokens: torch.Tensor,
     first: torch.Tensor,
     num_rows: int,
@@ -113,14 +113,14 @@ def pack_rows(
         slots: [R] int64.
         chosen: [R, T] bool.
         predicted: [R, G] bool.
-        places: [4, R] int64: first place of each request and how many it has, for positions, then for slots.
+        counts: [2, R] int64, how many places each request has: for positions, then for slots.
         tokens: [S, L] int32 by position.
         first: [R] int64, the position from which slot 0 is read.
         num_rows, num_predictions: N and n.
     """
-    starts, counts, slot_starts, slot_counts = places
-    request, positions, row_of = pack_columns(chosen, starts, counts, num_rows)
-    who, slot, place = pack_columns(predicted, slot_starts, slot_counts, num_predictions)
+    starts, (places, slot_places) = (counts.cumsum(1) - counts).unbind(), counts.unbind()
+    request, positions, row_of = pack_columns(chosen, starts[0], places, num_rows)
+    who, slot, place = pack_columns(predicted, starts[1], slot_places, num_predictions)
     live, positions = positions >= 0, positions.clamp(min=0)
     return PackedRows(
         request,

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.rows import StepRows
+from vllm_d2cache.canvas.standing import Standing
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.decoders.base import Commits, Decoder, DecoderStep, PredictedRows
 from vllm_d2cache.decoders.registry import DECODER_CLASSES
@@ -35,9 +35,23 @@ class Part(NamedTuple):
     """One decoder's share of a step. Where it is the only one, the tensors are None: all is its own."""
 
     decoder: Decoder
-    members: list[int]  # rows of the batch
-    chosen: torch.Tensor | None  # the same [m] int64 on the device
+    slots: list[int]  # of its requests
+    chosen: torch.Tensor | None  # [m] int64, rows of the batch
     mine: torch.Tensor | None  # [n] bool, predicted slots that are of these
+
+
+class Asks(NamedTuple):
+    """What the decoders of a batch's requests ask for; no step changes it. [R] bool each, None = nobody does."""
+
+    parts: list[Part]  # as if nothing were predicted
+    takes_padding: bool  # whether there may be padding among the predicted slots
+    observes: torch.Tensor | None  # reads the statistics of all masked slots that are computed
+    revises: torch.Tensor | None  # may write over tokens of the current window
+    provisional: torch.Tensor | None  # may take back tokens of the current window
+    samples: bool
+    filters: bool  # by top-p or top-k
+    density: bool  # some score reads the probability's share of the vocabulary
+    entropy: bool  # some score or decoder reads it
 
 
 class Choice(NamedTuple):
@@ -62,6 +76,7 @@ class Decoding:
         self.constraints = constraints
         self._decoders: dict[type[Decoder], Decoder] = {}
         self._of_slot: dict[int, Decoder] = {}
+        self._asked = Standing(self._asks)
 
     def decoder(self, cls: type[Decoder]) -> Decoder:
         """The decoder of that class; made when the first request asks for it."""
@@ -74,25 +89,52 @@ class Decoding:
         request = self.canvas.requests[slot]
         cls = DECODER_CLASSES[request.options.decoder]
         decoder = self._of_slot[slot] = self.decoder(cls.ordered or cls if request.options.ordered else cls)
-        request.revises = decoder.revises
         decoder.start(slot, request)
+        self._asked.forget()
 
     def stop(self, slot: int) -> None:
         """The request in ``slot`` has ended."""
         self._of_slot.pop(slot).stop(slot)
+        self._asked.forget()
 
-    def takes_padding(self, slots: Sequence[int]) -> bool:
-        """Whether a step of these requests may have padding among its predicted slots."""
-        return all(self._of_slot[s].takes_padding for s in slots)
+    def asks(self, slots: Sequence[int]) -> Asks:
+        """What the decoders of these requests ask for."""
+        return self._asked.of(slots)
 
-    def observes_all(self, slots: Sequence[int]) -> list[bool]:
-        """Of each request, whether its decoder reads the statistics of all masked slots that are computed."""
-        return [self._of_slot[s].observes_all for s in slots]
+    def _asks(self, slots: Sequence[int]) -> Asks:
+        decoders = [self._of_slot[s] for s in slots]
+        requests = [self.canvas.requests[s] for s in slots]
+        scores = {r.options.score for r in requests}
+        return Asks(
+            self._shares(slots, decoders),
+            all(d.takes_padding for d in decoders),
+            self._flags([d.observes_all for d in decoders]),
+            self._flags([d.revises for d in decoders]),
+            self._flags([d.revokes or d.revises for d in decoders]),
+            any(r.sampling.temperature > 0 for r in requests),
+            any(
+                r.options.confidence_top_p < 1
+                or (r.sampling.temperature > 0 and (r.sampling.top_p < 1 or r.sampling.top_k > 0))
+                for r in requests
+            ),
+            SCORES[1] in scores,
+            SCORES[2] in scores or any(d.reads_entropy for d in decoders),
+        )
 
-    def provisional(self, slots: Sequence[int]) -> torch.Tensor | None:
-        """[R] bool: tokens of the current window may be taken back; None = nobody's."""
-        flags = [(decoder := self._of_slot[s]).revokes or decoder.revises for s in slots]
+    def _flags(self, flags: list[bool]) -> torch.Tensor | None:
         return upload(flags, torch.bool, self.canvas.device) if any(flags) else None
+
+    def _shares(self, slots: Sequence[int], decoders: list[Decoder]) -> list[Part]:
+        members: dict[Decoder, list[int]] = {}
+        for i, decoder in enumerate(decoders):
+            members.setdefault(decoder, []).append(i)
+        if len(members) == 1:
+            return [Part(decoders[0], list(slots), None, None)]
+        uploaded = upload_lists(list(members.values()), torch.int64, self.canvas.device)
+        return [
+            Part(decoder, [slots[i] for i in mine], chosen, None)
+            for (decoder, mine), chosen in zip(members.items(), uploaded, strict=True)
+        ]
 
     def row_stats(
         self, rows: StepRows, parts: Sequence[Part], hidden: torch.Tensor, lm_head: LMHead, want_entropy: bool
@@ -106,16 +148,14 @@ class Decoding:
         """
         view, (who, slot) = rows.view, rows.predicted_index
         params = self._row_params(rows, who, slot)
-        scores = {r.options.score for r in self._requests(rows.slots)}
-        entropy = want_entropy or SCORES[2] in scores or any(part.decoder.reads_entropy for part in parts)
+        asks = self.asks(rows.slots)
         mask = self.canvas.traits.mask_token_id
         readers = []
-        for decoder, members, _, part in parts:
-            own = [rows.slots[i] for i in members]
-            seen = PredictedRows(view, rows.predicted, who, slot, part, members, hidden, lm_head, params, mask, own)
+        for decoder, slots, chosen, mine in parts:
+            seen = PredictedRows(view, rows.predicted, who, slot, mine, chosen, hidden, lm_head, params, mask, slots)
             if (reader := decoder.tile_reader(seen)) is not None:
                 readers.append(reader)
-        return row_stats(hidden, lm_head, params, mask, SCORES[1] in scores, entropy, readers)
+        return row_stats(hidden, lm_head, params, mask, asks.density, want_entropy or asks.entropy, readers)
 
     def probability(
         self,
@@ -132,14 +172,8 @@ class Decoding:
 
     def _row_params(self, rows: StepRows, who: torch.Tensor, slot: torch.Tensor) -> RowParams:
         """Sampling parameters of the rows of canvas slots ``slot`` of requests ``who``."""
-        requests = self._requests(rows.slots)
-        samples = any(r.sampling.temperature > 0 for r in requests)
-        filters = any(
-            r.options.confidence_top_p < 1
-            or (r.sampling.temperature > 0 and (r.sampling.top_p < 1 or r.sampling.top_k > 0))
-            for r in requests
-        )
-        canvas, view = self.canvas, rows.view
+        asks, canvas, view = self.asks(rows.slots), self.canvas, rows.view
+        samples, filters = asks.samples, asks.filters
         if samples or filters:
             # A text in blocks may go on at the beginning of a block: draws must not depend on what came before.
             number = canvas.step if canvas.traits.block_length is None else canvas.window_step
@@ -194,21 +228,10 @@ class Decoding:
             return score
         return score * certainty_density(view.masked, view.canvas_len, view.options.sigma, masks=True)
 
-    def _requests(self, slots: Sequence[int]) -> list[Request]:
-        return [self.canvas.requests[s] for s in slots]
-
     def parts(self, rows: StepRows) -> list[Part]:
         """The decoders of a step, each with its share."""
-        members: dict[Decoder, list[int]] = {}
-        for i, slot in enumerate(rows.slots):
-            members.setdefault(self._of_slot[slot], []).append(i)
-        if len(members) == 1:
-            return [Part(decoder, mine, None, None) for decoder, mine in members.items()]
-        found, (who, _) = [], rows.predicted_index
-        uploaded = upload_lists(list(members.values()), torch.int64, self.canvas.device)
-        for (decoder, mine), chosen in zip(members.items(), uploaded, strict=True):
-            found.append(Part(decoder, mine, chosen, torch.isin(who, chosen)))
-        return found
+        parts, (who, _) = self.asks(rows.slots).parts, rows.predicted_index
+        return [part if part.chosen is None else part._replace(mine=torch.isin(who, part.chosen)) for part in parts]
 
 
 def _together(parts: list[tuple[torch.Tensor | None, Commits]], none: torch.Tensor, token: torch.Tensor) -> Commits:

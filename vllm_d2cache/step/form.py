@@ -48,11 +48,10 @@ class StepForms:
 
         Most mechanisms need exact rows; so do logit edits, log-probabilities and some decoders.
         """
-        requests = [self.canvas.requests[s] for s in slots]
         return (
-            all(request.computed == request.length for request in requests)
-            and all(use.takes_padding for slot in slots for use in self.mechanisms.uses(slot))
-            and self.decoding.takes_padding(slots)
+            self.canvas.unseen.isdisjoint(slots)
+            and self.mechanisms.take_padding(slots)
+            and self.decoding.asks(slots).takes_padding
             and not self.constraints.any_of(slots)
             and not self.logprobs.any_of(slots)
         )
@@ -61,14 +60,14 @@ class StepForms:
         """The graph that does a step of these requests with as many rows as each can need; None = it is not one."""
         if self.graphs is None or not self.may_graph or not self.can_pad(slots):
             return None
-        bounds = [self.canvas.requests[s].most_rows for s in slots]
+        bounds = self.canvas.batch(slots).row_budgets
         return self._fitting(self.graphs, slots, bounds) if sum(bounds) <= self.free_rows else None
 
     def exact_graph(self, rows: StepRows) -> GraphSize | None:
         """The graph that does a step whose rows have been counted; None = eager."""
         if self.graphs is None or not self.may_graph:
             return None
-        known = all(r.computed == r.length for r in (self.canvas.requests[s] for s in rows.slots))
+        known = self.canvas.unseen.isdisjoint(rows.slots)
         return self._fitting(self.graphs, rows.slots, rows.counts) if known else None
 
     def _fitting(self, graphs: StepGraphs, slots: Sequence[int], counts: list[int]) -> GraphSize | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm_d2cache.canvas.standing import Standing
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.mechanisms.base import Mechanisms, Worker
@@ -28,6 +29,7 @@ class Planning:
         self.canvas = canvas
         self.mechanisms = mechanisms
         self._policies: dict[str, CachePolicy] = {}
+        self._standing = Standing(self._of_batch)
 
     def policy(self, name: str) -> CachePolicy:
         """The policy of that name; made when the first request asks for it, as its state takes memory."""
@@ -40,12 +42,13 @@ class Planning:
         options = self.canvas.requests[slot].options
         policy = self.policy(options.policy)
         policy.start(slot, options)
+        self._standing.forget()
         view = self.canvas.view(torch.arange(slot, slot + 1, device=self.canvas.device), [slot])
         self._store(policy.first_plan(view), view)
 
     def reads_entropy(self, slots: Sequence[int]) -> bool:
         """Whether some policy of these requests reads the entropy of what was predicted."""
-        return any(self.policy(self.canvas.requests[s].options.policy).reads_entropy for s in slots)
+        return any(policy.reads_entropy for policy, _ in self._standing.of(slots))
 
     def next(self, view: CanvasView, outcome: StepOutcome, slots: Sequence[int]) -> None:
         """Ask each policy for the next plans of its requests.
@@ -54,17 +57,19 @@ class Planning:
             view: after the step's commits.
             slots: of the requests, on the host.
         """
+        for policy, rows in self._standing.of(slots):
+            part, what = (view, outcome) if rows is None else (view.select(rows), outcome.select(rows))
+            self._store(policy.next_plan(part, what), part)
+
+    def _of_batch(self, slots: Sequence[int]) -> list[tuple[CachePolicy, torch.Tensor | None]]:
+        """Each policy of these requests, and which lines of the batch are its own: [m] int64, None = all."""
         members: dict[str, list[int]] = {}
         for i, slot in enumerate(slots):
             members.setdefault(self.canvas.requests[slot].options.policy, []).append(i)
         if len(members) == 1:
-            (name,) = members
-            self._store(self.policy(name).next_plan(view, outcome), view)
-            return
+            return [(self.policy(name), None) for name in members]
         lines = upload_lists(list(members.values()), torch.int64, self.canvas.device)
-        for name, rows in zip(members, lines, strict=True):
-            part = view.select(rows)
-            self._store(self.policy(name).next_plan(part, outcome.select(rows)), part)
+        return [(self.policy(name), rows) for name, rows in zip(members, lines, strict=True)]
 
     def _store(self, plan: StepPlan, view: CanvasView) -> None:
         tables = (self.canvas.refresh, self.canvas.observe, self.canvas.eligible)

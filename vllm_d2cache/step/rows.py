@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from operator import eq
 
 import torch
 
@@ -11,50 +11,47 @@ from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.step_rows import choose_rows, pack_rows
+from vllm_d2cache.step.decoding import Asks
 
 
 def select_rows(
-    canvas: CanvasStates, slots: torch.Tensor, slots_host: Sequence[int], observes_all: Sequence[bool], padded: bool
+    canvas: CanvasStates, slots: torch.Tensor, slots_host: Sequence[int], asks: Asks, padded: bool
 ) -> StepRows:
     """The rows of a step of these requests.
 
     Args:
         slots: [R] int64 on the device; ``slots_host`` the same on the host.
-        observes_all: of each request, whether statistics of all masked slots that are computed are wanted.
+        asks: of the decoders of these requests.
         padded: give each request as many rows as it can need at most, and do not wait for the device to learn how many
             it does need. What the step decides is the same.
     """
-    requests = [canvas.requests[s] for s in slots_host]
+    batch = canvas.batch(slots_host)
     view, shift = canvas.view(slots, slots_host), canvas.traits.logit_shift
     integers, _, masked, live = view.texts
-    observes = upload(observes_all, torch.bool, canvas.device) if any(observes_all) else None
-    revises = [r.revises for r in requests]
-    revising = upload(revises, torch.bool, canvas.device) if any(revises) else None
-    plans, ordered = (canvas.refresh, canvas.observe, canvas.eligible), any(r.options.ordered for r in requests)
-    texts = (integers, masked, live)
-    chosen = choose_rows(slots, *plans, *texts, observes, revising, ordered, shift, view.num_positions)
+    plans, texts = (canvas.refresh, canvas.observe, canvas.eligible), (integers, masked, live)
+    wanted = (asks.observes, asks.revises, batch.ordered)
+    chosen = choose_rows(slots, *plans, *texts, *wanted, shift, view.num_positions)
     if padded:
-        counts = [r.most_rows for r in requests]
+        counts = [r.most_rows for r in batch.requests]
         # A predicted slot has a row of its own.
-        predictions = [min(r.most_rows, r.canvas_len) for r in requests]
+        predictions = [min(r.most_rows, r.canvas_len) for r in batch.requests]
     else:
         # The one place of a step that waits for the device: how many rows, and how many of them lead to logits.
         # (Mechanisms that need exact rows, logit edits and some decoders wait once more.)
         counts, predictions = chosen.sums.tolist()
-    numbers = [*_starts(counts), *counts, *_starts(predictions), *predictions]
-    places = upload(numbers, torch.int64, canvas.device).view(4, -1)
+    places = upload([*counts, *predictions], torch.int64, canvas.device).view(2, -1) if padded else chosen.sums
     first, sizes = view.prompt_len - shift if shift else view.prompt_len, (sum(counts), sum(predictions))
     packed = pack_rows(slots, chosen.refresh, chosen.predicted, places, canvas.tokens, first, *sizes)
     return StepRows(
         view=view,
         slots=list(slots_host),
-        prompt_lens=[r.prompt_len for r in requests],
-        lengths=[r.length for r in requests],
-        visible=[r.visible for r in requests],
+        prompt_lens=batch.prompt_lens,
+        lengths=batch.lengths,
+        visible=[r.visible for r in batch.requests],
         counts=counts,
         refreshed=chosen.sums[0],
         num_predicted=chosen.sums[1],
-        full=[n == r.length and not padded for n, r in zip(counts, requests, strict=True)],
+        full=[False] * len(counts) if padded else list(map(eq, counts, batch.lengths)),
         positions=packed.positions,
         input_ids=packed.input_ids,
         request=packed.request,
@@ -65,10 +62,5 @@ def select_rows(
         predicted_index=(packed.who, packed.slot),
         place=packed.place,
         logits_rows=packed.logits_rows,
-        extra=[0] * len(requests),
+        extra=[0] * len(counts),
     )
-
-
-def _starts(counts: list[int]) -> list[int]:
-    """Where each of stretches of these lengths begins."""
-    return list(accumulate(counts[:-1], initial=0))

@@ -108,13 +108,11 @@ class StepRunner:
         if not slots_host:
             return Step(None, fills=fills)
         size = self.forms.padded_graph(slots_host) if fills is None else None
-        observes = self.decoding.observes_all(slots_host)
-        rows = select_rows(self.canvas, slots, slots_host, observes, padded or size is not None)
+        asks = self.decoding.asks(slots_host)
+        rows = select_rows(self.canvas, slots, slots_host, asks, padded or size is not None)
         if size is None and fills is None:
             size = self.forms.exact_graph(rows)
-        for slot in slots_host:
-            request = self.canvas.requests[slot]
-            request.computed = request.length
+        self.canvas.see(slots_host)
         if size is not None:
             return Step(rows, (), size)
         hooks = self.mechanisms.open(rows)
@@ -170,7 +168,8 @@ class StepRunner:
             found,
         )
         self.planning.next(view, outcome, rows.slots)
-        tokens, num_tokens = self.canvas.emit(view, self.decoding.provisional(rows.slots), commits.held)
+        provisional = self.decoding.asks(rows.slots).provisional
+        tokens, num_tokens = self.canvas.emit(view, provisional, commits.held)
         result = StepResult(tokens, num_tokens, commits.slots, view.masked, commits.revoked, commits.revised, changes)
         self.counters.add(rows, step.hooks, changes)
         return Closed(rows, stats, result, self.logprobs.record(rows, result, hidden, lm_head))

@@ -209,7 +209,7 @@ def feed(decoder: Decoder, logits: torch.Tensor, canvas_slots: list[int], window
         slots,
         torch.tensor(canvas_slots),
         None,
-        [0],
+        None,
         logits.clone(),
         torch.clone,
         params,

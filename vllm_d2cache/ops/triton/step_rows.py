@@ -8,6 +8,7 @@ import triton.language as tl
 
 from vllm_d2cache.ops.step_rows import Choice, PackedRows
 from vllm_d2cache.ops.triton.common import STRETCH, as_bytes, kernel
+from vllm_d2cache.ops.triton.packing import pack_line, sum_before
 
 _FAR = tl.constexpr(1 << 30)  # behind any text
 _ROWS = 256
@@ -140,26 +141,6 @@ def choose_rows(
     return Choice(chosen, candidates, predicted, sums)
 
 
-@triton.jit
-def _pack(line, column, place, marked, row, start, room, width, left_over, BLOCK: tl.constexpr):
-    """The marked columns of one line into its places; ``left_over`` where there are more places."""
-    lane = tl.arange(0, BLOCK)
-    for first in range(0, room, BLOCK):
-        inside = first + lane < room
-        tl.store(line + start + first + lane, tl.zeros((BLOCK,), tl.int64) + row, mask=inside)
-        tl.store(column + start + first + lane, tl.zeros((BLOCK,), tl.int64) + left_over, mask=inside)
-    tl.debug_barrier()
-    before = tl.zeros((), tl.int64)
-    for first in range(0, width, BLOCK):
-        at = first + lane
-        flag = tl.load(marked + row * width + at, mask=at < width, other=0).to(tl.int64)
-        within = before + tl.cumsum(flag, 0) - 1
-        tl.store(place + row * width + at, start + within, mask=at < width)
-        tl.store(column + start + within, at.to(tl.int64), mask=(flag != 0) & (within < room))
-        before += tl.sum(flag, 0)
-    tl.debug_barrier()
-
-
 @kernel()
 def _pack_kernel(
     request,  # [N] int64, written
@@ -174,7 +155,7 @@ def _pack_kernel(
     slots,  # [R] int64
     chosen,  # [R, T] bool
     predicted,  # [R, G] bool
-    places,  # [4, R] int64
+    counts,  # [2, R] int64
     tokens,  # [S, L] int32
     first,  # [R] int64
     rows,
@@ -186,8 +167,9 @@ def _pack_kernel(
     row = tl.program_id(0).to(tl.int64)
     text = tokens + tl.load(slots + row) * positions_wide
     lane = tl.arange(0, BLOCK)
-    start, room = tl.load(places + row), tl.load(places + rows + row)
-    _pack(request, positions, row_of, chosen, row, start, room, num_positions, -1, BLOCK)
+    start, room = sum_before(counts, row, BLOCK), tl.load(counts + row)
+    marked = chosen + row * num_positions
+    pack_line(request, positions, row_of, marked, row, start, room, num_positions, BLOCK)
     for begin in range(0, room, BLOCK):
         inside = begin + lane < room
         at = tl.load(positions + start + begin + lane, mask=inside, other=0)
@@ -195,8 +177,8 @@ def _pack_kernel(
         at = tl.maximum(at, 0)
         tl.store(positions + start + begin + lane, at, mask=inside)
         tl.store(input_ids + start + begin + lane, tl.load(text + at, mask=inside, other=0), mask=inside)
-    start, room = tl.load(places + 2 * rows + row), tl.load(places + 3 * rows + row)
-    _pack(who, slot_out, place, predicted, row, start, room, width, -1, BLOCK)
+    start, room = sum_before(counts + rows, row, BLOCK), tl.load(counts + rows + row)
+    pack_line(who, slot_out, place, predicted + row * width, row, start, room, width, BLOCK)
     from_position = tl.load(first + row)
     for begin in range(0, room, BLOCK):
         inside = begin + lane < room
@@ -211,7 +193,7 @@ def pack_rows(
     slots: torch.Tensor,
     chosen: torch.Tensor,
     predicted: torch.Tensor,
-    places: torch.Tensor,
+    counts: torch.Tensor,
     tokens: torch.Tensor,
     first: torch.Tensor,
     num_rows: int,
@@ -239,7 +221,7 @@ def pack_rows(
         slots,
         as_bytes(chosen),
         as_bytes(predicted),
-        places,
+        counts,
         tokens,
         first,
         rows,
