@@ -5,9 +5,9 @@
 Two engines of this process, one after the other, with the same number of running requests: the small LLaDA of this
 repository, and a small Llama of vLLM's with weights of chance. Counted are PyTorch's operators (views included) that a
 step dispatches between its start and its end, but for those of the model's forward pass; then, in other steps, the time
-on the clock, less that of the forward pass. Medians over steps in which every request decodes. `d2cache` pushes
-its weights through the attention maps behind the forward pass, request by request and layer by layer; `prefix` needs
-no maps.
+on the clock, less that of the forward pass and, in a column of its own, of the LM head, which is the network as well: a
+step predicts every mask of a window, a stock one a row a request. Medians over steps in which every request decodes.
+`d2cache` pushes its weights through the attention maps behind the forward pass; `prefix` needs no maps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,32 +44,34 @@ POLICIES = ("prefix", "d2cache")
 
 @dataclass
 class Line:
-    """Medians of a batch: operators, and milliseconds of a step and of its forward pass."""
+    """Medians of a batch: operators, and milliseconds of a step, of its forward pass and of its LM head."""
 
     name: str  # STOCK or a policy
     batch: int
     operators: float
     step: float
     forward: float
+    head: float
 
     @property
     def outside(self) -> float:
-        """Milliseconds outside the forward pass."""
-        return self.step - self.forward
+        """Milliseconds outside the network."""
+        return self.step - self.forward - self.head
 
 
 class Watched:
     """An engine whose forward pass is left out of what is counted and of what is timed."""
 
     def __init__(self, model: str, batch: int, load_format: str) -> None:
-        from torch.utils._python_dispatch import TorchDispatchMode
+        from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
         from vllm import LLM
 
         self.llm = LLM(
             model, dtype="float32", max_num_seqs=batch, load_format=load_format, max_model_len=256, seed=0,
             enforce_eager=True,
         )  # fmt: skip
-        self.batch, self.forward, self.found = batch, 0.0, Counter[str]()
+        self.batch, self.found = batch, Counter[str]()
+        self.seconds = {"forward": 0.0, "head": 0.0}
         watched = self
 
         class Mode(TorchDispatchMode):
@@ -79,16 +81,18 @@ class Watched:
 
         self.mode = Mode
         model_of = in_process_runner(self.llm).model
-        model_of.forward = self._unwatched(model_of.forward)
+        model_of.forward = self._timed("forward", model_of.forward, _disable_current_modes)
+        head = model_of.logits_processor
+        head.forward = self._timed("head", head.forward, nullcontext)
 
-    def _unwatched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        from torch.utils._python_dispatch import _disable_current_modes
-
+    def _timed(
+        self, part: str, work: Callable[..., Any], around: Callable[[], AbstractContextManager[Any]]
+    ) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             begin = time.perf_counter()
-            with _disable_current_modes():
-                found = forward(*args, **kwargs)
-            self.forward += time.perf_counter() - begin
+            with around():
+                found = work(*args, **kwargs)
+            self.seconds[part] += time.perf_counter() - begin
             return found
 
         return run
@@ -112,7 +116,7 @@ class Watched:
 
     def measure(self, name: str) -> Line:
         """Operators of STEPS steps, then the times of as many."""
-        operators, steps, forwards = [], [], []
+        operators, times = [], []
         with self.running(name) as engine:
             for _ in range(STEPS):
                 self.found.clear()
@@ -120,13 +124,12 @@ class Watched:
                     engine.step()
                 operators.append(sum(self.found.values()))
             for _ in range(STEPS):
-                self.forward = 0.0
+                self.seconds = dict.fromkeys(self.seconds, 0.0)
                 begin = time.perf_counter()
                 engine.step()
-                steps.append(1000 * (time.perf_counter() - begin))
-                forwards.append(1000 * self.forward)
-        times = (statistics.median(steps), statistics.median(forwards))
-        return Line(name, self.batch, statistics.median(operators), *times)
+                whole = time.perf_counter() - begin
+                times.append([1000 * x for x in (whole, self.seconds["forward"], self.seconds["head"])])
+        return Line(name, self.batch, statistics.median(operators), *map(statistics.median, zip(*times, strict=True)))
 
 
 def lines() -> list[Line]:
@@ -152,13 +155,22 @@ def lines() -> list[Line]:
 
 def table(found: list[Line]) -> str:
     """Markdown: what a step is, at every batch, and how much more that is than a stock step."""
-    heads = ("requests", "step", "operators", "of stock", "ms outside the forward pass", "of stock", "ms forward")
+    heads = (
+        "requests",
+        "step",
+        "operators",
+        "of stock",
+        "ms outside the network",
+        "of stock",
+        "ms forward",
+        "ms LM head",
+    )
     rows = []
     for x in found:
         stock = next(y for y in found if y.batch == x.batch and y.name == STOCK)
         rows.append(
             f"| {x.batch} | {x.name} | {x.operators:.0f} | {x.operators / stock.operators:.1f} | {x.outside:.2f} | "
-            f"{x.outside / stock.outside:.1f} | {x.forward:.2f} |"
+            f"{x.outside / stock.outside:.1f} | {x.forward:.2f} | {x.head:.2f} |"
         )
     return "\n".join(["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *rows])
 
