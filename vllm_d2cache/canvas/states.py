@@ -12,6 +12,7 @@ from vllm_d2cache.canvas.request import Request
 from vllm_d2cache.canvas.standing import Standing
 from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.canvas.view import CanvasView, OptionColumns
+from vllm_d2cache.ops.columns import FirstColumns
 from vllm_d2cache.ops.host import Writes
 from vllm_d2cache.ops.texts import COUNTS, Edits, Texts, commit_texts, emit_texts, read_texts
 from vllm_d2cache.options.request import SCORES, RequestOptions
@@ -48,6 +49,7 @@ class CanvasStates:
         self._standing = Standing(self._batch)
         # The texts read or written last, and whose they are: read again only when other requests have a step.
         self._latest: tuple[list[int], CanvasView] | None = None
+        self._first_columns = FirstColumns()
 
         def table(dtype: torch.dtype, *width: int) -> torch.Tensor:
             return torch.zeros(num_slots, *width, dtype=dtype, device=device)
@@ -146,12 +148,24 @@ class CanvasStates:
             self.requests[slot].computed = self.requests[slot].length
             self.unseen.discard(slot)
 
+    def _flags(self, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tables of masks and of committed stop tokens, as wide as ops need them."""
+        return self._first_columns.of(self.masked, num_slots), self._first_columns.of(self.terminal, num_slots)
+
+    def plans(self, num_positions: int, num_slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The tables of plans, as wide as ops need them: what to refresh, to observe, and what may be committed."""
+        return (
+            self._first_columns.of(self.refresh, num_positions),
+            self._first_columns.of(self.observe, num_slots),
+            self._first_columns.of(self.eligible, num_slots),
+        )
+
     def view(self, slots: torch.Tensor, slots_host: Sequence[int]) -> CanvasView:
         """The texts of ``slots`` [R] as they are now, padded to the widest."""
         if self._latest is not None and self._latest[0] == slots_host:
             return self._latest[1]
         batch = self.batch(slots_host)
-        tables = (self.masked, self.terminal, self.counts, self.numbers)
+        tables = (*self._flags(batch.width), self.counts, self.numbers)
         texts = read_texts(slots, *tables, batch.width, self.traits.block_length)
         view = CanvasView(slots, texts, max(batch.lengths), batch.used)
         self._latest = (list(slots_host), view)
@@ -179,7 +193,7 @@ class CanvasStates:
         """
         integers, floats, masked, _ = view.texts
         edits = Edits(committed, token, revoked, revised, held)
-        tables = (self.tokens, self.masked, self.terminal, self.counts, self.stop_ids)
+        tables = (self.tokens, *self._flags(masked.shape[1]), self.counts, self.stop_ids)
         mask, block = self.traits.mask_token_id, self.traits.block_length
         found = commit_texts(view.slots, integers, masked, edits, *tables, mask, view.num_positions, block)
         after = view.after(Texts(found.integers, floats, found.masked, found.live))

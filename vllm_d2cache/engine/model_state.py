@@ -60,7 +60,8 @@ class D2CacheModelState(ModelState):
         size = vllm_config.parallel_config.tensor_parallel_size
         ranks = TensorParallel(size, tensor_model_parallel_all_reduce) if size > 1 else None
         traits: Any = model.traits
-        worker = Worker(self.max_num_reqs, self.max_model_len, device, traits, self.options, ranks)
+        vocab_size = vllm_config.model_config.get_vocab_size()
+        worker = Worker(self.max_num_reqs, self.max_model_len, device, traits, self.options, ranks, vocab_size)
         # Every rank computes the same; one of them writes.
         directory = self.options.trace_dir if vllm_config.parallel_config.rank == 0 else None
         self.tracer = TraceRecorder(directory, vllm_config.model_config.model) if directory else None

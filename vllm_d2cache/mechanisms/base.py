@@ -43,6 +43,7 @@ class Worker:
     traits: FamilyTraits
     server: ServerOptions = ServerOptions({})  # noqa: RUF009  # frozen
     tensor_parallel: TensorParallel | None = None
+    vocab_size: int | None = None  # None: the first logits of a step show it
 
 
 class RequestSize(NamedTuple):

@@ -27,8 +27,8 @@ class StepCounters:
     forwards: int = 0
     steps: int = 0
     keys: int = 0
-    # Three of [R] int64 for each step since they were last added up: rows of the text, predicted, committed.
-    _steps: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    # For each step since they were last added up: rows of the text [R] int64, predicted [R], and changes [2, R].
+    _steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _sums: torch.Tensor | None = None  # [3] int64, of those before
     _extra: int = 0  # rows behind the text
     _verified: int = 0  # of these, rows with logits
@@ -55,7 +55,9 @@ class StepCounters:
     def _add_up(self) -> None:
         """Once in many steps, so that a step has no work with it."""
         if self._steps:
-            now = torch.stack([torch.cat(numbers).sum() for numbers in zip(*self._steps, strict=True)])
+            rows, predicted, changes = zip(*self._steps, strict=True)
+            numbers = (rows, predicted, [both[0] for both in changes])
+            now = torch.stack([torch.cat(of_steps).sum() for of_steps in numbers])
             self._sums = now if self._sums is None else self._sums + now
             self._steps = []
 
@@ -73,7 +75,7 @@ class StepCounters:
             self.keys += min(seen, default=length)
         self._extra += sum(rows.extra)
         self._verified += len(rows.logits_rows) - len(rows.predicted_index[0])
-        self._steps.append((rows.refreshed, rows.num_predicted, changes[0]))
+        self._steps.append((rows.refreshed, rows.num_predicted, changes))
         if len(self._steps) == _AT_MOST:
             self._add_up()
 

@@ -6,8 +6,51 @@ from functools import lru_cache
 
 import torch
 
+from vllm_d2cache.ops.dispatch import chosen
+
 
 @lru_cache(maxsize=64)
 def columns(width: int, device: torch.device) -> torch.Tensor:
     """[1, width] int64: 0, 1, 2 and so on. Shared: it is never written."""
     return torch.arange(width, device=device).unsqueeze(0)
+
+
+@lru_cache(maxsize=64)
+def zeros(count: int, device: torch.device) -> torch.Tensor:
+    """[count] int64: zeros. Shared: they are never written."""
+    return torch.zeros(count, dtype=torch.int64, device=device)
+
+
+def first_columns(table: torch.Tensor, width: int) -> torch.Tensor:
+    """[S, width] of ``table`` [S, L]: itself where it is no wider."""
+    return table if width == table.shape[1] else table[:, :width]
+
+
+def lines_of(table: torch.Tensor, slots: torch.Tensor, width: int) -> torch.Tensor:
+    """[R, width]: the first columns of lines ``slots`` [R] of ``table`` [S, L]."""
+    return first_columns(table, width)[slots]
+
+
+def write_lines(table: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
+    """Write ``values`` [R, width] into the first columns of lines ``slots`` [R] of ``table`` [S, L]."""
+    first_columns(table, values.shape[1]).index_copy_(0, slots, values)
+
+
+class FirstColumns:
+    """The first columns of tables with a line for each slot, as views that are made once: steps are equally wide."""
+
+    _MOST = 64
+
+    def __init__(self) -> None:
+        self._views: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, table: torch.Tensor, width: int) -> torch.Tensor:
+        """[S, width] of ``table`` [S, L] where PyTorch reads it on a CPU; elsewhere all of it, as kernels expect."""
+        if table.device.type != "cpu" or chosen(table.device) != "torch":
+            return table
+        key = (id(table), width)  # the table is kept beside its view, so that no other gets its id
+        if key not in self._views:
+            if len(self._views) == self._MOST:
+                self._views.clear()
+            self._views[key] = (table, first_columns(table, width))
+        return self._views[key][1]

@@ -18,8 +18,8 @@ _NUMPY: dict[torch.dtype, Any] = {
 }
 
 
-def upload(values: Sequence[int] | Sequence[bool], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The numbers as a one-dimensional tensor; on CUDA through pinned memory, or the copy would block."""
+def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The numbers, or lists of them, as a tensor; on CUDA through pinned memory, or the copy would block."""
     if device.type == "cpu":
         return torch.from_numpy(np.array(values, dtype=_NUMPY[dtype]))
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")

@@ -25,7 +25,7 @@ def _ranked(score: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor
 def take_best(index: torch.Tensor, candidates: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """[R, G] bool: the first ``count`` [R] slots of the ranking ``index``, of the candidates at most all."""
     first = columns(index.shape[1], index.device) < count.unsqueeze(1)
-    return torch.zeros_like(candidates).scatter_(1, index, first).logical_and_(candidates)
+    return first.scatter(1, index, first).logical_and_(candidates)  # all of it is written over
 
 
 @dispatched("vllm_d2cache.ops.triton.ranking")

@@ -6,13 +6,15 @@ canvas slots.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from vllm_d2cache.ops.canvas_columns import to_positions, to_slots
-from vllm_d2cache.ops.columns import columns
+from vllm_d2cache.ops.canvas_columns import at_positions, at_slots
+from vllm_d2cache.ops.columns import columns, lines_of, write_lines
 from vllm_d2cache.ops.dispatch import dispatched
+from vllm_d2cache.ops.text_columns import TextColumns, position_map, slot_map, text_columns, window_columns
 
 _TRITON = "vllm_d2cache.ops.triton.refresh_choice"
 # Wider than any gap in a text.
@@ -51,26 +53,25 @@ def select_masked(
         integers: [10, R] int64 (ops.texts.Texts).
         masked, live: [R, G] bool, after the step's commits.
     """
-    width, slot = masked.shape[1], columns(masked.shape[1], slots.device)
-    _, canvas_len, _, _, _, length, *_ = integers.unsqueeze(2).unbind()
-    start, first = outcome.window_start.unsqueeze(1), outcome.first.unsqueeze(1)
-    update = outcome.predicted & (first | (latest[slots].unsqueeze(1) == 1))
-    kept = memory[slots, :width].masked_fill(first, 0.0)
-    kept = torch.where(update, outcome.score, kept)
-    memory[:, :width].index_copy_(0, slots, kept)
-    score = torch.where(slot < canvas_len, kept * density, 0.0)
+    _, canvas_len, _, _, _, length, *_ = map(tuple, integers.tolist())
+    width, line = masked.shape[1], slots.unsqueeze(1)
+    window = window_columns(tuple(outcome.window_start.tolist()), width, length, canvas_len, slots.device)
+    first = outcome.first.unsqueeze(1)
+    update = outcome.predicted & (first | (latest[line] == 1))
+    kept = torch.where(update, outcome.score, lines_of(memory, slots, width).masked_fill_(first, 0.0))
+    write_lines(memory, slots, kept)
+    score = torch.where(window.in_canvas, kept * density, 0.0)
     # A bonus of the best score puts the current window's slots before all others.
-    behind_start = slot >= start
-    in_window = behind_start & (slot < start + length)
-    score = score + in_window * score.amax(1, keepdim=True)
+    score = torch.addcmul(score, window.ones, score.amax(1, keepdim=True))
 
-    remaining = masked & live
-    k = current_k[slots].unsqueeze(1)
-    # The search window ends with the window that holds the k-th remaining slot.
-    kth = (remaining.cumsum(1) < k).sum(1, keepdim=True).clamp(max=width - 1)
-    eligible = remaining & behind_start & (slot < (kth // length + 1) * length)
+    remaining, k = masked & live, current_k[line]
+    # The search window ends with the window that holds the k-th remaining slot: before a slot's own window there are
+    # fewer of them than k.
+    before = remaining.cumsum(1).add_(remaining, alpha=-1).gather(1, window.begin)
+    eligible = remaining & window.behind_start & (before < k)
     index = torch.where(eligible, score, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(eligible).scatter_(1, index, (slot < k).expand_as(index)) & eligible
+    best = columns(width, slots.device) < k
+    return best.scatter(1, index, best).logical_and_(eligible)  # all of it is written over
 
 
 class Context(NamedTuple):
@@ -88,7 +89,7 @@ def select_context(
     rollout_p: torch.Tensor,
     shift: int,
 ) -> Context:
-    """Stage 2: the positions that hold the first ``rollout_p`` [R] float32 of the rollout's mass (section 3.5).
+    """Stage 2: the positions that hold the first ``rollout_p`` [R] of the rollout's mass (section 3.5).
 
     Args:
         importance: [R, T] float32.
@@ -97,15 +98,28 @@ def select_context(
         integers: [10, R] int64 (ops.texts.Texts).
         shift: a slot is read from the position that many in front of it.
     """
-    prompt_len, canvas_len = integers[:2].unsqueeze(2).unbind()
-    position = columns(importance.shape[1], importance.device)
-    # The last prompt position, which a shifted family may have in stage 1, is a candidate of stage 2 all the same.
-    candidates = (position < prompt_len + canvas_len) & ~(certain & (position >= prompt_len))
-    share = _rollout_share(importance, candidates)
-    chosen = certain | _head_of_mass(share, rollout_p)
+    prompt_len, canvas_len, *_ = map(tuple, integers.tolist())
+    text = text_columns(prompt_len, importance.shape[1], canvas_len, importance.device)
+    return _context(importance, certain, selected, text, rollout_p, shift)
+
+
+def _context(
+    importance: torch.Tensor,
+    certain: torch.Tensor,
+    selected: torch.Tensor,
+    text: TextColumns,
+    rollout_p: torch.Tensor,
+    shift: int,
+) -> Context:
+    """As :func:`select_context` says."""
+    # The last prompt position, which a shifted family may have in stage 1, is a candidate of stage 2 all the same. Of
+    # two flags the one is greater where it alone is True.
+    share = _rollout_share(importance, text.inside > (certain & text.behind_prompt))
+    chosen = _head_of_mass(share, rollout_p).logical_or_(certain)
     if shift:
         # The last prompt position serves slot 0 alone (section 3.5, point 3).
-        chosen = torch.where(position == prompt_len - 1, selected[:, :1], chosen)
+        last = columns(chosen.shape[1], chosen.device) == text.last_of_prompt
+        chosen = torch.where(last, selected[:, :1], chosen)
     return Context(chosen, share)
 
 
@@ -133,19 +147,20 @@ def choose_refresh(
         rollout_p: [S] float64; ``inflate_w``, ``latest``: [S] int64.
         shift: a slot is read from the position that many in front of it.
     """
-    (prompt_len, canvas_len), total = integers[:2].unbind(), importance.shape[1]
+    prompt_len, canvas_len, *_ = map(tuple, integers.tolist())
+    device, total, width = slots.device, importance.shape[1], masked.shape[1]
+    first, where = tuple(p - shift for p in prompt_len), (width, canvas_len, total, device)
     if shift:
-        first = prompt_len - shift
-        certain = to_positions(selected, first, canvas_len, total)
-        certain = certain | to_positions(committed, prompt_len, canvas_len, total)
+        certain = at_positions(selected, position_map(first, *where), total)
+        certain = certain | at_positions(committed, position_map(prompt_len, *where), total)
     else:
-        first = prompt_len
-        certain = to_positions(selected | committed, first, canvas_len, total)
-    chosen, _ = select_context(importance, certain, selected, integers, rollout_p[slots].float(), shift)
-    width = inflate_w[slots]
-    refresh = inflate(chosen, width) if int(width.max()) > 1 else chosen  # neighbours have no gap
-    computed = to_slots(refresh, first, canvas_len, masked.shape[1])
-    return refresh, computed & masked & (latest[slots] == 1).unsqueeze(1)
+        certain = at_positions(selected | committed, position_map(first, *where), total)
+    text = text_columns(prompt_len, total, canvas_len, device)
+    chosen = _context(importance, certain, selected, text, rollout_p[slots], shift).chosen
+    gaps = inflate_w[slots]
+    refresh = inflate(chosen, gaps) if int(gaps.max()) > 1 else chosen  # neighbours have no gap
+    computed = at_slots(refresh, slot_map(first, width, canvas_len, total, device))
+    return refresh, computed & masked & (latest[slots.unsqueeze(1)] == 1)
 
 
 def _rollout_share(importance: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
@@ -159,11 +174,24 @@ def _rollout_share(importance: torch.Tensor, candidates: torch.Tensor) -> torch.
 def _head_of_mass(share: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """[R, T] bool: the longest head of the descending list with mass at most p, and at least one position."""
     ordered, index = share.sort(dim=1, descending=True, stable=True)
+    most = _bounds(tuple(p.tolist()), share.device)
     # Added in fp64 and then rounded: the sum must not depend on the order, and twelve times 1/48 is 1/4.
-    head = ordered.cumsum(1, dtype=torch.float64).float() <= p.masked_fill(p >= 1, torch.inf).unsqueeze(1)
-    head[:, 0].fill_(True)
-    head &= ordered > 0
-    return torch.zeros_like(head).scatter_(1, index, head)
+    head = ordered.cumsum(1, dtype=torch.float64).float() <= most
+    head = head.logical_or_(_leftmost(share.shape[1], share.device)).logical_and_(ordered > 0)
+    return head.scatter(1, index, head)  # all of it is written over
+
+
+@lru_cache(maxsize=8)
+def _bounds(p: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """[R, 1] float32: ``p``, or infinity where that is all of the mass. Shared: it is never written."""
+    bound = torch.tensor(p, dtype=torch.float32, device=device).unsqueeze(1)
+    return bound.masked_fill(bound >= 1, torch.inf)
+
+
+@lru_cache(maxsize=8)
+def _leftmost(width: int, device: torch.device) -> torch.Tensor:
+    """[1, width] bool: the first column. Shared: it is never written."""
+    return columns(width, device) == 0
 
 
 def inflate(chosen: torch.Tensor, width: torch.Tensor) -> torch.Tensor:

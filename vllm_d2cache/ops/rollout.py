@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -62,8 +63,10 @@ def batched_rollout(
     Returns:
         [R, num_positions] float32; 0 in rows of other requests and past a request's own positions.
     """
-    out = torch.zeros(len(wanted), num_positions, device=positions.device)
     groups = layers[0].maps.plan.groups if layers else []
+    if len(groups) == 1 and groups[0].requests == list(range(len(wanted))) and groups[0].pitch >= num_positions:
+        return _rollout_of_group(positions, layers, layout, groups[0], tensor_parallel)[:, :num_positions]
+    out = torch.zeros(len(wanted), num_positions, device=positions.device)
     for group in groups:
         lines = _rollout_of_group(positions, layers, layout, group, tensor_parallel)[:, :num_positions]
         out[group.requests, : lines.shape[1]] = lines
@@ -94,21 +97,20 @@ def _rollout_of_group(
     mates, and a column past a text's end is added to no other.
     """
     device, pitch = positions.device, group.pitch
-    counts, lengths = [layout.counts[r] for r in group.requests], [layout.lengths[r] for r in group.requests]
-    starts = list(accumulate(layout.counts, initial=0))
-    owner = np.arange(len(counts)).repeat(counts)
-    rows = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in group.requests])
-    # A column more than any text has, of which padding rows have no share.
-    inside = np.arange(pitch + 1) < np.array(lengths)[:, None]
-    lines, owners, row, own = upload_arrays([inside.astype(np.float32), owner, rows, inside[:, :pitch]], device)
-    if len(rows) < len(positions):
-        positions, slots = positions[row], layout.slots[row]
+    counts = [layout.counts[r] for r in group.requests]
+    own, all_shares = _shares(tuple(layout.lengths[r] for r in group.requests), pitch, device)
+    owner, slots = np.arange(len(counts)).repeat(counts), layout.slots
+    if len(owner) < len(positions):
+        starts = list(accumulate(layout.counts, initial=0))
+        rows = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in group.requests])
+        owners, row = upload_arrays([owner, rows], device)
+        positions, slots = positions[row], slots[row]
     else:
-        slots = layout.slots
+        (owners,) = upload_arrays([owner], device)
     at = torch.where(slots >= 0, positions, pitch).add_(owners, alpha=pitch + 1)
-    share, text, at = lines.view(-1), lines[:, :pitch], at.unsqueeze(1)
-    kept = torch.ones_like(share)
-    kept[at] = 0.5
+    lines = all_shares.clone()
+    share, text = lines.view(-1, 1), lines[:, :pitch]
+    kept = torch.ones_like(share).index_fill_(0, at, 0.5)
     for layer in reversed(layers):
         # Rows of a map sum to one, so normalising it with the identity halves both.
         weighted = layer.maps.of_group(group) * share.mul_(kept)[at]
@@ -118,6 +120,17 @@ def _rollout_of_group(
             product = torch.zeros_like(text).index_add_(0, owners, weighted)
             text.add_(tensor_parallel.all_reduce(product) / tensor_parallel.size)
     return torch.where(own, text, 0.0)
+
+
+@lru_cache(maxsize=8)
+def _shares(lengths: tuple[int, ...], pitch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which columns are positions of texts [R, pitch] bool; the shares [R, pitch + 1] float32 that these begin with.
+
+    The column more than any text has is that of padding rows, which have no share of anything. Both are shared, and
+    never written.
+    """
+    inside = torch.arange(pitch + 1, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
+    return inside[:, :pitch], inside.float()
 
 
 def _layer_product(

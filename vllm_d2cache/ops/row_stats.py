@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -81,6 +82,7 @@ def row_stats(
     want_margin: bool,
     want_entropy: bool,
     readers: Sequence[TileReader] = (),
+    vocab_size: int | None = None,
 ) -> RowStats:
     """Statistics of the logits of ``hidden``, computed a tile of rows at a time.
 
@@ -89,17 +91,20 @@ def row_stats(
         lm_head: maps [m, d] to [m, vocab] logits.
         mask_token_id: never chosen, though it keeps its share of the softmax.
         readers: called with the logits of each tile before their statistics are taken.
+        vocab_size: how many logits a row has; None = the first tile shows it.
     """
     tiles = []
     # Readers and edits see the logits as they are chosen from; without them one pass does it all.
     scaled = bool(readers) or params.edits is not None
     by_kernel = chosen(hidden.device) != "torch" and not scaled
-    step = KERNEL_ROWS_PER_TILE if by_kernel else ROWS_PER_TILE
+    step = ROWS_PER_TILE if vocab_size is None else rows_per_tile(vocab_size)
+    if by_kernel:
+        step = KERNEL_ROWS_PER_TILE
     j = 0
     while (i := j) < hidden.shape[0]:
         j = min(i + step, hidden.shape[0])
         part = params.tile(i, j)
-        logits = lm_head(hidden[i:j])
+        logits = lm_head(hidden if j - i == hidden.shape[0] else hidden[i:j])
         if not by_kernel:
             step = rows_per_tile(logits.shape[1])
         if scaled:
@@ -121,7 +126,7 @@ def row_stats(
 
 
 def rows_per_tile(vocab_size: int) -> int:
-    """Most rows of a tile behind the first one, where no kernel reads the logits as they come."""
+    """Most rows of a tile where no kernel reads the logits as they come."""
     return max(ROWS_PER_TILE, TILE_LOGITS // vocab_size)
 
 
@@ -148,7 +153,8 @@ def token_probability(
 
 def scaled_logits(logits: torch.Tensor, params: RowParams, mask_token_id: int) -> torch.Tensor:
     """[m, vocab] logits in fp32, after edits, temperature, nucleus and top-k; ``logits`` may be overwritten."""
-    logits = logits.float()
+    if logits.dtype != torch.float32:
+        logits = logits.float()
     if params.edits is not None:
         params.edits.apply(logits)
     if params.samples:
@@ -177,9 +183,10 @@ def tile_stats(
         margin = top[:, 0] - top[:, 1]
     if want_entropy:
         entropy = -(probs * (probs + 1e-10).log()).sum(-1)
-    probs[:, mask_token_id].fill_(0.0)
+    mask = _column(mask_token_id, logits.device)
+    probs.index_fill_(1, mask, 0.0)
     # Not the argmax of the probabilities: under a mask logit far above the others they are all zero.
-    logits[:, mask_token_id].fill_(-torch.inf)
+    logits.index_fill_(1, mask, -torch.inf)
     token = logits.argmax(-1)
     if params.samples:
         cumulative = probs.double().cumsum(-1)
@@ -190,6 +197,12 @@ def tile_stats(
         token = torch.where(drawable, drawn.squeeze(1), token)
     confidence = probs.gather(1, token.unsqueeze(1)).squeeze(1)
     return RowStats(token, confidence, margin, entropy)
+
+
+@lru_cache(maxsize=8)
+def _column(number: int, device: torch.device) -> torch.Tensor:
+    """[1] int64: the number. Shared: it is never written."""
+    return torch.tensor([number], device=device)
 
 
 def _filter(logits: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor, mask_token_id: int) -> torch.Tensor:

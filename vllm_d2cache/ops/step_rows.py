@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_d2cache.ops.canvas_columns import to_positions, to_slots
-from vllm_d2cache.ops.columns import columns
+from vllm_d2cache.ops.canvas_columns import at_positions, at_slots
+from vllm_d2cache.ops.columns import columns, first_columns, lines_of, write_lines
 from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.packing import pack_columns
+from vllm_d2cache.ops.text_columns import position_map, slot_map, text_columns, window_columns
 
 _TRITON = "vllm_d2cache.ops.triton.step_rows"
 
@@ -71,24 +72,23 @@ def choose_rows(
         shift: a slot is read from the position that many in front of it.
         num_positions: T.
     """
-    prompt_len, canvas_len, window_start, _, _, window, _, _, _, run = integers.unsqueeze(2).unbind()
-    width, open_slots = masked.shape[1], masked & live
-    slot, position = columns(width, slots.device), columns(num_positions, slots.device)
-    chosen = refresh[slots, :num_positions] & (position < prompt_len + canvas_len)
-    inside = (slot >= window_start) & (slot < torch.minimum(window_start + window, canvas_len))
-    may_go = inside & eligible[slots, :width]
-    first, length = integers[0], integers[1]
-    if shift:
-        first = first - shift
+    prompt_len, canvas_len, start, _, _, window, *_ = map(tuple, integers.tolist())
+    width, device, open_slots = masked.shape[1], slots.device, masked & live
+    first, text = tuple(p - shift for p in prompt_len), text_columns(prompt_len, num_positions, canvas_len, device)
+    chosen = lines_of(refresh, slots, num_positions) & text.inside
+    inside = window_columns(start, width, window, canvas_len, device).inside
+    may_go = inside & lines_of(eligible, slots, width)
     if ordered:
-        lead = open_slots.to(torch.int8).argmax(1, keepdim=True)
+        slot, run = columns(width, device), integers[9].unsqueeze(1)
+        lead = open_slots.max(1, keepdim=True).indices  # the leftmost of equals
         at_lead = (slot == lead) & (run > 0)
         may_go = (may_go & ((slot < lead + run) | (run == 0))) | at_lead
-        chosen = chosen | to_positions(at_lead, first, length, num_positions)
-    wanted = observe[slots, :width]
+        leads = position_map(first, width, canvas_len, num_positions, device)
+        chosen = chosen | at_positions(at_lead, leads, num_positions)
+    wanted = lines_of(observe, slots, width)
     if observes_all is not None:
         wanted = wanted | observes_all.unsqueeze(1)
-    computed = to_slots(chosen, first, length, width)
+    computed = at_slots(chosen, slot_map(first, width, canvas_len, num_positions, device))
     predictable = computed & open_slots
     predicted = predictable & (may_go | wanted)
     if revises is not None:
@@ -135,6 +135,38 @@ def pack_rows(
     )
 
 
+def pack_exactly(
+    slots: torch.Tensor,
+    chosen: torch.Tensor,
+    predicted: torch.Tensor,
+    before: torch.Tensor,
+    tokens: torch.Tensor,
+    first: torch.Tensor,
+) -> PackedRows:
+    """As :func:`pack_rows` where each request has as many places as it needs: then what is marked says it all.
+
+    For a CPU, where nothing waits for what ``nonzero`` finds.
+
+    Args:
+        before: [2, R, 1] int64, the place before the first one of each request, for positions, then for slots.
+    """
+    rows_before, slots_before = before.unbind()
+    request, positions = chosen.nonzero().unbind(1)
+    who, slot = predicted.nonzero().unbind(1)
+    row_of = chosen.cumsum(1).add_(rows_before)
+    return PackedRows(
+        request,
+        positions,
+        torch.ones_like(request, dtype=torch.bool),
+        tokens[slots[request], positions],
+        row_of,
+        who,
+        slot,
+        row_of[who, first[who] + slot],
+        predicted.cumsum(1).add_(slots_before),
+    )
+
+
 @dispatched(_TRITON)
 def store_plan(
     slots: torch.Tensor,
@@ -151,13 +183,12 @@ def store_plan(
         observe, candidates: [R, G] bool; no candidates = all may go.
         tables: [S, L] bool of each, in that order; written.
     """
-    width = observe.shape[1]
-    tables[0][:, : refresh.shape[1]].index_copy_(0, slots, refresh)
-    tables[1][:, :width].index_copy_(0, slots, observe)
+    write_lines(tables[0], slots, refresh)
+    write_lines(tables[1], slots, observe)
     if candidates is None:
-        tables[2][:, :width].index_fill_(0, slots, True)
+        first_columns(tables[2], observe.shape[1]).index_fill_(0, slots, True)
     else:
-        tables[2][:, :width].index_copy_(0, slots, candidates)
+        write_lines(tables[2], slots, candidates)
 
 
 @dispatched(_TRITON)
@@ -196,5 +227,5 @@ def page_slots(
         table: [R, blocks] int, KV block ids of each request.
         request, positions: [N] int64.
     """
-    block = table[request, positions // block_size].long()
+    block = table[request, positions // block_size]
     return torch.where(live, torch.add(positions % block_size, block, alpha=block_size), -1)

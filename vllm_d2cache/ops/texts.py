@@ -5,12 +5,14 @@ Shapes: S slots, L positions at most, R rows (requests in this step), T position
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from vllm_d2cache.ops.columns import columns
+from vllm_d2cache.ops.columns import columns, lines_of, write_lines, zeros
 from vllm_d2cache.ops.dispatch import dispatched
+from vllm_d2cache.ops.text_columns import canvas_columns
 
 _TRITON = "vllm_d2cache.ops.triton.texts"
 # Columns of the tables, in order. Kernels know them by number.
@@ -78,7 +80,7 @@ def first_window(
         window: [R] int64, its length.
         before: [R] int64, positions before the canvas from which windows are counted; None = none.
     """
-    first = (masked & live).to(torch.int8).argmax(1)
+    first = (masked & live).max(1).indices  # the leftmost of equals
     return first - (first if before is None else first + before) % window
 
 
@@ -109,7 +111,7 @@ def read_texts(
         numbers: [S, 8] float32, OPTIONS.
         block_length: positions of a block where texts are cut into blocks, and windows with them; None = they are not.
     """
-    masked, terminal = masked[slots, :width], terminal[slots, :width]
+    masked, terminal = lines_of(masked, slots, width), lines_of(terminal, slots, width)
     options = numbers[slots].t()
     integers = options[_WHOLE].long()
     lengths = counts[:4, slots]
@@ -147,36 +149,50 @@ def commit_texts(
         num_positions: T.
         block_length: as for :func:`read_texts`.
     """
-    prompt_len, canvas_len, window_start, step, window_step, window = integers[:6].unbind()
+    prompt_lens, canvas_lens, *_ = integers.tolist()
     committed, token, revoked, revised, held = edits
-    width, slot = committed.shape[1], columns(committed.shape[1], slots.device)
-    changes = [committed.sum(1), torch.zeros_like(step)]
-    terminal_before = terminal[slots, :width]
+    lengths = (tuple(prompt_lens), committed.shape[1], tuple(canvas_lens))
+    cells = canvas_columns(*lengths, tokens.shape[1], slots.device)
+    changes = [committed.sum(1), zeros(slots.shape[0], slots.device)]
+    terminal_before = lines_of(terminal, slots, committed.shape[1])
     if revised is not None:
         committed, terminal_before = committed | revised, terminal_before & ~revised
     # Columns behind a canvas keep what stands there. Some end in the last column, which is no position of a text.
-    line, inside = slots.unsqueeze(1), slot < canvas_len.unsqueeze(1)
-    position = (prompt_len.unsqueeze(1) + slot).clamp(max=tokens.shape[1] - 1)
-    text = torch.where(committed & inside, token, tokens[line, position])
-    stops = (token.unsqueeze(2) == stop_ids[slots].unsqueeze(1)).any(2)
-    left = before & ~committed
-    ends = terminal_before | (stops & committed)
+    line, position = slots.unsqueeze(1), cells.position
+    text = torch.where(committed & cells.inside, token, tokens[line, position])
+    left = before > committed  # of two flags the one is greater where it alone is True
+    ends = terminal_before | (_stops(token, stop_ids[slots]) & committed)
     if revoked is not None:
-        text = text.masked_fill(revoked & inside, mask_token_id)
+        text = text.masked_fill(revoked & cells.inside, mask_token_id)
         left |= revoked
         ends &= ~revoked
         changes[1] = revoked.sum(1)
+    after = integers + _step_more(integers.device)
+    prompt_len, _, window_start, _, window_step, window, *_ = after.unbind()
     live, start = _windows(left, ends, prompt_len, window, block_length)
     if held is not None:
         start = torch.where(held, window_start, start)
         counts[5, slots], counts[6, slots] = held.long(), start
-    numbers = torch.stack([start, step + 1, torch.where(start == window_start, window_step + 1, 0)])
-    after = torch.cat([integers[:2], numbers, integers[5:]])
+    window_step.mul_(start == window_start)  # from 0 where a window begins
+    window_start.copy_(start)
     tokens[line, position] = text
-    masked[:, :width].index_copy_(0, slots, left)
-    terminal[:, :width].index_copy_(0, slots, ends)
-    counts[2:4].index_copy_(1, slots, numbers[1:])
+    write_lines(masked, slots, left)
+    write_lines(terminal, slots, ends)
+    counts[2:4].index_copy_(1, slots, after[3:5])
     return Committed(after, torch.stack(changes), left, live)
+
+
+def _stops(token: torch.Tensor, stop_ids: torch.Tensor) -> torch.Tensor:
+    """[R, G] bool: whether ``token`` [R, G] is one of the line's ``stop_ids`` [R, n]."""
+    if stop_ids.shape[1] == 1:
+        return token == stop_ids
+    return (token.unsqueeze(2) == stop_ids.unsqueeze(1)).any(2)
+
+
+@lru_cache(maxsize=8)
+def _step_more(device: torch.device) -> torch.Tensor:
+    """[10, 1] int64: what is added to INTEGERS where a step goes on in its window. Shared: it is never written."""
+    return torch.tensor([[int(name in ("step", "window_step"))] for name in INTEGERS], device=device)
 
 
 @dispatched(_TRITON)
@@ -202,9 +218,11 @@ def emit_texts(
         tokens: [S, L] int32 by position.
         counts: [7, S] int64, COUNTS; what is emitted is written.
     """
-    prompt_len, canvas_len = integers[:2].unbind()
-    slot = columns(masked.shape[1], masked.device)
-    done = torch.minimum((masked.cumsum(1) == 0).sum(1), canvas_len)
+    prompt_len, canvas_len, *_ = integers.tolist()
+    lengths = (tuple(prompt_len), masked.shape[1], tuple(canvas_len))
+    cells = canvas_columns(*lengths, tokens.shape[1], masked.device)
+    # Slots of the canvas with no mask up to there: the number of masks is less than True there alone.
+    done = (masked.cumsum(1) < cells.inside).sum(1)
     provisional, held = keeps
     if provisional is not None:
         unfinished = (masked & live).any(1)
@@ -212,9 +230,9 @@ def emit_texts(
         done = torch.where(unfinished & provisional, torch.minimum(done, window_start), done)
     emitted_of = counts[4]
     emitted = emitted_of[slots]
-    fresh = (done - emitted).clamp(min=0)
+    fresh = (done - emitted).clamp_(min=0)
     # Whatever stands behind the fresh ones: nobody reads it.
-    index = torch.minimum(emitted.unsqueeze(1) + slot, (canvas_len - 1).unsqueeze(1))
-    handed = tokens[slots.unsqueeze(1), prompt_len.unsqueeze(1) + index]
+    position = torch.minimum(cells.position + emitted.unsqueeze(1), cells.last)
+    handed = tokens[slots.unsqueeze(1), position]
     emitted_of.index_copy_(0, slots, emitted + fresh)
     return handed.long(), fresh.int()

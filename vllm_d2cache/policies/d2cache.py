@@ -14,6 +14,7 @@ import torch
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions, positions_to_canvas
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.importance import Importance, ReadsImportance
+from vllm_d2cache.ops.columns import FirstColumns
 from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.ops.refresh_choice import Outcome, choose_refresh, inflate, select_context, select_masked
 from vllm_d2cache.options.request import RequestOptions
@@ -37,6 +38,7 @@ class D2CachePolicy(CachePolicy):
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
         self.memory = torch.zeros(worker.num_slots, worker.max_len, device=worker.device)  # confidence by canvas slot
+        self._first_columns = FirstColumns()
         # Positions chosen in an earlier step that the refresh budget put off, and why they had been chosen.
         self.waiting: torch.Tensor | None = None
         if self.refresh_budget is not None:
@@ -68,7 +70,8 @@ class D2CachePolicy(CachePolicy):
         sigma = self.option("selection_sigma", view).float()
         density = certainty_density(masked, view.canvas_len, sigma, masks=True)
         found = Outcome(outcome.predicted, outcome.score, outcome.first, outcome.window_start)
-        memory = (self.memory, column["confidence_memory"], column["current_k"])
+        kept = self._first_columns.of(self.memory, masked.shape[1])
+        memory = (kept, column["confidence_memory"], column["current_k"])
         selected = select_masked(view.slots, *memory, density, integers, masked, live, found)
         importance = outcome.of(Importance).values
         if self.waiting is not None:

@@ -155,7 +155,8 @@ class Decoding:
             seen = PredictedRows(view, rows.predicted, who, slot, mine, chosen, hidden, lm_head, params, mask, slots)
             if (reader := decoder.tile_reader(seen)) is not None:
                 readers.append(reader)
-        return row_stats(hidden, lm_head, params, mask, asks.density, want_entropy or asks.entropy, readers)
+        wanted, vocab_size = (asks.density, want_entropy or asks.entropy), self.worker.vocab_size
+        return row_stats(hidden, lm_head, params, mask, *wanted, readers, vocab_size)
 
     def probability(
         self,

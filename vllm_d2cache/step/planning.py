@@ -72,6 +72,6 @@ class Planning:
         return [(self.policy(name), rows) for name, rows in zip(members, lines, strict=True)]
 
     def _store(self, plan: StepPlan, view: CanvasView) -> None:
-        tables = (self.canvas.refresh, self.canvas.observe, self.canvas.eligible)
+        tables = self.canvas.plans(plan.refresh.shape[1], plan.observe.shape[1])
         store_plan(view.slots, plan.refresh, plan.observe, plan.candidates, tables)
         self.mechanisms.store(view, plan.wishes)

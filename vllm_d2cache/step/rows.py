@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from operator import eq
 
 import torch
 
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
+from vllm_d2cache.ops import dispatch
 from vllm_d2cache.ops.host import upload
-from vllm_d2cache.ops.step_rows import choose_rows, pack_rows
+from vllm_d2cache.ops.step_rows import choose_rows, pack_exactly, pack_rows
 from vllm_d2cache.step.decoding import Asks
 
 
@@ -28,7 +30,7 @@ def select_rows(
     batch = canvas.batch(slots_host)
     view, shift = canvas.view(slots, slots_host), canvas.traits.logit_shift
     integers, _, masked, live = view.texts
-    plans, texts = (canvas.refresh, canvas.observe, canvas.eligible), (integers, masked, live)
+    plans, texts = canvas.plans(view.num_positions, masked.shape[1]), (integers, masked, live)
     wanted = (asks.observes, asks.revises, batch.ordered)
     chosen = choose_rows(slots, *plans, *texts, *wanted, shift, view.num_positions)
     if padded:
@@ -39,9 +41,14 @@ def select_rows(
         # The one place of a step that waits for the device: how many rows, and how many of them lead to logits.
         # (Mechanisms that need exact rows, logit edits and some decoders wait once more.)
         counts, predictions = chosen.sums.tolist()
-    places = upload([*counts, *predictions], torch.int64, canvas.device).view(2, -1) if padded else chosen.sums
-    first, sizes = view.prompt_len - shift if shift else view.prompt_len, (sum(counts), sum(predictions))
-    packed = pack_rows(slots, chosen.refresh, chosen.predicted, places, canvas.tokens, first, *sizes)
+    first, marks = view.prompt_len - shift if shift else view.prompt_len, (chosen.refresh, chosen.predicted)
+    if not padded and canvas.device.type == "cpu" and dispatch.chosen(canvas.device) == "torch":
+        before = [[[start - 1] for start in accumulate(x[:-1], initial=0)] for x in (counts, predictions)]
+        packed = pack_exactly(slots, *marks, upload(before, torch.int64, canvas.device), canvas.tokens, first)
+    else:
+        places = upload([counts, predictions], torch.int64, canvas.device) if padded else chosen.sums
+        packed = pack_rows(slots, *marks, places, canvas.tokens, first, sum(counts), sum(predictions))
+    refreshed, num_predicted = chosen.sums.unbind()
     return StepRows(
         view=view,
         slots=list(slots_host),
@@ -49,8 +56,8 @@ def select_rows(
         lengths=batch.lengths,
         visible=[r.visible for r in batch.requests],
         counts=counts,
-        refreshed=chosen.sums[0],
-        num_predicted=chosen.sums[1],
+        refreshed=refreshed,
+        num_predicted=num_predicted,
         full=[False] * len(counts) if padded else list(map(eq, counts, batch.lengths)),
         positions=packed.positions,
         input_ids=packed.input_ids,

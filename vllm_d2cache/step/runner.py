@@ -144,10 +144,12 @@ class StepRunner:
             if (present := hook.present()) is not None:
                 rows, stayed = rows.without(present, hook.most_predicted())
                 hidden = hidden[stayed]
-        hidden, behind = hidden.tensor_split([len(rows.predicted_index[0])])
+        hidden_of_all, count = hidden, len(rows.predicted_index[0])
+        if len(hidden) > count:
+            hidden = hidden[:count]
         for hook in step.hooks:
             if hook.extra is not None:
-                hook.read(behind, partial(self.decoding.probability, rows, lm_head))
+                hook.read(hidden_of_all[count:], partial(self.decoding.probability, rows, lm_head))
         want_entropy = self.planning.reads_entropy(rows.slots)
         parts = self.decoding.parts(rows)
         stats = self.decoding.row_stats(rows, parts, hidden, lm_head, want_entropy)
