@@ -106,6 +106,7 @@ def pack_rows(
     first: torch.Tensor,
     num_rows: int,
     num_predictions: int,
+    exact: bool = False,
 ) -> PackedRows:
     """Give the chosen positions and the predicted slots of each request its places (ops.packing).
 
@@ -117,7 +118,10 @@ def pack_rows(
         tokens: [S, L] int32 by position.
         first: [R] int64, the position from which slot 0 is read.
         num_rows, num_predictions: N and n.
+        exact: they are as many as are chosen and predicted, of each request.
     """
+    if exact and slots.device.type == "cpu":  # nowhere else is it known without a wait how much nonzero finds
+        return PackedRows(*_pack_all(slots, chosen, predicted, tokens, first))
     starts, (places, slot_places) = (counts.cumsum(1) - counts).unbind(), counts.unbind()
     request, positions, row_of = pack_columns(chosen, starts[0], places, num_rows)
     who, slot, place = pack_columns(predicted, starts[1], slot_places, num_predictions)
@@ -135,36 +139,15 @@ def pack_rows(
     )
 
 
-def pack_exactly(
-    slots: torch.Tensor,
-    chosen: torch.Tensor,
-    predicted: torch.Tensor,
-    before: torch.Tensor,
-    tokens: torch.Tensor,
-    first: torch.Tensor,
-) -> PackedRows:
-    """As :func:`pack_rows` where each request has as many places as it needs: then what is marked says it all.
-
-    For a CPU, where nothing waits for what ``nonzero`` finds.
-
-    Args:
-        before: [2, R, 1] int64, the place before the first one of each request, for positions, then for slots.
-    """
-    rows_before, slots_before = before.unbind()
+def _pack_all(
+    slots: torch.Tensor, chosen: torch.Tensor, predicted: torch.Tensor, tokens: torch.Tensor, first: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """As :func:`pack_rows` where places are as many as are marked: then what is marked says it all."""
     request, positions = chosen.nonzero().unbind(1)
     who, slot = predicted.nonzero().unbind(1)
-    row_of = chosen.cumsum(1).add_(rows_before)
-    return PackedRows(
-        request,
-        positions,
-        torch.ones_like(request, dtype=torch.bool),
-        tokens[slots[request], positions],
-        row_of,
-        who,
-        slot,
-        row_of[who, first[who] + slot],
-        predicted.cumsum(1).add_(slots_before),
-    )
+    row_of, place = (marked.flatten().cumsum(0).sub_(1).view(marked.shape) for marked in (chosen, predicted))
+    live, input_ids = torch.ones_like(request, dtype=torch.bool), tokens[slots[request], positions]
+    return request, positions, live, input_ids, row_of, who, slot, row_of[who, first[who] + slot], place
 
 
 @dispatched(_TRITON)

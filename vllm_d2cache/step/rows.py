@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from operator import eq
 
 import torch
 
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.canvas.states import CanvasStates
-from vllm_d2cache.ops import dispatch
 from vllm_d2cache.ops.host import upload
-from vllm_d2cache.ops.step_rows import choose_rows, pack_exactly, pack_rows
+from vllm_d2cache.ops.step_rows import choose_rows, pack_rows
 from vllm_d2cache.step.decoding import Asks
 
 
@@ -42,12 +40,9 @@ def select_rows(
         # (Mechanisms that need exact rows, logit edits and some decoders wait once more.)
         counts, predictions = chosen.sums.tolist()
     first, marks = view.prompt_len - shift if shift else view.prompt_len, (chosen.refresh, chosen.predicted)
-    if not padded and canvas.device.type == "cpu" and dispatch.chosen(canvas.device) == "torch":
-        before = [[[start - 1] for start in accumulate(x[:-1], initial=0)] for x in (counts, predictions)]
-        packed = pack_exactly(slots, *marks, upload(before, torch.int64, canvas.device), canvas.tokens, first)
-    else:
-        places = upload([counts, predictions], torch.int64, canvas.device) if padded else chosen.sums
-        packed = pack_rows(slots, *marks, places, canvas.tokens, first, sum(counts), sum(predictions))
+    places = upload([counts, predictions], torch.int64, canvas.device) if padded else chosen.sums
+    sizes = (sum(counts), sum(predictions))
+    packed = pack_rows(slots, *marks, places, canvas.tokens, first, *sizes, not padded)
     refreshed, num_predicted = chosen.sums.unbind()
     return StepRows(
         view=view,

@@ -12,7 +12,7 @@ from vllm_d2cache.ops import dispatch, refresh_choice, rollout, row_stats, text_
 from vllm_d2cache.ops.canvas_columns import to_positions, to_slots
 from vllm_d2cache.ops.columns import FirstColumns, columns, zeros
 from vllm_d2cache.ops.refresh_choice import Outcome, choose_refresh, select_masked
-from vllm_d2cache.ops.step_rows import choose_rows, pack_exactly, pack_rows
+from vllm_d2cache.ops.step_rows import choose_rows, pack_rows
 from vllm_d2cache.ops.texts import Edits, commit_texts, emit_texts
 
 CPU = torch.device("cpu")
@@ -142,11 +142,10 @@ def test_rows_packed_exactly_are_packed_rows(seed: int) -> None:
     chosen = marks(seed + 9, 3, 8) | to_positions(predicted, prompt, canvas, 8)
     tokens = torch.randint(0, 99, (LINES, 9), dtype=torch.int32)
     counts, predictions = chosen.sum(1), predicted.sum(1)
-    starts = [numbers.cumsum(0) - numbers for numbers in (counts, predictions)]
     places = torch.stack([counts, predictions])
     sizes = (int(counts.sum()), int(predictions.sum()))
     want = pack_rows(SLOTS, chosen, predicted, places, tokens, prompt, *sizes)
-    got = pack_exactly(SLOTS, chosen, predicted, torch.stack(starts).unsqueeze(2) - 1, tokens, prompt)
+    got = pack_rows(SLOTS, chosen, predicted, places, tokens, prompt, *sizes, exact=True)
     for a, b in zip(got, want, strict=True):
         assert (a.dtype, a.is_contiguous()) == (b.dtype, True)
         assert torch.equal(a, b)

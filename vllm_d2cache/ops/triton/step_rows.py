@@ -198,6 +198,7 @@ def pack_rows(
     first: torch.Tensor,
     num_rows: int,
     num_predictions: int,
+    exact: bool = False,
 ) -> PackedRows:
     """See ops.step_rows."""
     device, (rows, num_positions), width = slots.device, chosen.shape, predicted.shape[1]
