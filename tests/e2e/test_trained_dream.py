@@ -13,7 +13,11 @@ from tests.e2e.conftest import Engine
 pytestmark = [pytest.mark.vllm, pytest.mark.engine]
 
 MODEL = str(Path(__file__).resolve().parents[2] / "models" / "tiny-dream")
-QUESTIONS = {"Reverse: abcdefgh": "hgfedcba", "Uppercase: qwertyuiop": "QWERTYUIOP"}
+QUESTIONS = {
+    "Reverse: abcdefgh": "hgfedcba",
+    "Uppercase: qwertyuiop": "QWERTYUIOP",
+    "mgis > mgisz\njhphh > jhphhz\nvzojmzxf > vzojmzxfz\nvqxl >": "vqxlz",
+}
 
 
 @pytest.fixture(scope="module")
