@@ -134,6 +134,8 @@ def run_case(
         engine.add_request(name, {"prompt_token_ids": ids}, params)
     length, together = prompt + CANVAS, 0
     while together < 2:
+        if not engine.has_unfinished_requests():
+            raise RuntimeError(f"{requests} requests of {length} positions never had a step together")
         engine.step()
         together += meter.requests == requests
 
@@ -234,8 +236,12 @@ def main() -> None:
     shape, console = Shape(), Console(width=170)
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(Path(directory), shape)
+        most = max(4, *args.requests)
+        # All of them run together: a request waits until the rows of every later step fit.
+        tokens = max(8192, most * (args.prompts[0] + CANVAS))
+        settings = {"max_num_seqs": most, "max_num_batched_tokens": tokens}
         with console.status("starting the engine"):
-            llm = LLM(directory, dtype="float32", skip_tokenizer_init=True, max_num_seqs=max(4, *args.requests))
+            llm = LLM(directory, dtype="float32", skip_tokenizer_init=True, **settings)
     engine, bare = llm.llm_engine, BareModel(shape, 4096)
     meter = Meter(engine)
     rows: list[Row] = []
