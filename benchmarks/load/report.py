@@ -29,9 +29,10 @@ def size(report: dict[str, Any]) -> str:
 def memory_line(report: dict[str, Any]) -> str:
     """How the memory changed, in a sentence."""
     memory = report["memory"]
-    before, after = sum(memory["after_warm_up_mib"].values()), sum(memory["after_load_mib"].values())
+    before, after = sum(memory["before_load_mib"].values()), sum(memory["after_load_mib"].values())
+    which = "the load" if memory["loads"] == 1 else f"the last of {memory['loads']} loads of the same size"
     return (
-        f"Resident memory of all processes: {before:.0f} MiB after warm-up, {after:.0f} MiB after the load "
+        f"Resident memory of all processes: {before:.0f} MiB before {which}, {after:.0f} MiB after it "
         f"({memory['growth_percent']:+.2f} %), at most {memory['peak_mib']:.0f} MiB in between."
     )
 

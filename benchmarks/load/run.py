@@ -20,8 +20,10 @@ from vllm_d2cache.requests.resolve import DECODERS
 REQUEST_SECONDS = 300.0
 IDLE_SECONDS = 30.0
 SAMPLE_SECONDS = 1.0
-# Of the memory after warm-up.
+# Of the memory before a load of the same size. A leak takes as much each time; an allocator that has not yet come to its
+# working size takes less and less. So it is a leak if the load, repeated this often, never stays below.
 MOST_GROWTH = 0.02
+MOST_LOADS = 4
 
 
 @dataclass(frozen=True)
@@ -140,23 +142,26 @@ async def load(url: str, pid: int, plan: Plan) -> dict[str, Any]:
         # The first loaded batches make the server's memory grow to its working size, more slowly each time.
         warm_up = await under.send(20 * concurrency, concurrency)
         await _idle(client)
-        before, begin = memory.sample(), len(memory.samples)
-        started = time.perf_counter()
-        outcome = await under.send(requests, concurrency)
-        seconds = time.perf_counter() - started
-        left = await _idle(client)
-        after, end = memory.sample(), len(memory.samples)
+        problems, growths = warm_up.problems, []
+        while not growths or (growths[-1] > MOST_GROWTH and len(growths) < MOST_LOADS):
+            before, begin = memory.sample(), len(memory.samples)
+            started = time.perf_counter()
+            outcome = await under.send(requests, concurrency)
+            seconds = time.perf_counter() - started
+            left = await _idle(client)
+            after, end = memory.sample(), len(memory.samples)
+            growths.append(after.total() / before.total() - 1)
+            problems += outcome.problems
         filled = await _fill(client, places)
         watch.cancel()
-    grown = after.total() / before.total() - 1
-    problems = warm_up.problems + outcome.problems
     if outcome.counts.total() != requests:
         problems.append(f"{requests} requests were sent, and {outcome.counts.total()} accounted for")
     problems += [f"after {IDLE_SECONDS:.0f} s idle the server still has {name}: {n}" for name, n in left.items() if n]
     if filled != places:
         problems.append(f"{filled} requests run at once afterwards; the server has {places} places")
-    if grown > MOST_GROWTH:
-        problems.append(f"memory grew by {100 * grown:.1f} %, more than {100 * MOST_GROWTH:.0f} %")
+    if growths[-1] > MOST_GROWTH:
+        each = ", ".join(f"{100 * grown:.1f} %" for grown in growths)
+        problems.append(f"memory grew by {each} in loads of the same size, each time more than {100 * MOST_GROWTH:.0f} %")
     return {
         "requests": requests,
         "concurrency": concurrency,
@@ -168,9 +173,10 @@ async def load(url: str, pid: int, plan: Plan) -> dict[str, Any]:
         "left_behind": left,
         "places": {"all": places, "filled_afterwards": filled},
         "memory": {
-            "after_warm_up_mib": _mib(before),
+            "before_load_mib": _mib(before),
             "after_load_mib": _mib(after),
-            "growth_percent": round(100 * grown, 2),
+            "growth_percent": round(100 * growths[-1], 2),
+            "loads": len(growths),
             "peak_mib": round(max(seen.total() for _, seen in memory.samples[begin:end]) / MIB, 1),
             "load_begins_s": round(memory.samples[begin - 1][0], 1),
             "load_ends_s": round(memory.samples[end - 1][0], 1),
