@@ -20,8 +20,8 @@ from vllm_d2cache.requests.resolve import DECODERS
 REQUEST_SECONDS = 300.0
 IDLE_SECONDS = 30.0
 SAMPLE_SECONDS = 1.0
-# Of the memory before a load of the same size. A leak takes as much each time; an allocator that has not yet come to its
-# working size takes less and less. So it is a leak if the load, repeated this often, never stays below.
+# Of the memory before a load. A leak takes as much in each load of the same size; an allocator that has not yet come to
+# its working size takes less and less. So it is a leak if no load of so many stays below.
 MOST_GROWTH = 0.02
 MOST_LOADS = 4
 
@@ -161,7 +161,7 @@ async def load(url: str, pid: int, plan: Plan) -> dict[str, Any]:
         problems.append(f"{filled} requests run at once afterwards; the server has {places} places")
     if growths[-1] > MOST_GROWTH:
         each = ", ".join(f"{100 * grown:.1f} %" for grown in growths)
-        problems.append(f"memory grew by {each} in loads of the same size, each time more than {100 * MOST_GROWTH:.0f} %")
+        problems.append(f"memory grew by {each} in loads of the same size, always by more than {MOST_GROWTH:.0%}")
     return {
         "requests": requests,
         "concurrency": concurrency,

@@ -106,7 +106,7 @@ def test_streams_that_are_left_hold_nothing(blocks: Server) -> None:
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting{", "vllm:kv_cache_usage_perc")
         return sum(float(line.split()[-1]) for line in lines if line.startswith(names))
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while held():
         assert time.monotonic() < deadline
         time.sleep(0.2)

@@ -157,7 +157,7 @@ def router(name: str, replicas: tuple[str, str], tmp_path: Path) -> Iterator[str
     process = subprocess.Popen([nginx, "-e", "stderr", "-c", str(tmp_path / "nginx.conf"), "-g", "daemon off;"])
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not healthy(url):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)

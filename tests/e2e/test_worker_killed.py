@@ -64,7 +64,7 @@ def kill(server: Server, process: str) -> None:
     assert code == 0
     assert not server.healthy
     assert "EngineDeadError" in server.log or "died" in server.log
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while left := {pid: name for pid, name in processes.items() if Path(f"/proc/{pid}").exists()}:
         assert time.monotonic() < deadline, f"processes are left behind: {left}"
         time.sleep(0.2)

@@ -13,6 +13,7 @@ import torch
 
 from vllm_d2cache.canvas.lines import Lines
 from vllm_d2cache.ops.canvas_columns import to_positions, to_slots
+from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.ops.texts import FLOATS, INTEGERS, Texts
 from vllm_d2cache.options.request import SWITCHES
 
@@ -139,6 +140,14 @@ class CanvasView(Lines):
     def open(self) -> torch.Tensor:
         """[R, G] bool: masks that may still become tokens."""
         return self.masked & self.live
+
+    @cached_property
+    def prior(self) -> torch.Tensor:
+        """[R, G] float32: certainty density of the width that each request commits with (``options.sigma``).
+
+        The text behind a step is the one that the next step finds: whoever plans that step may have asked already.
+        """
+        return certainty_density(self.masked, self.canvas_len, self.options.sigma, masks=True)
 
     @property
     def lead(self) -> torch.Tensor:

@@ -19,6 +19,8 @@ from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.host import upload_arrays
 from vllm_d2cache.ops.paged_attention import AttentionMaps, MapGroup, PagedLayout, attention_map_product, read_kv
 
+_SUM = 0  # of torch.embedding_bag's modes
+
 # Receives u [n] and adds sum_i u_i * Abar[i, :] to v [T] in place; one for each layer, last layer first.
 PushBack = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -93,32 +95,32 @@ def _rollout_of_group(
 ) -> torch.Tensor:
     """[requests, pitch] float32: importance of the requests of a group, 0 behind a text; one product a layer for all.
 
-    Each row of the maps is added to the line of its request, in the order of the rows: a sum is the same beside any
-    mates, and a column past a text's end is added to no other.
+    An embedding bag is this product: a bag a request, whose rows of the map are weighted and added in their order. So a
+    sum is the same beside any mates, and a column past a text's end is added to no other.
     """
     device, pitch = positions.device, group.pitch
     counts = [layout.counts[r] for r in group.requests]
     own, all_shares = _shares(tuple(layout.lengths[r] for r in group.requests), pitch, device)
     owner, slots = np.arange(len(counts)).repeat(counts), layout.slots
+    numbers = [owner, np.cumsum(counts) - counts, np.arange(len(owner))]
     if len(owner) < len(positions):
         starts = list(accumulate(layout.counts, initial=0))
         rows = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in group.requests])
-        owners, row = upload_arrays([owner, rows], device)
+        owners, bags, each, row = upload_arrays([*numbers, rows], device)
         positions, slots = positions[row], slots[row]
     else:
-        (owners,) = upload_arrays([owner], device)
+        owners, bags, each = upload_arrays(numbers, device)
     at = torch.where(slots >= 0, positions, pitch).add_(owners, alpha=pitch + 1)
     lines = all_shares.clone()
     share, text = lines.view(-1, 1), lines[:, :pitch]
     kept = torch.ones_like(share).index_fill_(0, at, 0.5)
     for layer in reversed(layers):
         # Rows of a map sum to one, so normalising it with the identity halves both.
-        weighted = layer.maps.of_group(group) * share.mul_(kept)[at]
-        if tensor_parallel is None:
-            text.index_add_(0, owners, weighted)
-        else:
-            product = torch.zeros_like(text).index_add_(0, owners, weighted)
-            text.add_(tensor_parallel.all_reduce(product) / tensor_parallel.size)
+        weights = share.mul_(kept)[at, 0]
+        product = torch.embedding_bag(layer.maps.of_group(group), each, bags, False, _SUM, False, weights)[0]
+        if tensor_parallel is not None:
+            product = tensor_parallel.all_reduce(product) / tensor_parallel.size
+        text.add_(product)
     return torch.where(own, text, 0.0)
 
 

@@ -39,6 +39,8 @@ class D2CachePolicy(CachePolicy):
         super().__init__(worker)
         self.memory = torch.zeros(worker.num_slots, worker.max_len, device=worker.device)  # confidence by canvas slot
         self._first_columns = FirstColumns()
+        # Slots whose latest request of this policy ranks by another density than it commits with.
+        self._rank_apart: set[int] = set()
         # Positions chosen in an earlier step that the refresh budget put off, and why they had been chosen.
         self.waiting: torch.Tensor | None = None
         if self.refresh_budget is not None:
@@ -57,6 +59,11 @@ class D2CachePolicy(CachePolicy):
             rows = min(total, rows * width)
         return rows if refresh_budget is None else min(rows, refresh_budget)
 
+    def start(self, slot: int, options: RequestOptions) -> None:
+        super().start(slot, options)
+        apart = options.value("selection_sigma") != options.sigma
+        (self._rank_apart.add if apart else self._rank_apart.discard)(slot)
+
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything, with the confidence of every slot: it is what the memory starts from."""
         if self.waiting is not None:
@@ -67,8 +74,11 @@ class D2CachePolicy(CachePolicy):
         """Stage 1, the commits of this step, stage 2, inflation, and the budget if there is one."""
         column = self._options.columns
         integers, _, masked, live = view.texts
-        sigma = self.option("selection_sigma", view).float()
-        density = certainty_density(masked, view.canvas_len, sigma, masks=True)
+        if self._rank_apart:
+            sigma = self.option("selection_sigma", view).float()
+            density = certainty_density(masked, view.canvas_len, sigma, masks=True)
+        else:
+            density = view.prior
         found = Outcome(outcome.predicted, outcome.score, outcome.first, outcome.window_start)
         kept = self._first_columns.of(self.memory, masked.shape[1])
         memory = (kept, column["confidence_memory"], column["current_k"])

@@ -19,7 +19,6 @@ from vllm_d2cache.decoders.registry import DECODER_CLASSES
 from vllm_d2cache.decoders.schedule import least_commits
 from vllm_d2cache.decoders.scores import ranking_score
 from vllm_d2cache.mechanisms.base import Finding, Worker
-from vllm_d2cache.ops.density import certainty_density
 from vllm_d2cache.ops.host import upload, upload_lists
 from vllm_d2cache.ops.row_sampling import sampling_of_nobody, sampling_of_rows
 from vllm_d2cache.ops.row_stats import RowParams, RowStats, row_stats, token_probability
@@ -224,10 +223,7 @@ class Decoding:
 
         docs/methods/d2cache.md, section 2, step 6.
         """
-        view = rows.view
-        if "sigma" not in view.used:
-            return score
-        return score * certainty_density(view.masked, view.canvas_len, view.options.sigma, masks=True)
+        return score * rows.view.prior if "sigma" in rows.view.used else score
 
     def parts(self, rows: StepRows) -> list[Part]:
         """The decoders of a step, each with its share."""

@@ -19,10 +19,12 @@ from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.importance import ReadsImportance
+from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.server import ServerOptions
 from vllm_d2cache.policies import POLICY_CLASSES
 from vllm_d2cache.policies.base import StepOutcome, StepPlan
 from vllm_d2cache.policies.d2cache import D2CachePolicy
+from vllm_d2cache.policies.d2cache_options import MEMORIES
 from vllm_d2cache.policies.full import FullPolicy
 from vllm_d2cache.policies.registry import policy_class
 from vllm_d2cache.requests.resolve import resolve
@@ -41,9 +43,10 @@ def view_of(masked: list[str], prompt_len: list[int], *stops: Any, **options: An
 def policy(view: CanvasView, shift: int = 0, budget: int | None = None, slots: int = 64) -> D2CachePolicy:
     server = ServerOptions({}, refresh_budget=budget)
     made = D2CachePolicy(Worker(8, slots, torch.device("cpu"), FamilyTraits(370, shift), server))
-    for name, value in view.__dict__["own"].items():
-        column = made._options.columns[name]
-        column[: len(view.slots)] = torch.tensor(value, dtype=column.dtype)
+    for slot, sigma in enumerate(view.options.sigma.tolist()):
+        own = {name: x[slot] if isinstance(x, list) else x for name, x in view.__dict__["own"].items()}
+        own["confidence_memory"] = MEMORIES[own["confidence_memory"]]
+        made.start(slot, RequestOptions(sigma=sigma, policy_options=own))
     return made
 
 
@@ -112,6 +115,16 @@ def test_density_pulls_towards_known_text() -> None:
     masked = "#" * 20 + "." + "#" * 9
     assert masked_choice(masked, score, current_k=4, selection_sigma=2.0) == [0, 1, 19, 21]
     assert masked_choice(masked, score, current_k=4, selection_sigma=0.0) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("widths", [[2.0, 2.0], [2.0, 0.0]], ids=["the prior's own", "apart"])
+def test_density_is_of_the_width_of_selection_whatever_the_prior_has(widths: list[float]) -> None:
+    masked = "#" * 20 + "." + "#" * 9
+    view = view_of([masked] * 2, [3, 3], current_k=4, selection_sigma=widths, sigma=2.0)
+    importance = [[1.0] + [0.0] * (view.num_positions - 1)] * 2
+    got = refreshed(view, outcome_of(view, [[0.5] * 30] * 2, importance))
+    want = {2.0: [0, 1, 19, 21], 0.0: [0, 1, 2, 3]}
+    assert [[p - 3 for p in line[1:]] for line in got] == [want[width] for width in widths]
 
 
 def test_each_row_searches_by_itself() -> None:
