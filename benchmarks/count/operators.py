@@ -2,7 +2,7 @@
 
     python -m benchmarks.count.operators [--out benchmarks/results/operators]
 
-Two engines of this process, one after the other, with the same number of running requests: the small LLaDA of this
+Two engines of this process, in turn, twice, with the same number of running requests: the small LLaDA of this
 repository, and a small Llama of vLLM's with weights of chance. Counted are PyTorch's operators (views included) that a
 step dispatches between its start and its end, but for those of the model's forward pass; then, in other steps, the time
 on the clock, less that of the forward pass and, in a column of its own, of the LM head, which is the network as well: a
@@ -36,10 +36,14 @@ LLAMA = {
     "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False,
     "torch_dtype": "float32", "bos_token_id": 314, "eos_token_id": 315,
 }  # fmt: skip
-PROMPT, CANVAS, STEPS = 40, 64, 12
+PROMPT, CANVAS, STEPS, TIMED, ROUNDS = 40, 64, 12, 24, 2
 BATCHES = (1, 8, 64)
 STOCK = "stock Llama"
 POLICIES = ("prefix", "d2cache")
+
+
+Times = list[tuple[float, float, float]]
+"""Milliseconds of steps, of their forward passes and of their LM heads."""
 
 
 @dataclass
@@ -114,8 +118,8 @@ class Watched:
         while engine.has_unfinished_requests():
             engine.step()
 
-    def measure(self, name: str) -> Line:
-        """Operators of STEPS steps, then the times of as many."""
+    def measure(self, name: str) -> tuple[float, Times]:
+        """Operators of a step, the median of STEPS; then the times of TIMED more."""
         operators, times = [], []
         with self.running(name) as engine:
             for _ in range(STEPS):
@@ -123,13 +127,13 @@ class Watched:
                 with self.mode():
                     engine.step()
                 operators.append(sum(self.found.values()))
-            for _ in range(STEPS):
+            for _ in range(TIMED):
                 self.seconds = dict.fromkeys(self.seconds, 0.0)
                 begin = time.perf_counter()
                 engine.step()
                 whole = time.perf_counter() - begin
-                times.append([1000 * x for x in (whole, self.seconds["forward"], self.seconds["head"])])
-        return Line(name, self.batch, statistics.median(operators), *map(statistics.median, zip(*times, strict=True)))
+                times.append((1000 * whole, 1000 * self.seconds["forward"], 1000 * self.seconds["head"]))
+        return statistics.median(operators), times
 
 
 def lines() -> list[Line]:
@@ -141,15 +145,21 @@ def lines() -> list[Line]:
         for path in MODEL.glob("tokenizer*.json"):
             (Path(directory) / path.name).write_text(path.read_text())
         (Path(directory) / "config.json").write_text(json.dumps(LLAMA))
+        engines = ((STOCK,), directory, "dummy"), (POLICIES, str(MODEL), "auto")
         for batch in BATCHES:
-            for names, model, load in (((STOCK,), directory, "dummy"), (POLICIES, str(MODEL), "auto")):
+            operators: dict[str, float] = {}
+            times: dict[str, Times] = {}
+            for names, model, load in engines * ROUNDS:
                 watched = Watched(model, batch, load)
                 for name in names:
                     watched.measure(name)  # a request's first use of anything is not a step's
-                    found.append(watched.measure(name))
+                    operators[name], seen = watched.measure(name)
+                    times.setdefault(name, []).extend(seen)
                 del watched
                 gc.collect()
                 cleanup_dist_env_and_memory()
+            medians = {name: map(statistics.median, zip(*seen, strict=True)) for name, seen in times.items()}
+            found += [Line(name, batch, operators[name], *medians[name]) for name in operators]
     return found
 
 
