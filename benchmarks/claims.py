@@ -1,4 +1,4 @@
-"""What papers say of diffusion caches and decoding, tried on the small checkpoints: a table and a picture for each.
+"""What papers say of diffusion caches and decoding, tried on a small checkpoint: a table and a panel of the picture for each.
 
     python -m benchmarks.claims [--model DIR] [--problems N] [--out benchmarks/results/claims_MODEL]
 

@@ -146,7 +146,7 @@ class Cell:
         right: share of the responses that are the answer of the prompts file; None where it has none.
         marks: of each prompt with an answer, whether it is.
         difference: right answers against those of full recompute under the same decoder; full recompute itself against
-            full recompute under the first decoder. None without answers.
+            full recompute under the first decoder. None without answers, and in the first cell.
         canvas_tokens: positions that were there to be written, max_tokens summed.
         committed_tokens: masks turned into tokens, those behind an end-of-text token included.
         forwards, steps, rows, keys: see counters.StepCounters.
@@ -189,7 +189,7 @@ class Cell:
 
     def set_against(self, other: Cell) -> None:
         """Fill in the difference, once both have been compared."""
-        self.difference = difference(self.marks, other.marks) if self.marks else None
+        self.difference = difference(self.marks, other.marks) if self.marks and other is not self else None
 
 
 def agreement(a: list[int], b: list[int]) -> float:

@@ -85,7 +85,7 @@ def notes_of(cells: list[Cell], facts: dict[str, Any], model: str, num_prompts: 
         f"{model}: {num_prompts} prompts, {tokens} canvas tokens, at most {batch} request(s) at a time, greedy.",
         "Agreement and identical: with the responses of full recompute under the same decoder. Tokens: of the "
         "responses, up to and including the end-of-text token.",
-        *([paired] if cells[0].difference else []),
+        *([paired] if any(cell.difference for cell in cells) else []),
         caption(facts) + ".",
     ]
 

@@ -243,7 +243,7 @@ class TestReport:
         # 6 output tokens, 8 forwards, 10 steps, 200 rows, 400 keys, 2 s, 3 MB.
         costs = ["0.75", "20.0", "33.3", "40.0", "200.00", "3.0", "3"]
         # One of two problems lost: (0 + 1) / 4 and (1 + 1) / 4 after a problem on either side.
-        assert figures[0] == ["full", "confidence", "100.0", "+0.0 [-69.3, +69.3]", "1", "100.0", "100.0", *costs]
+        assert figures[0] == ["full", "confidence", "100.0", "", "", "100.0", "100.0", *costs]
         assert figures[1] == ["d2cache", "confidence", "50.0", "-50.0 [-100.0, +56.3]", "1", "87.5", "50.0", *costs]
         assert "a note" in table
 
