@@ -12,14 +12,14 @@ def register_all() -> None:
     """Register all families (models/families.py) and the patches of patches/README.md."""
     from vllm_d2cache.compat import config_files, cpu_runner, front_end
     from vllm_d2cache.models.quantisation import of_separate_file
-    from vllm_d2cache.requests.dropped_fields import check_fields, check_nested
+    from vllm_d2cache.requests.dropped_fields import check_echo, check_fields, check_nested
     from vllm_d2cache.requests.fit import check_room
 
     for architecture, family in FAMILIES.items():
         _register(architecture, family)
     config_files.install(frozenset(FAMILIES), architecture_problem, of_separate_file, _judge)
     cpu_runner.install(frozenset(FAMILIES))
-    front_end.install(frozenset(FAMILIES), front_end.FieldChecks(check_fields, check_nested, check_room))
+    front_end.install(frozenset(FAMILIES), front_end.FieldChecks(check_fields, check_nested, check_room, check_echo))
 
 
 def _judge(content: dict[str, Any]) -> str | None:

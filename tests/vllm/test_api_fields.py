@@ -14,10 +14,10 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_d2cache.compat import front_end
 from vllm_d2cache.requests.check import check_sampling_params
-from vllm_d2cache.requests.dropped_fields import BOOKKEEPING, WITHOUT_EFFECT, check_fields, check_nested
+from vllm_d2cache.requests.dropped_fields import BOOKKEEPING, WITHOUT_EFFECT, check_echo, check_fields, check_nested
 from vllm_d2cache.requests.fit import check_room
 
-CHECKS = front_end.FieldChecks(check_fields, check_nested, check_room)
+CHECKS = front_end.FieldChecks(check_fields, check_nested, check_room, check_echo)
 pytestmark = pytest.mark.vllm
 
 DOC = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()

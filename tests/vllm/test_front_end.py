@@ -21,10 +21,10 @@ from vllm_d2cache.canvas.traits import FamilyTraits
 from vllm_d2cache.compat import front_end
 from vllm_d2cache.engine.refusals import check_request
 from vllm_d2cache.models.configs import LLaDAConfig
-from vllm_d2cache.requests.dropped_fields import check_fields, check_nested
+from vllm_d2cache.requests.dropped_fields import check_echo, check_fields, check_nested
 from vllm_d2cache.requests.fit import check_room
 
-CHECKS = front_end.FieldChecks(check_fields, check_nested, check_room)
+CHECKS = front_end.FieldChecks(check_fields, check_nested, check_room, check_echo)
 pytestmark = pytest.mark.vllm
 OURS = frozenset({"LLaDAModelLM"})
 BLOCKS = {"SDARForCausalLM": 4}

@@ -4,7 +4,7 @@ A grammar judges a token after all tokens before it, so that its request is writ
 leftmost mask, the *lead*, takes the best token that the grammar allows. The slots behind it follow in the same step
 where nothing is left to decide, or where the decoder would commit what it predicted and the grammar agrees.
 
-The grammar engines are vLLM's (compat/internals.py). Their state is on the host, one for each request, and starts over
+The grammar engines are vLLM's (compat/grammars.py). Their state is on the host, one for each request, and starts over
 with the request. Nothing here imports vLLM.
 """
 

@@ -18,7 +18,6 @@ from vllm_d2cache.compat import early_checks, prompt_ends, routes, snapshot_stre
 from vllm_d2cache.compat.internals import as_validation_error, loaded, stop_at_pad
 from vllm_d2cache.options.request import CANVAS
 from vllm_d2cache.options.server import DEFAULT_CANVAS_LENGTH
-from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.requests.dropped_fields import WITHOUT_EFFECT
 from vllm_d2cache.requests.generation_defaults import UNSUPPORTED_DEFAULTS
 
@@ -80,12 +79,14 @@ class FieldChecks:
         fields: of the fields that the request sets, the defaults of those without effect, and fields that are none.
         nested: of the name of an object in it, what it has, and the keys that vLLM knows.
         room: of the name of a field, the canvas length that it asks for, the positions left for it, whether the length
-            is the default, and the operator's cap or None.
+            is the default, the operator's cap or None, and whether the prompt comes back with the answer.
+        echo: of the log-probabilities that a request asks for whose prompt comes back with the answer.
     """
 
     fields: Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], None]
     nested: Callable[[str, dict[str, Any], Set[str]], None]
-    room: Callable[[str, int, int, bool, int | None], None]
+    room: Callable[[str, int, int, bool, int | None, bool], None]
+    echo: Callable[[Any], None]
 
 
 def install(architectures: frozenset[str], checks: FieldChecks) -> None:
@@ -163,7 +164,7 @@ def _patch_online_length(cls: Any, names: tuple[str, ...], checks: FieldChecks) 
         if len(names) == 1:  # later on these read the request for it
             setattr(self, names[0], length)
         params = original(self, length, default_sampling_params)
-        return _without_echoed_logprobs(self, params)
+        return _without_echoed_logprobs(self, params, checks)
 
     setattr(to_sampling_params, _MARK, True)
     cls.to_sampling_params = to_sampling_params
@@ -179,32 +180,19 @@ def _canvas_length(
     if asked is None and isinstance(given, list):
         return max(1, len(given))  # whether it fits is asked where it is checked
     field, length = asked or (names[-1], defaults.length(room))
-    # A completion with echo may ask for its prompt alone.
-    if length < 1 and not (length == 0 and getattr(request, "echo", False) and names == ("max_tokens",)):
-        as_validation_error(_refuse_short, field, length)
-    as_validation_error(checks.room, field, length, room, asked is None, defaults.cap)
+    # A chat's echo is of its last message, not of the prompt.
+    echoes = bool(getattr(request, "echo", False)) and names == ("max_tokens",)
+    as_validation_error(checks.room, field, length, room, asked is None, defaults.cap, echoes)
     return int(length)
 
 
-def _without_echoed_logprobs(request: Any, params: Any) -> Any:
+def _without_echoed_logprobs(request: Any, params: Any, checks: FieldChecks) -> Any:
     """vLLM takes ``echo`` for a wish to see the prompt's log-probabilities, in a chat even without ``logprobs``."""
     if not getattr(request, "echo", False) or params.prompt_logprobs is None or request.prompt_logprobs is not None:
         return params
-    if request.logprobs is not None and request.logprobs is not False:  # 0 asks for them
-        as_validation_error(_refuse_echo)
+    as_validation_error(checks.echo, request.logprobs)
     params.prompt_logprobs = None
     return params
-
-
-def _refuse_short(field: str, length: int) -> None:
-    raise OptionError(f"{field}: a canvas has at least 1 position, got {length}")
-
-
-def _refuse_echo() -> None:
-    raise OptionError(
-        "echo: with logprobs it asks for the prompt's log-probabilities, and a prompt token has no distribution of its "
-        "own here; leave out one of them"
-    )
 
 
 def _patch_beam_search(cls: Any, checks: FieldChecks) -> None:

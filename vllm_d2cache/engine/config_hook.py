@@ -19,7 +19,7 @@ from vllm_d2cache.engine.prefill import configure_pieces
 from vllm_d2cache.engine.refusals import check_request
 from vllm_d2cache.options.request import SECTION
 from vllm_d2cache.options.server import ServerOptions
-from vllm_d2cache.requests.dropped_fields import check_fields, check_nested
+from vllm_d2cache.requests.dropped_fields import check_echo, check_fields, check_nested
 from vllm_d2cache.requests.fit import check_room
 from vllm_d2cache.requests.generation_defaults import default_problems, read_generation_defaults
 from vllm_d2cache.requests.resolve import parse_server_options
@@ -70,7 +70,9 @@ class DiffusionConfigHook:
         _whole_blocks(model_config)
         broken_bodies.install(ours)
         front_end.install_request_check(ours, check_request)
-        front_end.install_beam_search_check(ours, front_end.FieldChecks(check_fields, check_nested, check_room))
+        front_end.install_beam_search_check(
+            ours, front_end.FieldChecks(check_fields, check_nested, check_room, check_echo)
+        )
         processors = list(model_config.logits_processors or [])
         if REQUEST_CHECK not in processors:
             model_config.logits_processors = [*processors, REQUEST_CHECK]

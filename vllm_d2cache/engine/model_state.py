@@ -1,7 +1,7 @@
 """vLLM's ModelState hooks, each a call or two of the step runner (step/runner.py).
 
 Order within a step, as Model Runner V2 calls them: add_request, preprocess_state, prepare_attn, prepare_inputs,
-forward, sampler (engine/runner_sampler.py). It computes nothing itself.
+forward, sampler (engine/runner_sampler.py). It decides nothing about a step.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Who refuses a request, and in which order.
 
 1. The front end's request classes, before there are sampling parameters: fields that vLLM would drop
-   (requests/dropped_fields.py), a canvas that does not fit behind the prompt (``check_room``).
+   (requests/dropped_fields.py), a canvas that does not fit behind the prompt (``check_room``), log-probabilities of a
+   prompt that comes back (``check_echo``). LLM.beam_search stands here, too.
 2. vLLM's own checks of sampling parameters, ours among them (engine/request_check.py): whatever no server could do.
 3. ``check_request``, when the prompt has been tokenised: what depends on this server, its model and its options.
+4. Snapshots that no stream would send (compat/snapshot_stream.py): only the front end's task knows.
 
 The scheduler admits what has passed when its rows and its memory are free; the worker checks nothing.
 """

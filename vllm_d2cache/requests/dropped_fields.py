@@ -13,7 +13,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "length_penalty": "it belongs to beam search",
     "media_io_kwargs": "the model reads text alone",
     "mm_processor_kwargs": "the model reads text alone",
-    "routed_experts_prompt_start": "the model has no experts",
+    "routed_experts_prompt_start": "routed experts are not returned",
     "suffix": "give a canvas with holes instead (d2cache_canvas)",
     "use_beam_search": "tokens are not written from left to right",
     "watermarking": "the sampler is not vLLM's",
@@ -106,3 +106,19 @@ def check_fields(values: Mapping[str, Any], defaults: Mapping[str, Any], unknown
     for option in (REPORT, SNAPSHOTS):
         if xargs.get(option) and isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
             raise OptionError(f"{option}: is for one prompt, this request has {len(prompt)}; send them one by one")
+
+
+def check_echo(logprobs: Any) -> None:
+    """Refuse log-probabilities in a completion that sends its prompt back.
+
+    Args:
+        logprobs: as the request has it; 0 asks for them.
+
+    Raises:
+        OptionError: there is nothing to say of the prompt's tokens.
+    """
+    if logprobs is not None and logprobs is not False:
+        raise OptionError(
+            "echo: with logprobs it asks for the prompt's log-probabilities, and a prompt token has no distribution of "
+            "its own here; leave out one of them"
+        )

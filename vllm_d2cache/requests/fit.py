@@ -16,16 +16,21 @@ from vllm_d2cache.requests.asked import HOLE
 LONGEST_LIST = 1024
 
 
-def check_room(field: str, asked: int, room: int, default: bool = False, cap: int | None = None) -> None:
+def check_room(
+    field: str, asked: int, room: int, default: bool = False, cap: int | None = None, echoes: bool = False
+) -> None:
     """Refuse a canvas of ``asked`` positions where ``room`` are left for it; ``field`` asks for it, or could.
 
     Args:
         default: the request says nothing: ``asked`` is the server's default.
         cap: the longest canvas that the operator allows; None = no such limit.
+        echoes: the prompt comes back with the answer, and may be all that is asked for.
 
     Raises:
         OptionError: names the field and the valid values.
     """
+    if asked < 1 and not (asked == 0 and echoes):
+        raise OptionError(f"{field}: a canvas has at least 1 position, got {asked}")
     if asked <= room:
         return
     if room < 1:

@@ -1,8 +1,8 @@
 """Which form a step has: a padded graph, for which nothing is waited for; a graph of exact rows; or eager.
 
 Padding is free up to the card's ridge (graphs/ridge.py). Beyond it a step waits once, for its numbers of rows, and
-computes no others. Eager are first steps, those that a mechanism but importance takes part in, and larger ones than
-any graph.
+computes no others. Eager are first steps, those of a mechanism that graphs do not record, and larger ones than any
+graph.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The life of a step: the file to read first. No vLLM; whatever runs the network calls three methods in turn.
 
 A scheduler says which requests have a step. ``open`` turns their plans into *rows*, ``place`` says where K and V of the
-rows go. Then the caller runs the *layers*, which call the hooks of mechanisms (attention *importance* is one).
-``close`` takes *statistics* of what was predicted, lets decoders *commit* and policies *plan* the next step, and says
-what to *emit*.
+rows go. Then the caller runs the *layers*, which call the hooks of mechanisms. ``close`` takes *statistics* of what was
+predicted, lets decoders *commit* and policies *plan* the next step, and says what to *emit*.
 """
 
 from __future__ import annotations
@@ -138,23 +137,15 @@ class StepRunner:
         Args:
             hidden: [n + v, d] final hidden states of ``rows.logits_rows``.
         """
-        assert step.rows is not None
-        rows = step.rows
-        for hook in step.hooks:
-            if (present := hook.present()) is not None:
-                rows, stayed = rows.without(present, hook.most_predicted())
-                hidden = hidden[stayed]
-        hidden_of_all, count = hidden, len(rows.predicted_index[0])
+        rows, hidden = step.remaining(hidden)
+        behind, count = hidden, len(rows.predicted_index[0])
         if len(hidden) > count:
-            hidden = hidden[:count]
-        for hook in step.hooks:
-            if hook.extra is not None:
-                hook.read(hidden_of_all[count:], partial(self.decoding.probability, rows, lm_head))
+            hidden, behind = hidden[:count], hidden[count:]
+        ask = partial(self.decoding.probability, rows, lm_head)
+        found = step.findings(behind, ask, rows.view.num_positions)
         want_entropy = self.planning.reads_entropy(rows.slots)
         parts = self.decoding.parts(rows)
         stats = self.decoding.row_stats(rows, parts, hidden, lm_head, want_entropy)
-        results = (hook.result(rows.view.num_positions) for hook in step.hooks)
-        found = tuple(result for result in results if result is not None)
 
         predicted, commits = self.decoding.choose(rows, parts, stats, found)
         token = predicted.token if commits.token is None else commits.token

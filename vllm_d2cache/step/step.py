@@ -10,7 +10,7 @@ import torch
 
 from vllm_d2cache.canvas.rows import StepRows
 from vllm_d2cache.graphs.step_graphs import GraphSize, GraphStep
-from vllm_d2cache.mechanisms.base import Hook
+from vllm_d2cache.mechanisms.base import Ask, Finding, Hook
 from vllm_d2cache.ops.paged_attention import PagedLayout
 from vllm_d2cache.step.fills import Fills
 
@@ -63,6 +63,28 @@ class Step:
     def num_rows(self) -> int:
         """N, of all kinds."""
         return sum(part.positions.shape[0] for part in (self.rows, self.fills) if part is not None)
+
+    def remaining(self, hidden: torch.Tensor) -> tuple[StepRows, torch.Tensor]:
+        """Its rows and their final hidden states [n + v, d], without the slots whose rows have left on the way."""
+        assert self.rows is not None
+        rows = self.rows
+        for hook in self.hooks:
+            if (present := hook.present()) is not None:
+                rows, stayed = rows.without(present, hook.most_predicted())
+                hidden = hidden[stayed]
+        return rows, hidden
+
+    def findings(self, behind: torch.Tensor, ask: Ask, num_positions: int) -> tuple[Finding, ...]:
+        """What its hooks have found out.
+
+        Args:
+            behind: [v, d] final hidden states of the rows behind the text, which they asked for.
+        """
+        for hook in self.hooks:
+            if hook.extra is not None:
+                hook.read(behind, ask)
+        results = (hook.result(num_positions) for hook in self.hooks)
+        return tuple(result for result in results if result is not None)
 
     def packed(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[N] int64 positions and [N] int32 token ids of all rows."""
