@@ -55,6 +55,13 @@ REFUSALS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"structured_outputs": {"regex": "a+"}, "vllm_xargs": {"d2cache_decoder": "eb"}}, "d2cache_decoder",
      ("completions", "chat", "responses")),
     ({"min_p": 0.1}, "min_p", ("completions", "chat", "responses")),
+    ({"logit_bias": {"66": 1e30}}, "logit_bias", ("completions", "chat", "responses")),
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type", ("responses",)),
+    ({"tools": [{"type": "function", "function": {"name": "f", "qsecretq": 1}}]}, "tools[0].function", ("chat",)),
+    ({"tool_choice": {"type": "any"}}, "tool_choice", ("messages",)),
+    ({"system": [{"type": "image"}]}, "system[0].type", ("messages",)),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}}, "response_format",
+     ("chat",)),
     ({"stream_interval": 2**70}, "stream_interval", ("completions", "chat")),
     ({"top_k": 2**70, "temperature": 1.0}, "top_k", STREAMING),
     ({"structured_outputs": {"regex": "a", "qsecretq": 1}}, "structured_outputs", ("completions", "chat", "responses")),
@@ -181,7 +188,8 @@ def test_a_given_canvas_sets_the_length(server: FrontEnd) -> None:
     canvas = {"vllm_xargs": {"d2cache_canvas": [-1, 5, -1]}}
     for route in ("completions", "chat", "responses"):
         assert answered(server, route, length=None, **canvas).sampling_params.max_tokens == 3
-        refused(server, route, "max_tokens: must be the length of d2cache_canvas, 3", length=4, **canvas)
+        field = "max_output_tokens" if route == "responses" else "max_tokens"
+        refused(server, route, f"{field}: must be the length of d2cache_canvas, 3", length=4, **canvas)
 
 
 # --- text that is none ----------------------------------------------------------------------------------------------

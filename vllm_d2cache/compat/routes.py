@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_d2cache.compat.internals import as_validation_error, loaded
 from vllm_d2cache.requests.bodies import check_body
-from vllm_d2cache.requests.naming import field_of
+from vllm_d2cache.requests.naming import field_of, in_words_of
 
 _MARK = "_vllm_d2cache"
 # Class that answers a route -> its method, and the route. Subclasses convert requests of other protocols, which have
@@ -83,8 +83,11 @@ def _named(answer: Any, request: Any) -> Any:
     error = getattr(answer, "error", None)
     if error is not None and isinstance(getattr(error, "message", None), str):
         field = field_of(error.message, request.model_fields_set)
+        message = in_words_of(error.message, request.model_fields_set)
         if field is not None:
             error.message, error.param = f"{field}: {error.message}", field
+        elif message != error.message:
+            error.message, error.param = message, message.partition(":")[0]
     return answer
 
 
@@ -96,7 +99,8 @@ def _with_field(error: Exception, request: Any) -> Exception:
         return error
     message = str(error.args[0] if isinstance(error, VLLMValidationError) else error)
     field = field_of(message, request.model_fields_set)
-    return error if field is None else VLLMValidationError(f"{field}: {message}", parameter=field)
+    own = in_words_of(message, request.model_fields_set) if field is None else f"{field}: {message}"
+    return error if own == message else VLLMValidationError(own, parameter=own.partition(":")[0])
 
 
 def _fields(request: Any) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from vllm_d2cache.decoders.registry import DECODER_CLASSES
@@ -107,6 +108,9 @@ def check_fit(params: Any, canvas: tuple[int, ...], vocab_size: int, mask_token_
         entries = getattr(params, field) or ()
         if len(entries) > LONGEST_LIST:
             raise OptionError(f"{field}: must have at most {LONGEST_LIST} entries, got {len(entries)}")
+    for token, bias in (params.logit_bias or {}).items():
+        if not math.isfinite(bias):
+            raise OptionError(f"logit_bias: must be finite, got {bias} for token {token}")
     banned = _banned(params)
     _check_choice(params, banned, vocab_size, mask_token_id)
     if canvas:

@@ -17,10 +17,26 @@ _ABOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"structured outputs constraint|grammar|structural tag|^Choice ", _GRAMMAR),
     (r"extra_args", ("vllm_xargs",)),
     (r"beam search", ("use_beam_search",)),
-    (r"tool choice requires", ("tool_choice", "tools")),
+    (r"tool choice requires|[Tt]ool with name", ("tool_choice", "tools")),
+    (r"not a multimodal model|content part type|TextEncodeInput", _PROMPT),
     (r"^max_tokens must be|max_completion_tokens=", ("max_output_tokens", "max_completion_tokens", "max_tokens")),
     (r"^stop cannot", ("stop", "stop_sequences")),
 )
+# A field that others are made into on the way -> what the client may have called it.
+_MADE_OF: dict[str, tuple[str, ...]] = {
+    "logprobs": ("top_logprobs",),
+    "max_tokens": ("max_output_tokens", "max_completion_tokens"),
+    "structured_outputs": ("response_format", "text", "output_config", "tools"),
+    "thinking_token_budget": ("thinking",),
+}
+
+
+def in_words_of(message: str, fields: Set[str]) -> str:
+    """The same message, naming the field as the request does that set ``fields``."""
+    name, colon, rest = message.partition(":")
+    if not colon or name in fields:
+        return message
+    return next((own for own in _MADE_OF.get(name, ()) if own in fields), name) + colon + rest
 
 
 def field_of(message: str, fields: Set[str]) -> str | None:
