@@ -120,8 +120,8 @@ rehearse: env  ## a checkpoint of real size with weights of chance: written, ser
 load: env  ## 2,000 mixed requests at 64 concurrent against a server, each answer checked (many minutes on CPU)
 	$(test_env) OMP_NUM_THREADS=1 $(bin)/python -m benchmarks.load --out benchmarks/results/load $(ARGS)
 
-train: env  ## train the tiny checkpoint anew, on CPU (an hour or more)
-	$(bin)/python tools/train_tiny.py --out models/tiny-llada --steps 6000
+train: env  ## train a tiny LLaDA from nothing into out/, on CPU (hours); the one in models/ has had more (its README)
+	$(bin)/python tools/train_tiny.py --out out/tiny-llada --steps 6000
 
 clean:  ## remove caches and build outputs; the environment stays
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -193,7 +193,7 @@ def main() -> None:
     """Run every setting, print the tables, write them, the picture and the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/tiny-llada")
-    parser.add_argument("--problems", type=int, default=1000)
+    parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--batch", type=int, default=32, help="requests at a time (default: 32)")
     parser.add_argument("--redraw", action="store_true", help="only the picture, from the figures that are there")
     parser.add_argument("--out", type=Path, help="without suffix (default: benchmarks/results/claims_MODEL)")

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -86,6 +87,23 @@ def stop(process: subprocess.Popen[bytes], patience: float) -> None:
         process.wait()
 
 
+@contextlib.contextmanager
+def ended_in_order() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does; without that nobody would stop the server. Main thread only."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def print_log(log: Path, console: Console) -> None:
     """The end of the server's log, and before it the errors: the cause is often further up, in another process."""
     lines = log.read_text(errors="replace").splitlines()
@@ -147,9 +165,10 @@ def server(
     patience = 3.0  # a server that is still starting does not heed the signal
     try:
         url = f"http://127.0.0.1:{port}"
-        console.print(f"ready after {wait_until_ready(process, url, console):.0f} s: {url}/v1")
-        patience = 20.0
-        yield url
+        with ended_in_order():
+            console.print(f"ready after {wait_until_ready(process, url, console):.0f} s: {url}/v1")
+            patience = 20.0
+            yield url
     except Exception:
         print_log(log, console)
         raise

@@ -22,10 +22,16 @@ llm = LLM("models/tiny-llada", dtype="float32", max_model_len=256, enable_prefix
 settings = [{"d2cache_policy": "key_norm", "d2cache_smallest": n} for n in (100000, 4)]
 settings.append({"d2cache_policy": "full", "d2cache_sigma": 0.0})  # the example has no certainty prior
 settings.append({"d2cache_policy": "full", "d2cache_decoder": "leftmost", "d2cache_run": 4})
-params = [SamplingParams(temperature=0, max_tokens=24, extra_args={**s, "d2cache_window": 8}) for s in settings]
+params = [
+    SamplingParams(
+        temperature=0, max_tokens=24, ignore_eos=True, extra_args={**s, "d2cache_window": 8, "d2cache_report": 1}
+    )
+    for s in settings
+]
 prompt = llm.get_tokenizer().encode("Reverse: stream of words")
 outputs = llm.generate([{"prompt_token_ids": prompt}] * len(params), params)
-print(json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
+found = [[list(o.outputs[0].token_ids), o.kv_transfer_params["d2cache"], len(prompt)] for o in outputs]
+print(json.dumps(found))
 """
 
 
@@ -39,5 +45,8 @@ def test_a_mechanism_from_outside_runs_in_the_engine(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     everything, some, full, leftmost = json.loads(done.stdout.splitlines()[-1])
-    assert everything == full, "with all positions it is full recompute"
-    assert some and leftmost
+    assert everything[0] == full[0], "with all positions it is full recompute"
+    positions = full[2] + 24
+    assert full[1]["rows_refreshed"] == full[1]["steps"] * positions
+    assert some[1]["rows_refreshed"] < some[1]["steps"] * positions / 2, "few positions are computed again"
+    assert (full[1]["steps"], leftmost[1]["steps"]) == (24, 6), "four tokens a step, two steps a window"
