@@ -62,6 +62,7 @@ PURE_MODULES = (
         "models.config_rules",
         "models.configs",
         "models.families",
+        "models.generation_file",
         "models.quantisation",
         "models.rope",
         "models.shape",

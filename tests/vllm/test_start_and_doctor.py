@@ -144,6 +144,39 @@ def test_an_overridden_theta_is_computed(family: str, overrides: dict[str, Any],
     assert config.max_model_len == 256
 
 
+@pytest.mark.parametrize("source", ["auto", "vllm"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            '{"eos_token_id": [371, "x"]}',
+            "generation_config.json eos_token_id=[371, 'x'] (must be an id or a list of i",
+        ),
+        (
+            '{"eos_token_id": 370}',
+            "generation_config.json eos_token_id=370 (must be an id or a list of ids from 0 to 38",
+        ),
+        ('{"pad_token_id": "x"}', "generation_config.json pad_token_id='x' (must be an id from 0 to 383, and not the"),
+        ('{"cache_implementation": "nope"}', "generation_config.json cache_implementation='nope' (transformers cannot"),
+        ("[]", "generation_config.json is not a JSON object"),
+        ("null", "generation_config.json is not a JSON object"),
+        ("7", "generation_config.json is not a JSON object"),
+        ("", "generation_config.json cannot be read: Expecting value"),
+        ('{"a": ', "generation_config.json cannot be read: Expecting value"),
+        ("[" * 100000, "generation_config.json cannot be read: it is nested too deeply"),
+    ],
+)
+def test_both_judge_generation_config(content: str, said: str, source: str, tmp_path: Path) -> None:
+    """vLLM takes the end tokens from the file with either source."""
+    model = checkpoint(tmp_path, "llada", {})
+    (model / "generation_config.json").write_text(content)
+    (problem,) = problems(model)
+    assert said in problem
+    with pytest.raises(ValueError) as error:
+        start(model, generation_config=source)
+    assert said in str(error.value)
+
+
 def rename(model: Path, change: Any) -> None:
     tensors = load_file(model / "model.safetensors")
     save_file(dict(change(name, t) for name, t in tensors.items()), model / "model.safetensors", {"format": "pt"})

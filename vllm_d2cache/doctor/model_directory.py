@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +18,8 @@ from vllm_d2cache.models.config_rules import (
 )
 from vllm_d2cache.models.quantisation import method_of, of_separate_file
 from vllm_d2cache.models.tensor_rules import REDUNDANT, missing_modules, missing_problem, tensor_problem
+from vllm_d2cache.options.json_files import object_in
+from vllm_d2cache.requests.generation_defaults import default_problems
 
 # What a tokenizer can be made of: each group of files will do.
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
@@ -47,6 +48,7 @@ def check_model(directory: Path, memory: int | None) -> Iterator[Finding]:
     elif family_of(given) is not None:
         yield _note("settings", "not checked: that needs transformers and torch")
     sound = config if config is not None and not config.unsupported() else None
+    yield from _generation(directory, sound)
     yield from _weights(directory, memory, given, sound)
     yield from _tokenizer(directory, given, sound)
 
@@ -62,12 +64,12 @@ def read_config(given: dict[str, Any]) -> Any:
 def read_object(path: Path) -> dict[str, Any] | str:
     """The object in a file, or what is wrong with it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         return f"{path.name} is missing"
-    except (OSError, ValueError) as error:
+    except OSError as error:
         return f"{path.name} cannot be read: {error}"
-    return content if isinstance(content, dict) else f"{path.name} is not a JSON object"
+    return object_in(content, path.name)
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -100,6 +102,19 @@ def _settings(config: Any, given: dict[str, Any]) -> Iterator[Finding]:
     yield _ok("mask token", f"id {config.mask_token_id}{where}")
     quantised = config.quantisation_note(method_of(getattr(config, "quantization_config", None)))
     yield from (_note("settings", text) for text in (*config.notes(), *([quantised] if quantised else [])))
+
+
+def _generation(directory: Path, config: Any) -> Iterator[Finding]:
+    """What the start says of generation_config.json, which a checkpoint need not have."""
+    name = "generation_config.json"
+    if not (directory / name).exists():
+        return
+    content = read_object(directory / name)
+    if isinstance(content, str):
+        yield _problem(name, content)
+        return
+    problems = default_problems(content, {}, config.generation_problems(content) if config is not None else None)
+    yield _problem(name, "; ".join(problems)) if problems else _ok(name, f"{len(content)} keys")
 
 
 def _weights(directory: Path, memory: int | None, given: dict[str, Any], config: Any) -> Iterator[Finding]:

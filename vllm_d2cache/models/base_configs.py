@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from vllm_d2cache.canvas.traits import FamilyTraits
-from vllm_d2cache.models import config_rules, quantisation, rope
+from vllm_d2cache.models import config_rules, generation_file, quantisation, rope
 from vllm_d2cache.models.shape import TransformerShape
 
 
@@ -186,6 +186,10 @@ class DiffusionLMConfig(PretrainedConfig):
         """What tokenizer_config.json says otherwise of the mask token, with the words of a refusal; or None."""
         problem = config_rules.mask_contradiction(tokenizer_config, self.mask_token_id)
         return None if problem is None else config_rules.refusal([problem])
+
+    def generation_problems(self, content: Mapping[str, Any]) -> dict[str, str]:
+        """Key of a generation_config.json -> why it is refused, for a configuration that has nothing unsupported."""
+        return generation_file.problems(content, self.shape().vocab_size, self.mask_token_id)
 
     def rope_scaling_of(self, trained: int) -> rope.RopeScaling | None:
         """How positions beyond the ``trained`` ones are rotated; None if there are none."""

@@ -200,7 +200,7 @@ def token_problems(values: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
     for key in TOKENS:
         value = values.get(key)
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if value is not None and not all(_is_token(i, vocab_size) for i in ids):
+        if value is not None and not all(is_token(i, vocab_size) for i in ids):
             yield f"{key}={value!r} (not in the vocabulary: must be an id from 0 to {vocab_size - 1})"
         elif key != "mask_token_id" and mask is not None and mask in ids:
             yield f"mask_token_id={mask!r} (is the {key} too)"
@@ -284,7 +284,8 @@ def spelled_twice(given: Mapping[str, Any], other_names: Mapping[str, str]) -> l
     ]
 
 
-def _is_token(value: Any, vocab_size: int) -> bool:
+def is_token(value: Any, vocab_size: int) -> bool:
+    """Whether a value is an id of the vocabulary."""
     return _is_whole(value) and 0 <= value < vocab_size
 
 
