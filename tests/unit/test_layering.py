@@ -65,6 +65,7 @@ PURE_MODULES = (
         "models.generation_file",
         "models.quantisation",
         "models.rope",
+        "models.safetensors_files",
         "models.shape",
     ),
     *("models.tensor_rules", "registration"),

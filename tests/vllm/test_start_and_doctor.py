@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -198,6 +199,53 @@ def test_both_name_the_tensor(change: Any, said: str, tmp_path: Path, load: Any)
     with pytest.raises(ValueError) as error:
         load(model)
     assert said in str(error.value)
+
+
+def write_index(content: Any) -> Any:
+    return lambda model: (model / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def cut(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def store_as(dtype: torch.dtype) -> Any:
+    return lambda model: rename(model, lambda n, t: (n, t.to(dtype) if n.endswith("1.q_proj.weight") else t))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda m: shutil.copy(m / "model.safetensors", m / "old.safetensors"), "in two files"),
+        (cut, "model.safetensors: has "),
+        (lambda m: (m / "model.safetensors").write_text("x"), "model.safetensors: is no safetensors file"),
+        (write_index([]), "model.safetensors.index.json is not a JSON object"),
+        (write_index({"weight_map": {"t": None}}), "weight_map.t=None (must be the name of a file)"),
+        (write_index({"weight_map": {}}), "weight_map={} (must be an object"),
+        (write_index({"weight_map": ["t"]}), "weight_map=['t'] (must be an object"),
+        (store_as(torch.int64), "1.q_proj.weight has the dtype int64 (not quantised, it must be float64"),
+        (store_as(torch.bool), "1.q_proj.weight has the dtype bool"),
+        (store_as(torch.float8_e4m3fn), "1.q_proj.weight has the dtype float8_e4m3fn"),
+        (store_as(torch.complex64), "1.q_proj.weight has the dtype complex64"),
+    ],
+    ids=["twice", "cut", "no file", "list", "null", "nothing", "map", "int64", "bool", "float8", "complex64"],
+)
+def test_both_name_the_file_or_the_tensor(spoil: Any, said: str, tmp_path: Path, load: Any) -> None:
+    model = checkpoint(tmp_path, "llada", {})
+    spoil(model)
+    assert any(said in problem for problem in problems(model))
+    with pytest.raises(ValueError) as error:
+        load(model)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_both_accept_any_floats(dtype: torch.dtype, tmp_path: Path, load: Any) -> None:
+    model = checkpoint(tmp_path, "llada", {})
+    store_as(dtype)(model)
+    assert problems(model) == []
+    load(model)
 
 
 def test_a_quantised_checkpoint_that_lacks_a_layer(tmp_path: Path, load: Any) -> None:

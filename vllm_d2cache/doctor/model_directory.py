@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
 
 from vllm_d2cache.doctor.finding import Finding
-from vllm_d2cache.doctor.safetensors_files import Weights, read_weights
 from vllm_d2cache.models.config_rules import (
     architecture_problem,
     family_of,
@@ -17,7 +17,14 @@ from vllm_d2cache.models.config_rules import (
     unserved_problem,
 )
 from vllm_d2cache.models.quantisation import method_of, of_separate_file
-from vllm_d2cache.models.tensor_rules import REDUNDANT, missing_modules, missing_problem, tensor_problem
+from vllm_d2cache.models.safetensors_files import Weights, read_weights
+from vllm_d2cache.models.tensor_rules import (
+    REDUNDANT,
+    dtype_problem,
+    missing_modules,
+    missing_problem,
+    tensor_problem,
+)
 from vllm_d2cache.options.json_files import object_in
 from vllm_d2cache.requests.generation_defaults import default_problems
 
@@ -123,7 +130,8 @@ def _weights(directory: Path, memory: int | None, given: dict[str, Any], config:
     if problems:
         yield from (_problem("weights", text) for text in problems)
         return
-    text = f"{len(weights.shapes)} tensors, {weights.num_bytes / 2**30:.2f} GiB, {', '.join(sorted(weights.dtypes))}"
+    dtypes = ", ".join(sorted(set(weights.dtypes.values())))
+    text = f"{len(weights.shapes)} tensors, {weights.num_bytes / 2**30:.2f} GiB, {dtypes}"
     if memory is not None and weights.num_bytes > memory:
         yield _problem("weights", f"{text}; more than the {memory / 2**30:.1f} GiB of memory available")
     else:
@@ -135,7 +143,12 @@ def _weights(directory: Path, memory: int | None, given: dict[str, Any], config:
 def _tensors(weights: Weights, given: dict[str, Any], config: Any) -> Iterator[str]:
     """The first of each kind of difference between the files and what the network is made of."""
     named = family_of(given)
-    if named is None or config is None or find_spec("vllm") is None:
+    if named is None or config is None:
+        return
+    if given.get("quantization_config") is None:
+        stored = ((name, dtype) for name, dtype in weights.dtypes.items() if not name.endswith(REDUNDANT))
+        yield from islice(filter(None, starmap(dtype_problem, stored)), 1)
+    if find_spec("vllm") is None:
         return
     architecture, family = named
     model = family.model_class()
