@@ -52,7 +52,7 @@ FILES: dict[str, tuple[str, dict[str, Any], str]] = {
     "dynamic": ("llada", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_parameters={'type': 'dynamic'"),
     "mrope": ("dream", {"rope_scaling": {"type": "mrope"}}, "rope_parameters={'type': 'mrope'}"),
     "no object": ("dream", {"rope_scaling": [4]}, "rope_parameters=[4]"),
-    "theta": ("llada", {"rope_theta": "10000"}, "rope_theta='10000' (must be a number above 0)"),
+    "theta": ("llada", {"rope_theta": "10000"}, "rope_theta='10000' (must be a number from 1 to 1e+30)"),
     "layers": ("llada", {"n_layers": 0}, "n_layers=0 (must be a whole number from 1"),
     "heads": ("dream", {"num_attention_heads": 3}, "3 attention heads do not divide a width of 64"),
     "null mask": ("llada", {"mask_token_id": None}, "mask_token_id=None (config.json must name it"),

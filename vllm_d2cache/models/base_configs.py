@@ -38,6 +38,7 @@ class DiffusionLMConfig(PretrainedConfig):
     pads_behind_text: ClassVar[bool] = False
     """Models of the family write the tokenizer's pad token behind the end of a text, or in its place."""
     scaled_rope: Any = None  # rope_parameters of a file that asks for more than a rope_theta
+    rope_theta: Any
     mask_token_id: Any  # None where config.json has none; refused by unsupported
 
     def __init__(self, **kwargs: Any) -> None:
@@ -152,7 +153,7 @@ class DiffusionLMConfig(PretrainedConfig):
             return reasons
         if self.scaled_rope is not None:
             trained: int = self.max_position_embeddings  # noqa: B009: attribute_map knows the name
-            if reasons := list(rope.problems(self.scaled_rope, trained)):
+            if reasons := list(rope.problems(self.scaled_rope, trained, self.rope_theta)):
                 return reasons
         shape = self.shape()
         return [
