@@ -62,6 +62,12 @@ FILES: dict[str, tuple[str, dict[str, Any], str]] = {
     "quip": ("llada", {"quantization_config": {"quant_method": "quip"}}, "weights quantised by quip (supported: compr"),
     "no method": ("dream", {"quantization_config": {}}, "weights quantised by None (supported: compressed-tensors, "),
     "quantised how": ("llada", {"quantization_config": "gptq"}, "weights quantised by 'gptq'"),
+    "self": ("llada", {"self": 1}, "self=1 (no setting of these models)"),
+    "tiny theta": ("llada", {"rope_theta": 1e-40}, "rope_theta=1e-40 (must be a number from 1 to 1e+30)"),
+    "awq": ("llada", {"quantization_config": {"quant_method": "awq", "bits": [4]}}, "bits=[4] (must be 4, 8)"),
+    "gptq": ("llada", {"quantization_config": {"quant_method": "gptq"}}, "bits=None (must be 2, 3, 4, 8)"),
+    "targets": ("llada", {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {
+        "g": {"weights": {"type": "int", "num_bits": 8}}}}}, "config_groups.g.targets=None (must be a list of names"),
     "dtype": ("llada", {"torch_dtype": "int4"}, "torch_dtype='int4' (must be bfloat16, float16, float32)"),
     "auto_map": ("dream", {"auto_map": None}, "auto_map=None (must be an object, or be left out)"),
     "no map": ("llada", {"auto_map": 3}, "auto_map=3 (must be an object, or be left out)"),

@@ -87,7 +87,12 @@ class DiffusionLMConfig(PretrainedConfig):
         owner = config_rules.owner(config_dict.get("architectures"))
         if owner is not None and owner.config_class() not in (cls, cls.alias_of):
             return owner.config_class().from_dict(config_dict, **kwargs)
-        return super().from_dict(config_dict, **kwargs)
+        if "self" not in config_dict:
+            return super().from_dict(config_dict, **kwargs)
+        # A name that no keyword can have.
+        made = super().from_dict({key: value for key, value in config_dict.items() if key != "self"}, **kwargs)
+        (made[0] if isinstance(made, tuple) else made).asked["self"] = config_dict["self"]
+        return made
 
     @classmethod
     @cache

@@ -90,6 +90,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("LLaDAModelLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 (supported: None, 1)"),
     ("LLaDAModelLM", {"per_layer_config": {"0": {}}}, "per_layer_config={'0': {}} (no setting"),
     ("LLaDAModelLM", {"torch_dtype": "int4"}, "torch_dtype='int4' (must be bfloat16, float16, float32)"),
+    ("LLaDAModelLM", {"self": 1}, "self=1 (no setting of these models)"),
     ("LLaDAModelLM", {"to_dict": 5}, "to_dict=5 (no setting of these models)"),
     ("LLaDAModelLM", {"quantization_config": "gptq"}, "quantization_config: weights quantised by 'gptq'"),
     ("LLaDAModelLM", {"quantization_config": {"quant_method": "quip"}}, "quantization_config: weights quantised by q"),
