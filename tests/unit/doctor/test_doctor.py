@@ -67,6 +67,11 @@ def cut(model: Path) -> None:
 SPOILT: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "no config": (lambda m: (m / "config.json").unlink(), "config.json", "missing"),
     "config is no JSON": (lambda m: (m / "config.json").write_text("{"), "config.json", "cannot be read"),
+    "config is nested": (
+        lambda m: (m / "config.json").write_text('{"a": ' + "[" * 100000),
+        "config.json",
+        "nested too deeply",
+    ),
     "architecture": (
         lambda m: edit(m / "config.json", architectures=["LlamaForCausalLM"]),
         "architecture",

@@ -26,12 +26,12 @@ TESTED: list[Any] = [
     groups(type="int", num_bits=8),
     groups(type="int", num_bits=4),
     {**AWQ, "bits": 4},
-    {**AWQ, "w_bit": 4, "q_group_size": 64},
     {**GPTQ, "bits": 4},
     {**GPTQ, "bits": 4, "group_size": -1, "desc_act": True},
 ]
 UNTESTED: list[Any] = [
     (groups(type="float", num_bits=8), "compressed-tensors (float 8 bits): not tested"),
+    ({**AWQ, "w_bit": 4, "q_group_size": 64}, "awq: not tested"),
     ({**GPTQ, "bits": 8}, "gptq (8 bits): not tested"),
     ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "fp8: not tested"),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes: not tested"),
