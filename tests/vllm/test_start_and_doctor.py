@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -51,7 +52,7 @@ FILES: dict[str, tuple[str, dict[str, Any], str]] = {
     "dynamic": ("llada", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_parameters={'type': 'dynamic'"),
     "mrope": ("dream", {"rope_scaling": {"type": "mrope"}}, "rope_parameters={'type': 'mrope'}"),
     "no object": ("dream", {"rope_scaling": [4]}, "rope_parameters=[4]"),
-    "theta": ("llada", {"rope_theta": "10000"}, "rope_theta='10000' (must be a number above 0)"),
+    "theta": ("llada", {"rope_theta": "10000"}, "rope_theta='10000' (must be a number from 1 to 1e+30)"),
     "layers": ("llada", {"n_layers": 0}, "n_layers=0 (must be a whole number from 1"),
     "heads": ("dream", {"num_attention_heads": 3}, "3 attention heads do not divide a width of 64"),
     "null mask": ("llada", {"mask_token_id": None}, "mask_token_id=None (config.json must name it"),
@@ -61,6 +62,12 @@ FILES: dict[str, tuple[str, dict[str, Any], str]] = {
     "quip": ("llada", {"quantization_config": {"quant_method": "quip"}}, "weights quantised by quip (supported: compr"),
     "no method": ("dream", {"quantization_config": {}}, "weights quantised by None (supported: compressed-tensors, "),
     "quantised how": ("llada", {"quantization_config": "gptq"}, "weights quantised by 'gptq'"),
+    "self": ("llada", {"self": 1}, "self=1 (no setting of these models)"),
+    "tiny theta": ("llada", {"rope_theta": 1e-40}, "rope_theta=1e-40 (must be a number from 1 to 1e+30)"),
+    "awq": ("llada", {"quantization_config": {"quant_method": "awq", "bits": [4]}}, "bits=[4] (must be 4, 8)"),
+    "gptq": ("llada", {"quantization_config": {"quant_method": "gptq"}}, "bits=None (must be 2, 3, 4, 8)"),
+    "targets": ("llada", {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {
+        "g": {"weights": {"type": "int", "num_bits": 8}}}}}, "config_groups.g.targets=None (must be a list of names"),
     "dtype": ("llada", {"torch_dtype": "int4"}, "torch_dtype='int4' (must be bfloat16, float16, float32)"),
     "auto_map": ("dream", {"auto_map": None}, "auto_map=None (must be an object, or be left out)"),
     "no map": ("llada", {"auto_map": 3}, "auto_map=3 (must be an object, or be left out)"),
@@ -144,6 +151,39 @@ def test_an_overridden_theta_is_computed(family: str, overrides: dict[str, Any],
     assert config.max_model_len == 256
 
 
+@pytest.mark.parametrize("source", ["auto", "vllm"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            '{"eos_token_id": [371, "x"]}',
+            "generation_config.json eos_token_id=[371, 'x'] (must be an id or a list of i",
+        ),
+        (
+            '{"eos_token_id": 370}',
+            "generation_config.json eos_token_id=370 (must be an id or a list of ids from 0 to 38",
+        ),
+        ('{"pad_token_id": "x"}', "generation_config.json pad_token_id='x' (must be an id from 0 to 383, and not the"),
+        ('{"cache_implementation": "nope"}', "generation_config.json cache_implementation='nope' (transformers cannot"),
+        ("[]", "generation_config.json is not a JSON object"),
+        ("null", "generation_config.json is not a JSON object"),
+        ("7", "generation_config.json is not a JSON object"),
+        ("", "generation_config.json cannot be read: Expecting value"),
+        ('{"a": ', "generation_config.json cannot be read: Expecting value"),
+        ("[" * 100000, "generation_config.json cannot be read: it is nested too deeply"),
+    ],
+)
+def test_both_judge_generation_config(content: str, said: str, source: str, tmp_path: Path) -> None:
+    """vLLM takes the end tokens from the file with either source."""
+    model = checkpoint(tmp_path, "llada", {})
+    (model / "generation_config.json").write_text(content)
+    (problem,) = problems(model)
+    assert said in problem
+    with pytest.raises(ValueError) as error:
+        start(model, generation_config=source)
+    assert said in str(error.value)
+
+
 def rename(model: Path, change: Any) -> None:
     tensors = load_file(model / "model.safetensors")
     save_file(dict(change(name, t) for name, t in tensors.items()), model / "model.safetensors", {"format": "pt"})
@@ -165,6 +205,53 @@ def test_both_name_the_tensor(change: Any, said: str, tmp_path: Path, load: Any)
     with pytest.raises(ValueError) as error:
         load(model)
     assert said in str(error.value)
+
+
+def write_index(content: Any) -> Any:
+    return lambda model: (model / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def cut(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def store_as(dtype: torch.dtype) -> Any:
+    return lambda model: rename(model, lambda n, t: (n, t.to(dtype) if n.endswith("1.q_proj.weight") else t))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda m: shutil.copy(m / "model.safetensors", m / "old.safetensors"), "in two files"),
+        (cut, "model.safetensors: has "),
+        (lambda m: (m / "model.safetensors").write_text("x"), "model.safetensors: is no safetensors file"),
+        (write_index([]), "model.safetensors.index.json is not a JSON object"),
+        (write_index({"weight_map": {"t": None}}), "weight_map.t=None (must be the name of a file)"),
+        (write_index({"weight_map": {}}), "weight_map={} (must be an object"),
+        (write_index({"weight_map": ["t"]}), "weight_map=['t'] (must be an object"),
+        (store_as(torch.int64), "1.q_proj.weight has the dtype int64 (not quantised, it must be float64"),
+        (store_as(torch.bool), "1.q_proj.weight has the dtype bool"),
+        (store_as(torch.float8_e4m3fn), "1.q_proj.weight has the dtype float8_e4m3fn"),
+        (store_as(torch.complex64), "1.q_proj.weight has the dtype complex64"),
+    ],
+    ids=["twice", "cut", "no file", "list", "null", "nothing", "map", "int64", "bool", "float8", "complex64"],
+)
+def test_both_name_the_file_or_the_tensor(spoil: Any, said: str, tmp_path: Path, load: Any) -> None:
+    model = checkpoint(tmp_path, "llada", {})
+    spoil(model)
+    assert any(said in problem for problem in problems(model))
+    with pytest.raises(ValueError) as error:
+        load(model)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_both_accept_any_floats(dtype: torch.dtype, tmp_path: Path, load: Any) -> None:
+    model = checkpoint(tmp_path, "llada", {})
+    store_as(dtype)(model)
+    assert problems(model) == []
+    load(model)
 
 
 def test_a_quantised_checkpoint_that_lacks_a_layer(tmp_path: Path, load: Any) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
+from vllm_d2cache.options.json_files import object_in
 from vllm_d2cache.options.request import SNAPSHOTS
 from vllm_d2cache.options.types import OptionError
 
@@ -108,10 +109,18 @@ def register_chat_template(model_type: str, path: Path) -> None:
 
 
 def model_file(model: str, name: str, revision: str | None) -> dict[str, Any]:
-    """A JSON file of a checkpoint, from its directory or the hub; empty if it has none."""
-    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+    """The object in a JSON file of a checkpoint, from its directory or the hub; empty if it has none.
 
-    return get_hf_file_to_dict(name, model, revision) or {}
+    Raises:
+        ValueError: the file holds something else; names it.
+    """
+    from vllm.transformers_utils.repo_utils import get_hf_file_bytes
+
+    content = get_hf_file_bytes(name, model, revision)
+    found = {} if content is None else object_in(content, name)
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
 
 
 def loaded(path: str) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
 
 from vllm_d2cache.doctor.finding import Finding
-from vllm_d2cache.doctor.safetensors_files import Weights, read_weights
 from vllm_d2cache.models.config_rules import (
     architecture_problem,
     family_of,
@@ -18,7 +17,16 @@ from vllm_d2cache.models.config_rules import (
     unserved_problem,
 )
 from vllm_d2cache.models.quantisation import method_of, of_separate_file
-from vllm_d2cache.models.tensor_rules import REDUNDANT, missing_modules, missing_problem, tensor_problem
+from vllm_d2cache.models.safetensors_files import Weights, read_weights
+from vllm_d2cache.models.tensor_rules import (
+    REDUNDANT,
+    dtype_problem,
+    missing_modules,
+    missing_problem,
+    tensor_problem,
+)
+from vllm_d2cache.options.json_files import object_in
+from vllm_d2cache.requests.generation_defaults import default_problems
 
 # What a tokenizer can be made of: each group of files will do.
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
@@ -47,6 +55,7 @@ def check_model(directory: Path, memory: int | None) -> Iterator[Finding]:
     elif family_of(given) is not None:
         yield _note("settings", "not checked: that needs transformers and torch")
     sound = config if config is not None and not config.unsupported() else None
+    yield from _generation(directory, sound)
     yield from _weights(directory, memory, given, sound)
     yield from _tokenizer(directory, given, sound)
 
@@ -62,12 +71,12 @@ def read_config(given: dict[str, Any]) -> Any:
 def read_object(path: Path) -> dict[str, Any] | str:
     """The object in a file, or what is wrong with it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         return f"{path.name} is missing"
-    except (OSError, ValueError) as error:
+    except OSError as error:
         return f"{path.name} cannot be read: {error}"
-    return content if isinstance(content, dict) else f"{path.name} is not a JSON object"
+    return object_in(content, path.name)
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -102,13 +111,27 @@ def _settings(config: Any, given: dict[str, Any]) -> Iterator[Finding]:
     yield from (_note("settings", text) for text in (*config.notes(), *([quantised] if quantised else [])))
 
 
+def _generation(directory: Path, config: Any) -> Iterator[Finding]:
+    """What the start says of generation_config.json, which a checkpoint need not have."""
+    name = "generation_config.json"
+    if not (directory / name).exists():
+        return
+    content = read_object(directory / name)
+    if isinstance(content, str):
+        yield _problem(name, content)
+        return
+    problems = default_problems(content, {}, config.generation_problems(content) if config is not None else None)
+    yield _problem(name, "; ".join(problems)) if problems else _ok(name, f"{len(content)} keys")
+
+
 def _weights(directory: Path, memory: int | None, given: dict[str, Any], config: Any) -> Iterator[Finding]:
     weights = read_weights(directory)
     problems = weights.problems or list(_tensors(weights, given, config))
     if problems:
         yield from (_problem("weights", text) for text in problems)
         return
-    text = f"{len(weights.shapes)} tensors, {weights.num_bytes / 2**30:.2f} GiB, {', '.join(sorted(weights.dtypes))}"
+    dtypes = ", ".join(sorted(set(weights.dtypes.values())))
+    text = f"{len(weights.shapes)} tensors, {weights.num_bytes / 2**30:.2f} GiB, {dtypes}"
     if memory is not None and weights.num_bytes > memory:
         yield _problem("weights", f"{text}; more than the {memory / 2**30:.1f} GiB of memory available")
     else:
@@ -120,7 +143,12 @@ def _weights(directory: Path, memory: int | None, given: dict[str, Any], config:
 def _tensors(weights: Weights, given: dict[str, Any], config: Any) -> Iterator[str]:
     """The first of each kind of difference between the files and what the network is made of."""
     named = family_of(given)
-    if named is None or config is None or find_spec("vllm") is None:
+    if named is None or config is None:
+        return
+    if given.get("quantization_config") is None:
+        stored = ((name, dtype) for name, dtype in weights.dtypes.items() if not name.endswith(REDUNDANT))
+        yield from islice(filter(None, starmap(dtype_problem, stored)), 1)
+    if find_spec("vllm") is None:
         return
     architecture, family = named
     model = family.model_class()

@@ -209,11 +209,13 @@ def _refusals(config: VllmConfig) -> list[str]:
 def _generation_defaults(model_config: ModelConfig) -> dict[str, Any]:
     """Options from the checkpoint's generation_config.json, as ``--generation-config`` and its override have it."""
     source = model_config.generation_config
-    raw: dict[str, Any] = {}
-    if source != "vllm":
-        directory = (model_config.hf_config_path or model_config.model) if source == "auto" else source
-        raw = model_file(directory, "generation_config.json", model_config.revision)
-    problems = default_problems(raw, model_config.override_generation_config)
+    own = source in ("auto", "vllm")
+    directory = (model_config.hf_config_path or model_config.model) if own else source
+    content = model_file(directory, "generation_config.json", model_config.revision)
+    # vLLM takes the end tokens from the file even where the operator wants none of its defaults.
+    raw = {} if source == "vllm" else content
+    unreadable = model_config.hf_config.generation_problems(content)
+    problems = default_problems(raw, model_config.override_generation_config, unreadable)
     if problems:
         raise ValueError("vllm-d2cache cannot serve this model with: " + "; ".join(problems))
     found = read_generation_defaults({**raw, **model_config.override_generation_config})

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+# What holds larger numbers than float16.
+_OFFERED = ("bfloat16", "float32")
 _WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Types without a minimum of their own; bfloat16 holds each of their numbers.
 _NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -29,7 +31,7 @@ def finite_weights(
     """
     damaged: list[str] = []
     too_large: list[str] = []
-    count = 0
+    count, most = 0, 0.0
     for name, tensor in weights:
         count += 1
         if (largest := _largest(tensor)) is not None:
@@ -37,6 +39,7 @@ def finite_weights(
                 damaged.append(name)
             elif largest > torch.finfo(dtype).max:
                 too_large.append(name)
+                most = max(most, largest)
         yield name, tensor
     if damaged:
         raise ValueError(
@@ -44,9 +47,11 @@ def finite_weights(
             f"e.g. {damaged[0]}; download or convert it again"
         )
     if too_large:
+        holds = [other for other in _OFFERED if most <= torch.finfo(getattr(torch, other)).max]
         raise ValueError(
             f"--dtype {str(dtype).removeprefix('torch.')} cannot hold numbers of {len(too_large)} of {count} tensors, "
-            f"e.g. {too_large[0]}; take bfloat16 or float32"
+            f"e.g. {too_large[0]}; "
+            + (f"take {' or '.join(holds)}" if holds else "no other can: convert the checkpoint again")
         )
 
 

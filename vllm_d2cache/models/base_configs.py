@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from vllm_d2cache.canvas.traits import FamilyTraits
-from vllm_d2cache.models import config_rules, quantisation, rope
+from vllm_d2cache.models import config_rules, generation_file, quantisation, rope
 from vllm_d2cache.models.shape import TransformerShape
 
 
@@ -38,6 +38,7 @@ class DiffusionLMConfig(PretrainedConfig):
     pads_behind_text: ClassVar[bool] = False
     """Models of the family write the tokenizer's pad token behind the end of a text, or in its place."""
     scaled_rope: Any = None  # rope_parameters of a file that asks for more than a rope_theta
+    rope_theta: Any
     mask_token_id: Any  # None where config.json has none; refused by unsupported
 
     def __init__(self, **kwargs: Any) -> None:
@@ -86,7 +87,12 @@ class DiffusionLMConfig(PretrainedConfig):
         owner = config_rules.owner(config_dict.get("architectures"))
         if owner is not None and owner.config_class() not in (cls, cls.alias_of):
             return owner.config_class().from_dict(config_dict, **kwargs)
-        return super().from_dict(config_dict, **kwargs)
+        if "self" not in config_dict:
+            return super().from_dict(config_dict, **kwargs)
+        # A name that no keyword can have.
+        made = super().from_dict({key: value for key, value in config_dict.items() if key != "self"}, **kwargs)
+        (made[0] if isinstance(made, tuple) else made).asked["self"] = config_dict["self"]
+        return made
 
     @classmethod
     @cache
@@ -152,7 +158,7 @@ class DiffusionLMConfig(PretrainedConfig):
             return reasons
         if self.scaled_rope is not None:
             trained: int = self.max_position_embeddings  # noqa: B009: attribute_map knows the name
-            if reasons := list(rope.problems(self.scaled_rope, trained)):
+            if reasons := list(rope.problems(self.scaled_rope, trained, self.rope_theta)):
                 return reasons
         shape = self.shape()
         return [
@@ -186,6 +192,10 @@ class DiffusionLMConfig(PretrainedConfig):
         """What tokenizer_config.json says otherwise of the mask token, with the words of a refusal; or None."""
         problem = config_rules.mask_contradiction(tokenizer_config, self.mask_token_id)
         return None if problem is None else config_rules.refusal([problem])
+
+    def generation_problems(self, content: Mapping[str, Any]) -> dict[str, str]:
+        """Key of a generation_config.json -> why it is refused, for a configuration that has nothing unsupported."""
+        return generation_file.problems(content, self.shape().vocab_size, self.mask_token_id)
 
     def rope_scaling_of(self, trained: int) -> rope.RopeScaling | None:
         """How positions beyond the ``trained`` ones are rotated; None if there are none."""

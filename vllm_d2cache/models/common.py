@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -30,8 +31,16 @@ from vllm_d2cache.models.base_configs import DiffusionLMConfig
 from vllm_d2cache.models.experts import SparseMLP
 from vllm_d2cache.models.mlp import GatedMLP
 from vllm_d2cache.models.parts import in_parts, parts
+from vllm_d2cache.models.safetensors_files import readable
 from vllm_d2cache.models.shape import TransformerShape
-from vllm_d2cache.models.tensor_rules import REDUNDANT, missing_modules, missing_problem, tensor_problem
+from vllm_d2cache.models.tensor_rules import (
+    REDUNDANT,
+    dtype_problem,
+    missing_modules,
+    missing_problem,
+    tensor_problem,
+    twice_problem,
+)
 
 # Three tensors of a checkpoint that are one here.
 QKV = {f".{name}_proj.": (".qkv_proj.", name) for name in "qkv"}
@@ -199,6 +208,7 @@ class DiffusionLM(nn.Module, SupportsLoRA):
         self.config = config
         self.shape = shape
         self.quant_config = quant_config
+        self.directory = Path(vllm_config.model_config.model)  # of the checkpoint, or its name on the hub
         self.traits = config.traits()
         self.part_rows = part_rows(vllm_config)
         # embedding_size may exceed vocab_size; the rows beyond it are padding and never predicted.
@@ -281,9 +291,11 @@ class DiffusionLM(nn.Module, SupportsLoRA):
         """Load a checkpoint in the family's published layout.
 
         Raises:
-            ValueError: a tensor is unknown, missing, damaged or has another shape; the message has its name.
+            ValueError: a tensor is unknown, missing, damaged, there twice, or has another shape or no dtype of weights;
+                the message has its name. Or a file cannot be read; it has the file's.
         """
-        named = ((name, tensor) for name, tensor in weights if not name.endswith(REDUNDANT))
+        read = readable(weights, self.directory)
+        named = ((name, tensor) for name, tensor in read if not name.endswith(REDUNDANT))
         weights = self._checked(finite_weights(named, self.norm.weight.dtype))
         if self.shape.tied_head:
             weights = ((name, tensor) for name, tensor in weights if name != self.head_tensor)
@@ -292,12 +304,17 @@ class DiffusionLM(nn.Module, SupportsLoRA):
     def _checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The same tensors, compared with the list. A quantised checkpoint has others: vLLM's layers check those."""
         expected, quantised = self.tensor_shapes(self.shape), self.quant_config is not None
-        found = []
+        found: set[str] = set()
         for name, tensor in weights:
-            problem = None if quantised else tensor_problem(name, tensor.shape, expected, type(self).__name__)
+            problem = None
+            if name in found:
+                problem = twice_problem(name)
+            elif not quantised:
+                problem = tensor_problem(name, tensor.shape, expected, type(self).__name__)
+                problem = problem or dtype_problem(name, str(tensor.dtype))
             if problem is not None:
                 raise ValueError(problem)
-            found.append(name)
+            found.add(name)
             yield name, tensor
         missing = missing_modules if quantised else missing_problem
         problem = missing(found, expected, self.head_tensor if self.shape.tied_head else None)

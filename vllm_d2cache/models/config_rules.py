@@ -33,6 +33,9 @@ _EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_exp
 _MAYBE_NONE = frozenset({"num_shared_experts", "first_k_dense_replace"})
 # Longer positions are not exact in fp32, in which angles are computed.
 _MOST = {"max_sequence_length": 2**24, "max_position_embeddings": 2**24}
+# Far beyond what anybody trains with, and within what fp32 computes: a base below 1 would turn later pairs faster, and
+# a tiny one by infinite angles.
+_BOUNDS = {"rope_theta": (1, 1e30), "routed_scaling_factor": (0.001, 1000)}
 _FLAGS = frozenset({"weight_tying", "tie_word_embeddings"})
 TOKENS = ("mask_token_id", "eos_token_id", "pad_token_id")
 # Keys that vLLM itself reads for any family, and what they must be for it to compute what the model class does.
@@ -165,8 +168,9 @@ def _valid(key: str) -> tuple[Callable[[Any], bool], str] | None:
         return lambda v: _is_whole(v) and least <= v <= most, f"a whole number from {least} to {most}"
     if key == "rms_norm_eps":
         return lambda v: _is_number(v) and 0 < v < 1, "a number above 0 and below 1"
-    if key in ("rope_theta", "routed_scaling_factor"):
-        return lambda v: _is_number(v) and v > 0, "a number above 0"
+    if key in _BOUNDS:
+        low, high = _BOUNDS[key]
+        return lambda v: _is_number(v) and low <= v <= high, f"a number from {low:g} to {high:g}"
     if key == "partial_rotary_factor":
         return lambda v: _is_number(v) and 0 < v <= 1, "a number above 0 and at most 1"
     if key in _FLAGS:
@@ -200,7 +204,7 @@ def token_problems(values: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
     for key in TOKENS:
         value = values.get(key)
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if value is not None and not all(_is_token(i, vocab_size) for i in ids):
+        if value is not None and not all(is_token(i, vocab_size) for i in ids):
             yield f"{key}={value!r} (not in the vocabulary: must be an id from 0 to {vocab_size - 1})"
         elif key != "mask_token_id" and mask is not None and mask in ids:
             yield f"mask_token_id={mask!r} (is the {key} too)"
@@ -212,8 +216,8 @@ def shape_problems(shape: TransformerShape) -> Iterator[str]:
         yield f"{shape.num_heads} attention heads do not divide a width of {shape.hidden_size} (and no head_dim)"
     elif shape.head_size % 2:
         yield f"heads of {shape.head_size} elements (RoPE rotates pairs: the number must be even)"
-    elif shape.rotary_dim is not None and (shape.rotary_dim % 2 or shape.rotary_dim > shape.head_size):
-        yield f"{shape.rotary_dim} rotated elements (must be even and at most the head size {shape.head_size})"
+    elif shape.rotary_dim is not None and (shape.rotary_dim % 2 or not 2 <= shape.rotary_dim <= shape.head_size):
+        yield f"{shape.rotary_dim} rotated elements (must be even, from 2 to the head size {shape.head_size})"
     if shape.num_heads % shape.num_kv_heads:
         yield f"{shape.num_kv_heads} heads of keys and values do not divide {shape.num_heads} attention heads"
     if shape.embedding_size < shape.vocab_size:
@@ -284,7 +288,8 @@ def spelled_twice(given: Mapping[str, Any], other_names: Mapping[str, str]) -> l
     ]
 
 
-def _is_token(value: Any, vocab_size: int) -> bool:
+def is_token(value: Any, vocab_size: int) -> bool:
+    """Whether a value is an id of the vocabulary."""
     return _is_whole(value) and 0 <= value < vocab_size
 
 

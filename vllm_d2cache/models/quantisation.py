@@ -12,6 +12,34 @@ _GPTQ = ("gptq", "gptq_marlin", "auto_gptq")
 METHODS = ("compressed-tensors", *_AWQ, *_GPTQ, *_FP8, "bitsandbytes")
 
 
+def _one_of(*values: object) -> tuple[Callable[[object], bool], str]:
+    """Whether a value is one of these, of their type (1 is not true), and they in words."""
+    words = ", ".join("true" if v is True else "false" if v is False else str(v) for v in values)
+    return lambda value: any(type(value) is type(v) and value == v for v in values), words
+
+
+def _is_group_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (value == -1 or value > 0)
+
+
+_Rule = tuple[tuple[str, ...], Callable[[object], bool], str]
+_GROUP_SIZE = (_is_group_size, "a whole number of at least 1, or -1 for one group")
+# Method of a config.json -> settings that it must have: their names, whether a value will do, and the valid ones.
+_NEEDED: dict[str, tuple[_Rule, ...]] = {
+    "gptq": (
+        (("bits",), *_one_of(2, 3, 4, 8)),
+        (("group_size",), *_GROUP_SIZE),
+        (("desc_act",), *_one_of(True, False)),
+        (("sym",), *_one_of(True, False)),
+    ),
+    "awq": (
+        (("w_bit", "bits"), *_one_of(4, 8)),
+        (("q_group_size", "group_size"), *_GROUP_SIZE),
+        (("zero_point",), *_one_of(True, False)),
+    ),
+    "fp8": ((("activation_scheme",), *_one_of("static", "dynamic")),),
+}
+
 # Where older GPTQ checkpoints say how they are quantised, in the place of config.json.
 SEPARATE_FILE = "quantize_config.json"
 
@@ -47,7 +75,25 @@ def problem(method: object, settings: object) -> str | None:
         return f"{where}weights quantised by {method} (supported: {', '.join(METHODS)})"
     if method == "compressed-tensors" and not list(_weights(settings)):
         return f"{where}weights quantised by {method}, whose config_groups names no weights"
-    return None
+    said = "; ".join(_setting_problems(settings))
+    return f"{where}weights quantised by {method}: {said}" if said else None
+
+
+def _setting_problems(settings: object) -> Iterator[str]:
+    """What vLLM's layers would break on, naming the key; whether they have kernels for the rest is theirs to say."""
+    if not isinstance(settings, Mapping):
+        return
+    method = settings.get("quant_method")
+    for names, is_valid, valid in _NEEDED.get(method, ()) if isinstance(method, str) else ():
+        name = next((name for name in names if name in settings), names[-1])
+        if not is_valid(settings.get(name)):
+            yield f"{name}={settings.get(name)!r} (must be {valid})"
+    groups = settings.get("config_groups")
+    if method == "compressed-tensors" and isinstance(groups, Mapping):
+        for key, group in groups.items():
+            targets = group.get("targets") if isinstance(group, Mapping) else None
+            if not (isinstance(targets, list) and targets and all(isinstance(target, str) for target in targets)):
+                yield f"config_groups.{key}.targets={targets!r} (must be a list of names of layers)"
 
 
 def note(method: object, settings: object) -> str | None:

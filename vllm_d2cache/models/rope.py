@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _ORIGINAL = "original_max_position_embeddings"
-# Kind -> the keys that it has besides those of every kind, and what else than a positive number they may be.
+# Kind -> the keys that it has besides those of every kind.
 _KEYS: dict[str, tuple[str, ...]] = {
     "linear": (),
     "ntk": (),
@@ -26,6 +26,16 @@ KINDS = tuple(_KEYS)
 _EVERY = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor")
 # As of all positions: longer ones are not exact in fp32, in which angles are computed.
 MOST_POSITIONS = 2**24
+# Numbers between which every angle, cosine and sine is finite in fp32; published files are far within them.
+_BOUNDS = {
+    "attention_factor": (0.001, 1000),
+    "beta_fast": (0.001, 1e6),
+    "beta_slow": (0.001, 1e6),
+    "mscale": (0.001, 1000),
+    "mscale_all_dim": (0.001, 1000),
+}
+# vLLM's, where they are not given.
+_BETA_FAST, _BETA_SLOW = 32, 1
 
 
 @dataclass(frozen=True)
@@ -63,11 +73,12 @@ def kind_of(entry: Mapping[str, Any]) -> Any:
     return entry.get("rope_type") or entry.get("type")
 
 
-def problems(entry: Mapping[str, Any], trained: int) -> Iterator[str]:
+def problems(entry: Mapping[str, Any], trained: int, theta: float) -> Iterator[str]:
     """Why a ``rope_parameters`` of one of KINDS is not computed, naming the key.
 
     Args:
         trained: positions that the rest of config.json names.
+        theta: its base, which is a number of at least 1.
     """
     kind = kind_of(entry)
     own = (*_EVERY, *_KEYS[kind])
@@ -85,9 +96,24 @@ def problems(entry: Mapping[str, Any], trained: int) -> Iterator[str]:
         elif key == _ORIGINAL:
             if not (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_POSITIONS):
                 yield f"{name}.{key}={value!r} (must be a whole number from 1 to {MOST_POSITIONS})"
+        elif key in _BOUNDS:
+            low, high = _BOUNDS[key]
+            if not (_is_positive(value) and low <= value <= high):
+                yield f"{name}.{key}={value!r} (must be a number from {low:g} to {high:g})"
         elif not _is_positive(value):
             yield f"{name}.{key}={value!r} (must be a number above 0)"
     yield from _factor_problems(entry, trained)
+    if kind == "yarn":
+        yield from _yarn_problems(entry, theta)
+
+
+def _yarn_problems(entry: Mapping[str, Any], theta: float) -> Iterator[str]:
+    """Settings that do not go together: pairs are told apart by their wavelengths."""
+    fast, slow = (entry.get(key) or default for key, default in (("beta_fast", _BETA_FAST), ("beta_slow", _BETA_SLOW)))
+    if theta <= 1:
+        yield f"rope_theta={theta!r} (must be above 1 with yarn, or all pairs turn alike)"
+    if _is_positive(fast) and _is_positive(slow) and fast < slow:
+        yield f"rope_parameters.beta_fast={fast!r} (must be at least beta_slow, {slow!r})"
 
 
 def _factor_problems(entry: Mapping[str, Any], trained: int) -> Iterator[str]:

@@ -38,25 +38,36 @@ _RANGES: dict[str, Number] = {
 }
 
 
-def default_problems(raw: Mapping[str, Any], override: Mapping[str, Any]) -> list[str]:
+def default_problems(
+    raw: Mapping[str, Any], override: Mapping[str, Any], unreadable: Mapping[str, str] | None = None
+) -> list[str]:
     """Why requests that rely on these defaults would all be refused, or an operator's word would have no effect.
 
     Args:
         raw: contents of a generation_config.json.
         override: what ``--override-generation-config`` says.
+        unreadable: key of the file -> what is wrong with it for whoever reads it, in words that name the key; the file
+            is read even where the operator wants none of its defaults.
     """
-    problems = []
+    problems = {}
     for key, value in {**raw, **override}.items():
         name = f"--override-generation-config {key}" if key in override else f"generation_config.json {key}"
         if value is None or value is False:
             continue
         if key in _RANGES:
             if _RANGES[key].parse(value) is None:
-                problems.append(f"{name}={value!r} (must be {_RANGES[key].describe()})")
-        elif key in override and not (key == "alg" and value in _SCORE_OF_ALG) and not (key == "min_p" and value == 0):
+                problems[name] = f"{name}={value!r} (must be {_RANGES[key].describe()})"
+        elif key in override and not (key == "alg" and _is_score(value)) and not (key == "min_p" and value == 0):
             refused = "every request would be refused for it" if key == "min_p" else "it would have no effect"
-            problems.append(f"{name}={value!r} ({_WHY_IGNORED.get(key, refused)})")
-    return problems
+            problems[name] = f"{name}={value!r} ({_WHY_IGNORED.get(key, refused)})"
+    for key, text in (unreadable or {}).items():
+        problems.setdefault(f"generation_config.json {key}", f"generation_config.json {text}")
+    return list(problems.values())
+
+
+def _is_score(value: object) -> bool:
+    """Whether Dream's key ``alg`` names a score."""
+    return isinstance(value, str) and value in _SCORE_OF_ALG
 
 
 @dataclass
@@ -81,7 +92,7 @@ def read_generation_defaults(raw: Mapping[str, Any]) -> GenerationDefaults:
         if key == "top_p":
             # Dream cuts the distribution before it takes confidences, at temperature 0 as well.
             found.options["confidence_top_p"] = value
-        elif key == "alg" and value in _SCORE_OF_ALG:
+        elif key == "alg" and _is_score(value):
             found.options["score"] = _SCORE_OF_ALG[value]
         elif key in UNSUPPORTED_DEFAULTS:
             found.ignored[key] = f"{value!r} (not supported for diffusion language models)"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vllm_d2cache.cli import main
 from vllm_d2cache.doctor import environment, model_directory
@@ -67,6 +67,11 @@ def cut(model: Path) -> None:
 SPOILT: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "no config": (lambda m: (m / "config.json").unlink(), "config.json", "missing"),
     "config is no JSON": (lambda m: (m / "config.json").write_text("{"), "config.json", "cannot be read"),
+    "config is nested": (
+        lambda m: (m / "config.json").write_text('{"a": ' + "[" * 100000),
+        "config.json",
+        "nested too deeply",
+    ),
     "architecture": (
         lambda m: edit(m / "config.json", architectures=["LlamaForCausalLM"]),
         "architecture",
@@ -139,8 +144,81 @@ def test_shards_against_their_index(model: Path) -> None:
     assert "e.g. t2" in named(list(check_model(model, None)), "problem")["weights"]
     (model / "model-2.safetensors").unlink()
     assert named(list(check_model(model, None)), "problem")["weights"] == "model-2.safetensors: missing"
-    index.write_text("[]")
-    assert "cannot be read" in named(list(check_model(model, None)), "problem")["weights"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[]", "model.safetensors.index.json is not a JSON object"),
+        ("null", "model.safetensors.index.json is not a JSON object"),
+        ("{", "model.safetensors.index.json cannot be read: Expecting"),
+        ("{}", "weight_map=None (must be an object that names the file of each tensor)"),
+        ('{"weight_map": {}}', "weight_map={} (must be"),
+        ('{"weight_map": ["a"]}', "weight_map=['a'] (must be"),
+        ('{"weight_map": {"t": null}}', "weight_map.t=None (must be the name of a file)"),
+        ('{"weight_map": {"t": ["a"]}}', "weight_map.t=['a'] (must be the name of a file)"),
+    ],
+)
+def test_an_index_that_is_none(model: Path, content: str, said: str) -> None:
+    (model / "model.safetensors.index.json").write_text(content)
+    assert said in named(list(check_model(model, None)), "problem")["weights"]
+
+
+def test_a_tensor_in_two_files(model: Path) -> None:
+    shutil.copy(model / "model.safetensors", model / "old.safetensors")
+    said = " in two files (model.safetensors and old.safetensors); remove the one that does not belong to it"
+    assert named(list(check_model(model, None)), "problem")["weights"].endswith(said)
+    tensors = load_file(model / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert named(list(check_model(model, None)), "problem") == {}, "vLLM reads what the index names"
+    (model / "model.safetensors.index.json").unlink()
+    (model / "old.safetensors").unlink()
+    for file in ("model", "more"):  # nobody reads these
+        extra = {f"{file}.rotary_emb.inv_freq": torch.ones(3), "rotary_emb.inv_freq": torch.ones(3)}
+        save_file({**(tensors if file == "model" else {}), **extra}, model / f"{file}.safetensors")
+    assert named(list(check_model(model, None)), "problem") == {}
+
+
+def test_vllm_reads_consolidated_files_alone(model: Path) -> None:
+    shutil.copy(model / "model.safetensors", model / "consolidated.safetensors")
+    assert named(list(check_model(model, None)), "problem") == {}
+    (model / "consolidated.safetensors").write_bytes(b"x")
+    assert "consolidated.safetensors: is no safet" in named(list(check_model(model, None)), "problem")["weights"]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int32, torch.bool, torch.uint8, torch.complex64, torch.float8_e5m2]
+)
+def test_tensors_that_are_no_weights(model: Path, dtype: torch.dtype) -> None:
+    tensors = load_file(model / "model.safetensors")
+    name = next(iter(sorted(tensors)))
+    save_file({**tensors, name: tensors[name].to(dtype)}, model / "model.safetensors")
+    said = f"tensor {name} has the dtype {str(dtype).removeprefix('torch.')} (not quantised, it must be float64, "
+    assert said in named(list(check_model(model, None)), "problem")["weights"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_tensors_that_are_weights(model: Path, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(model / "model.safetensors").items()}
+    extra = {"model.rotary_emb.inv_freq": torch.ones(3, dtype=torch.int64)}  # nobody reads it
+    save_file({**tensors, **extra}, model / "model.safetensors")
+    assert named(list(check_model(model, None)), "problem") == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"eos_token_id": [305, "x"]}', "eos_token_id=[305, 'x'] (must be an id or a list of ids from 0 to 319, and "),
+        ("[]", "generation_config.json is not a JSON object"),
+        ("", "generation_config.json cannot be read"),
+    ],
+)
+def test_generation_config(model: Path, content: str, said: str) -> None:
+    (model / "generation_config.json").write_text(content)
+    assert said in named(list(check_model(model, None)), "problem")["generation_config.json"]
+    (model / "generation_config.json").unlink()
+    assert named(list(check_model(model, None)), "problem") == {}, "it need not be there"
 
 
 def test_weights_that_do_not_fit(model: Path) -> None:

@@ -59,6 +59,23 @@ def test_numbers_that_the_models_type_cannot_hold() -> None:
         check(weights, torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype", "advice"),
+    [
+        (7e4, torch.float16, "take bfloat16 or float32"),
+        (3.4e38, torch.float16, "take float32"),
+        (3.4e38, torch.bfloat16, "take float32"),
+        (1e300, torch.float32, "no other can: convert the checkpoint again"),
+        (1e300, torch.bfloat16, "no other can: convert the checkpoint again"),
+    ],
+)
+def test_only_a_type_that_would_do_is_offered(value: float, dtype: torch.dtype, advice: str) -> None:
+    weights: Named = [("b", torch.tensor([value, 1.0], dtype=torch.float64)), ("c", torch.tensor([7e4]))]
+    with pytest.raises(ValueError) as error:
+        check(weights, dtype)
+    assert str(error.value).endswith(f"e.g. b; {advice}")
+
+
 def test_integers_and_nothing_are_fine() -> None:
     check([])
     check([("q", torch.ones(3, dtype=torch.int8)), ("packed", torch.ones(3, dtype=torch.int32)), ("e", torch.ones(0))])

@@ -48,9 +48,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("LLaDAModelLM", {"d_model": 64.0}, "d_model=64.0 (must be a whole number"),
     ("LLaDAModelLM", {"vocab_size": True}, "vocab_size=True (must be a whole number"),
     ("LLaDAModelLM", {"max_sequence_length": 2**24 + 1}, "max_sequence_length=16777217 (must be a whole number"),
-    ("LLaDAModelLM", {"rope_theta": -1}, "rope_theta=-1 (must be a number above 0)"),
-    ("LLaDAModelLM", {"rope_theta": [1]}, "rope_theta=[1] (must be a number above 0)"),
-    ("LLaDAModelLM", {"rope_theta": float("inf")}, "rope_theta=inf (must be a number above 0)"),
+    ("LLaDAModelLM", {"rope_theta": -1}, "rope_theta=-1 (must be a number from 1 to 1e+30)"),
+    ("LLaDAModelLM", {"rope_theta": [1]}, "rope_theta=[1] (must be a number from 1 to 1e+30)"),
+    ("LLaDAModelLM", {"rope_theta": float("inf")}, "rope_theta=inf (must be a number from 1 to 1e+30)"),
+    *(
+        ("DreamModel", {"rope_theta": value}, f"rope_theta={value!r} (must be a number from 1 to 1e+30)")
+        for value in (1e-300, 1e-40, 0.5, 0, 1e31, 1e308)
+    ),
+    ("LLaDA2MoeModelLM", {"routed_scaling_factor": 1e308}, "routed_scaling_factor=1e+308 (must be a number from 0.001"),
+    ("LLaDA2MoeModelLM", {"partial_rotary_factor": 1e-9, "rotary_dim": None}, "0 rotated elements (must be even, from"),
     ("DreamModel", {"rope_theta": 10**400}, "rope_theta=1000"),
     ("DreamModel", {"rms_norm_eps": float("nan")}, "rms_norm_eps=nan (must be a number above 0 and below 1)"),
     ("LLaDAModelLM", {"rms_norm_eps": 0}, "rms_norm_eps=0 (must be a number above 0 and below 1)"),
@@ -84,6 +90,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("LLaDAModelLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 (supported: None, 1)"),
     ("LLaDAModelLM", {"per_layer_config": {"0": {}}}, "per_layer_config={'0': {}} (no setting"),
     ("LLaDAModelLM", {"torch_dtype": "int4"}, "torch_dtype='int4' (must be bfloat16, float16, float32)"),
+    ("LLaDAModelLM", {"self": 1}, "self=1 (no setting of these models)"),
     ("LLaDAModelLM", {"to_dict": 5}, "to_dict=5 (no setting of these models)"),
     ("LLaDAModelLM", {"quantization_config": "gptq"}, "quantization_config: weights quantised by 'gptq'"),
     ("LLaDAModelLM", {"quantization_config": {"quant_method": "quip"}}, "quantization_config: weights quantised by q"),
@@ -98,6 +105,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_what_cannot_be_computed_is_refused_by_name(architecture: str, changes: dict[str, Any], said: str) -> None:
     reasons = unsupported(architecture, **changes)
     assert any(reason.startswith(said) for reason in reasons), reasons
+
+
+@pytest.mark.parametrize("theta", [1, 1.5, 10000, 5e5, 1e7, 1e30])
+def test_any_base_that_is_computed(theta: float) -> None:
+    assert unsupported("LLaDAModelLM", rope_theta=theta) == []
 
 
 OTHER_ROPE = [

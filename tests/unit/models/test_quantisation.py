@@ -14,19 +14,26 @@ from vllm_d2cache.models.quantisation import METHODS, method_of, note, problem
 
 
 def groups(**weights: Any) -> dict[str, Any]:
-    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+    return {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
 
 
+AWQ = {"quant_method": "awq", "group_size": 32, "zero_point": True}
+GPTQ = {"quant_method": "gptq", "group_size": 32, "desc_act": False, "sym": True}
 TESTED: list[Any] = [
     groups(type="int", num_bits=8),
     groups(type="int", num_bits=4),
-    {"quant_method": "awq", "bits": 4},
-    {"quant_method": "gptq", "bits": 4},
+    {**AWQ, "bits": 4},
+    {**GPTQ, "bits": 4},
+    {**GPTQ, "bits": 4, "group_size": -1, "desc_act": True},
 ]
 UNTESTED: list[Any] = [
     (groups(type="float", num_bits=8), "compressed-tensors (float 8 bits): not tested"),
-    ({"quant_method": "gptq", "bits": 8}, "gptq (8 bits): not tested"),
-    ({"quant_method": "fp8"}, "fp8: not tested"),
+    ({**AWQ, "w_bit": 4, "q_group_size": 64}, "awq: not tested"),
+    ({**GPTQ, "bits": 8}, "gptq (8 bits): not tested"),
+    ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "fp8: not tested"),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes: not tested"),
 ]
 REFUSED: list[Any] = [
@@ -59,6 +66,33 @@ def test_what_was_never_tried_is_let_through_and_said(settings: Any, said: str) 
 def test_what_nobody_supports_is_refused_by_name(settings: Any) -> None:
     text = problem(method_of(settings), settings)
     assert text is not None and text.startswith(f"quantization_config: weights quantised by {method_of(settings)}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (GPTQ, "bits=None (must be 2, 3, 4, 8)"),
+        ({**GPTQ, "bits": "4"}, "bits='4' (must be 2, 3, 4, 8)"),
+        ({**GPTQ, "bits": 4, "sym": None}, "sym=None (must be true, false)"),
+        ({**GPTQ, "bits": 4, "desc_act": 1}, "desc_act=1 (must be true, false)"),
+        ({**GPTQ, "bits": 4, "group_size": 0}, "group_size=0 (must be a whole number of at least 1, or -1 for one"),
+        ({**AWQ, "bits": 3}, "bits=3 (must be 4, 8)"),
+        ({**AWQ, "w_bit": [4]}, "w_bit=[4] (must be 4, 8)"),
+        ({"quant_method": "awq", "bits": 4}, "group_size=None (must be a whole number"),
+        ({"quant_method": "fp8"}, "activation_scheme=None (must be static, dynamic)"),
+        ({"quant_method": "fp8", "activation_scheme": "nope"}, "activation_scheme='nope' (must be static, dynamic)"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"type": "int", "num_bits": 8}}}},
+            "config_groups.g.targets=None (must be a list of names of layers)",
+        ),
+    ],
+    ids=str,
+)
+def test_what_vllms_layers_would_break_on_is_refused_by_its_key(settings: dict[str, Any], said: str) -> None:
+    text = problem(method_of(settings), settings)
+    assert text is not None and text.startswith(
+        f"quantization_config: weights quantised by {method_of(settings)}: {said}"
+    )
 
 
 def test_a_method_that_the_operator_names_counts() -> None:

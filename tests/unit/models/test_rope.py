@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -67,7 +68,27 @@ def test_only_ntk_is_told_the_longest_text() -> None:
             {"type": "linear", "factor": 2, "beta_fast": 3},
             "rope_parameters.beta_fast=3 (no setting of linear; it has",
         ),
-        ({"type": "yarn", "factor": 2, "beta_fast": -1}, "rope_parameters.beta_fast=-1 (must be a number above 0)"),
+        (
+            {"type": "yarn", "factor": 2, "beta_fast": -1},
+            "rope_parameters.beta_fast=-1 (must be a number from 0.001 to",
+        ),
+        *(
+            (
+                {"type": "yarn", "factor": 2, key: value},
+                f"rope_parameters.{key}={value!r} (must be a number from 0.001 to",
+            )
+            for key in ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
+            for value in (1e308, 1e-308, 0, True, "1", 10**400)
+        ),
+        ({"type": "yarn", "factor": 2, "rope_theta": 1}, "rope_theta=1 (must be above 1 with yarn"),
+        (
+            {"type": "yarn", "factor": 2, "beta_fast": 0.5},
+            "rope_parameters.beta_fast=0.5 (must be at least beta_slow, 1)",
+        ),
+        (
+            {"type": "yarn", "factor": 2, "beta_slow": 33},
+            "rope_parameters.beta_fast=32 (must be at least beta_slow, 33)",
+        ),
         ({"type": "yarn", "factor": 2, "truncate": 1}, "rope_parameters.truncate=1 (must be true or false)"),
         (
             {"type": "yarn", "factor": 2, "original_max_position_embeddings": 2.5},
@@ -80,8 +101,29 @@ def test_only_ntk_is_told_the_longest_text() -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused_by_its_key(entry: dict[str, Any], said: str) -> None:
-    (reason,) = LLaDAConfig.from_dict({**LLADA, "rope_scaling": entry}).unsupported()
+    reason = LLaDAConfig.from_dict({**LLADA, "rope_scaling": entry}).unsupported()[0]
     assert reason.startswith(said)
+
+
+@pytest.mark.parametrize("theta", [1.0000001, 2, 10000.0, 1e30])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.707},
+        {"beta_fast": 1e6, "beta_slow": 0.001, "attention_factor": 1000},
+        {"beta_fast": 1, "beta_slow": 1, "attention_factor": 0.001, "truncate": False},
+        {"mscale": 1000, "mscale_all_dim": 0.001},
+    ],
+)
+def test_what_is_accepted_is_finite(theta: float, settings: dict[str, Any]) -> None:
+    """The formulas of vLLM's layer, at both ends of the range."""
+    entry = {"rope_type": "yarn", "factor": 4, "rope_theta": theta, **settings}
+    assert LLaDAConfig.from_dict({**LLADA, "rope_parameters": entry}).unsupported() == []
+    for beta in (settings.get("beta_fast", 32), settings.get("beta_slow", 1)):
+        assert math.isfinite(128 * math.log(4096 / (beta * 2 * math.pi)) / (2 * math.log(theta)))
+    scale = [0.1 * settings.get(key, 1) * math.log(4) + 1 for key in ("mscale", "mscale_all_dim")]
+    assert 0 < settings.get("attention_factor", scale[0] / scale[1]) < 65504
 
 
 def test_a_later_word_counts() -> None:
