@@ -157,7 +157,7 @@ class DiffusionLMConfig(PretrainedConfig):
         if reasons:
             return reasons
         if self.scaled_rope is not None:
-            trained: int = self.max_position_embeddings  # noqa: B009: attribute_map knows the name
+            trained: int = self.max_position_embeddings  # attribute_map knows the name
             if reasons := list(rope.problems(self.scaled_rope, trained, self.rope_theta)):
                 return reasons
         shape = self.shape()
