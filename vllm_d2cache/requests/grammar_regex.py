@@ -40,7 +40,7 @@ def check_regex(pattern: str, what: str) -> None:
     for kind, text in parts:
         if kind == "around":
             raise _refusal(what, f"{text}...)", "would ignore")
-        if kind == "chars" and (posix := _POSIX_CLASS.search(text)):
+        if kind == "chars" and (posix := _POSIX_CLASS.search(text, 1)):
             raise _refusal(what, posix[0], "would read character by character")
     backwards = [({"open": "close", "close": "open"}.get(kind, kind), text) for kind, text in reversed(parts)]
     for anchor, sign, direction in (("begin", "^", parts), ("end", "$", backwards)):
