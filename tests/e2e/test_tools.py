@@ -109,3 +109,20 @@ def test_without_a_tool_parser_a_call_is_refused(server: Server) -> None:
     other = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
     with pytest.raises(openai.BadRequestError, match="tool_choice"):
         ask(other, model=other.models.list().data[0].id, tool_choice="required")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("tools", "named"),
+    [
+        ([TOOLS[0], TOOLS[0]], "tools: 2 functions have the name 'weather'"),
+        ([tool("")], "tools: a function has an empty name"),
+        ([tool("f", a={"type": "string", "minLength": -1})], "'minLength' -1"),
+        ([tool("f", a={"type": "integer", "multipleOf": 3})], "'multipleOf'"),
+        ([tool("f", a={"type": "nope"})], "structural tag"),
+    ],
+)
+def test_tools_that_are_refused(client: openai.OpenAI, tools: list[Any], named: str, stream: bool) -> None:
+    """Before a stream begins; the last one by vLLM."""
+    with pytest.raises(openai.BadRequestError, match=named):
+        ask(client, tools=tools, tool_choice="required", stream=stream)

@@ -33,6 +33,7 @@ def test_what_is_fine_is_answered(server: FrontEnd, route: str, stream: bool) ->
 
 
 SCHEMA = {"type": "string", "not": {"const": "a"}}
+UNCOMPILED = {"type": "string", "minLength": -1}  # vLLM reads it, and fails in the engine
 # What is refused -> its name in the message, and the routes that have such a field.
 REFUSALS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"vllm_xargs": {"d2cache_policy": "qsecretq"}}, "d2cache_policy", STREAMING),
@@ -52,6 +53,15 @@ REFUSALS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"structured_outputs": {"regex": "a[^\\s\\S]"}}, "structured_outputs", ("completions", "chat", "responses")),
     ({"structured_outputs": {"grammar": "root ::= root"}}, "structured_outputs", ("completions", "chat", "responses")),
     ({"structured_outputs": {"json": SCHEMA}}, "structured_outputs", ("completions", "chat", "responses")),
+    ({"structured_outputs": {"json": UNCOMPILED}}, "minLength", ("completions", "chat", "responses")),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": UNCOMPILED}}}, "minLength",
+     ("completions", "chat")),
+    ({"text": {"format": {"type": "json_schema", "name": "a", "schema": UNCOMPILED}}}, "minLength", ("responses",)),
+    ({"output_config": {"format": {"type": "json_schema", "schema": UNCOMPILED}}}, "minLength", ("messages",)),
+    ({"structured_outputs": {"structural_tag": json.dumps(
+        {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": UNCOMPILED}})}}, "minLength",
+     ("completions", "chat", "responses")),
+    ({"structured_outputs": {"regex": "^a$b"}}, "'$'", ("completions", "chat", "responses")),
     ({"structured_outputs": {"regex": "a+"}, "vllm_xargs": {"d2cache_decoder": "eb"}}, "d2cache_decoder",
      ("completions", "chat", "responses")),
     ({"min_p": 0.1}, "min_p", ("completions", "chat", "responses")),

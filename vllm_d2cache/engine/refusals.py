@@ -18,7 +18,8 @@ from vllm_d2cache.engine.memory_plan import check_memory
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.requests.asked import Asked
 from vllm_d2cache.requests.fit import check_adapters_fit, check_fit, check_options_fit, check_room
-from vllm_d2cache.requests.grammar_schema import check_schema, without_spare_whitespace
+from vllm_d2cache.requests.grammar_regex import check_regex
+from vllm_d2cache.requests.grammar_schema import check_schema, check_structural_tag, without_spare_whitespace
 from vllm_d2cache.requests.resolve import server_options
 from vllm_d2cache.requests.satisfiable import check_satisfiable
 
@@ -63,6 +64,10 @@ def _check_grammar(wanted: Any, config: Any) -> None:
     """Refuse a grammar that its backend would read otherwise; takes spare whitespace out of structural tags."""
     if wanted.json is not None:
         check_schema(wanted.json, config.backend)
+    if wanted.regex is not None and config.backend == "xgrammar":
+        check_regex(wanted.regex, "regex")
+    if wanted.structural_tag is not None:
+        check_structural_tag(wanted.structural_tag, config.backend)
     check_satisfiable(wanted, config.backend)
     if wanted.structural_tag is not None and config.backend == "xgrammar":
         # disable_any_whitespace, which the config hook sets, does not reach it.

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_d2cache.options.request import REPORT, SNAPSHOTS
 from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.requests.tools import check_tool_names
 
 # Field -> why it can have no effect. Any value but the field's default is refused.
 WITHOUT_EFFECT: dict[str, str] = {
@@ -81,7 +82,7 @@ def check_nested(name: str, content: Mapping[str, Any], known: Set[str]) -> None
 
 
 def check_fields(values: Mapping[str, Any], defaults: Mapping[str, Any], unknown: Mapping[str, Any]) -> None:
-    """Refuse what would be dropped.
+    """Refuse what would be dropped, and tools of one name.
 
     Args:
         values: the request's fields.
@@ -101,6 +102,7 @@ def check_fields(values: Mapping[str, Any], defaults: Mapping[str, Any], unknown
     if values.get("top_logprobs") and not values.get("logprobs") and _LOGPROBS not in (values.get("include") or ()):
         raise OptionError(f"top_logprobs: has no effect without logprobs, or include [{_LOGPROBS!r}]; leave it out (0)")
     refuse_unknown(unknown)
+    check_tool_names(values.get("tools"), values.get("tool_choice"))
     xargs = values.get("vllm_xargs") or {}
     prompt = values.get("prompt")
     for option in (REPORT, SNAPSHOTS):

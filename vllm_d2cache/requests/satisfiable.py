@@ -6,10 +6,11 @@ it has read of a regex, a schema or a grammar is asked here, in the notation tha
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_d2cache.options.types import OptionError
@@ -28,19 +29,21 @@ _LAST_CHARACTER = 0x10FFFF
 
 
 def check_satisfiable(wanted: Any, backend: str) -> None:
-    """Refuse a grammar that has no text.
+    """Refuse a grammar that has no text, or that the backend cannot compile.
 
     Args:
-        wanted: vLLM's StructuredOutputsParams, checked by vLLM.
+        wanted: vLLM's StructuredOutputsParams, checked by vLLM, which reads a grammar and does not compile it.
 
     Raises:
-        OptionError: nothing satisfies it.
+        OptionError: nothing satisfies it, or the engine would fail on it.
     """
     if backend != "xgrammar":
         return
-    text = _printed(wanted)
-    if text is not None and not is_satisfiable(text):
-        raise OptionError("structured_outputs: no text satisfies this; nothing could be written")
+    for kind in _READERS:
+        if value := getattr(wanted, kind):
+            fault = _fault(kind, value if isinstance(value, str) else json.dumps(value))
+            if fault is not None:
+                raise OptionError(f"structured_outputs: {fault}")
 
 
 def is_satisfiable(grammar: str) -> bool:
@@ -66,25 +69,69 @@ def is_satisfiable(grammar: str) -> bool:
     return "root" in written or "root" not in rules
 
 
-def _printed(wanted: Any) -> str | None:
-    """What xgrammar reads in it; None where there is nothing to ask."""
+@functools.lru_cache(maxsize=64)  # some routes have a request checked twice
+def _fault(kind: str, text: str) -> str | None:
+    """Why a grammar cannot be followed; None if it can."""
+    try:
+        grammar = _READERS[kind](text)
+        _compiler().compile_grammar(grammar)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
+        return f"backend xgrammar cannot compile this: {_PLACE.sub('', str(error)).strip()[:200]}"
+    return None if is_satisfiable(str(grammar)) else "no text satisfies this; nothing could be written"
+
+
+@functools.cache
+def _compiler() -> Any:
+    """A compiler for an empty vocabulary: what compiles does not depend on it, how long it takes does, by thousands."""
+    from xgrammar import GrammarCompiler, TokenizerInfo
+
+    return GrammarCompiler(TokenizerInfo([], stop_token_ids=[]), max_threads=1, cache_enabled=False)
+
+
+def _of_schema(text: str) -> Any:
+    from xgrammar import Grammar
+
+    # As vLLM's backend compiles it where JSON has no spare whitespace, which the config hook sees to.
+    return Grammar.from_json_schema(text, any_whitespace=False, separators=(",", ":"))
+
+
+def _of_regex(text: str) -> Any:
+    from xgrammar import Grammar
+
+    return Grammar.from_regex(text)
+
+
+def _of_grammar(text: str) -> Any:
     from xgrammar import Grammar
 
     try:
-        if wanted.regex:
-            return str(Grammar.from_regex(wanted.regex))
-        if wanted.json:
-            return str(Grammar.from_json_schema(wanted.json))
-        if wanted.grammar:
-            try:
-                return str(Grammar.from_ebnf(wanted.grammar))
-            except RuntimeError:
-                return str(Grammar.from_lark(wanted.grammar))
-        if wanted.structural_tag and "structures" not in json.loads(wanted.structural_tag):
-            return str(Grammar.from_structural_tag(wanted.structural_tag))
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return None  # vLLM has taken it, and its engine will say more
-    return None
+        return Grammar.from_ebnf(text)
+    except RuntimeError:
+        return Grammar.from_lark(text)
+
+
+def _of_structural_tag(text: str) -> Any:
+    from xgrammar import Grammar, StructuralTagItem
+
+    tag = json.loads(text)
+    if "structures" not in tag:
+        return Grammar.from_structural_tag(text)
+    items = [
+        StructuralTagItem(begin=part["begin"], schema=json.dumps(part["schema"]), end=part["end"])
+        for part in tag["structures"]
+    ]
+    return Grammar.from_structural_tag(items, tag["triggers"])
+
+
+# Field of StructuredOutputsParams -> what xgrammar reads in it. vLLM makes a grammar of the field "choice".
+_READERS: dict[str, Callable[[str], Any]] = {
+    "regex": _of_regex,
+    "json": _of_schema,
+    "grammar": _of_grammar,
+    "structural_tag": _of_structural_tag,
+}
+# What its errors begin with: the time, and a line of its source.
+_PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: (?:Check failed: .* is false: )?")
 
 
 class _Reader:

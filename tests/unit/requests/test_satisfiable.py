@@ -1,14 +1,16 @@
-"""Grammars without a text are told from those with one, whatever their form."""
+"""Grammars without a text are told from those with one, whatever their form; so are those that do not compile."""
 
 from __future__ import annotations
 
 import json
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vllm_d2cache.options.types import OptionError
+from vllm_d2cache.requests import satisfiable
 from vllm_d2cache.requests.satisfiable import check_satisfiable, is_satisfiable
 
 pytest.importorskip("xgrammar")
@@ -77,6 +79,38 @@ def test_without_a_text(form: dict[str, Any]) -> None:
 @pytest.mark.parametrize("form", WITH, ids=str)
 def test_with_one(form: dict[str, Any]) -> None:
     check(**form)
+
+
+# vLLM reads each of these without a word, and xgrammar fails when it compiles them.
+UNCOMPILED: list[dict[str, Any]] = [
+    {"json": {"type": "string", "minLength": -1}},
+    {"json": json.dumps({"items": {"type": "string", "minLength": -1}})},
+    {"structural_tag": tag(type="json_schema", json_schema={"type": "string", "minLength": -1})},
+    {
+        "structural_tag": json.dumps(
+            {
+                "structures": [{"begin": "<a>", "schema": {"type": "string", "minLength": -1}, "end": "</a>"}],
+                "triggers": ["<a>"],
+            }
+        )
+    },
+]
+
+
+@pytest.mark.parametrize("form", UNCOMPILED, ids=str)
+def test_what_does_not_compile(form: dict[str, Any]) -> None:
+    for _ in range(2):  # once from the cache
+        with pytest.raises(OptionError, match=r"^structured_outputs: backend xgrammar cannot compile this: Invalid "):
+            check(**form)
+
+
+def test_large_schemas_compile_in_no_time() -> None:
+    """They are compiled where requests are taken in; with a vocabulary of 150k tokens this one takes minutes."""
+    names = {f"p{i}": {"type": "string", "maxLength": i} for i in range(1, 150)}
+    satisfiable._compiler()
+    start = time.monotonic()
+    check(json={"type": "object", "properties": names, "required": [*names], "additionalProperties": False})
+    assert time.monotonic() - start < 3  # 0.2 s
 
 
 def test_other_backends_are_not_asked() -> None:
