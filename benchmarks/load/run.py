@@ -142,7 +142,7 @@ async def load(url: str, pid: int, plan: Plan) -> dict[str, Any]:
         # The first loaded batches make the server's memory grow to its working size, more slowly each time.
         warm_up = await under.send(20 * concurrency, concurrency)
         await _idle(client)
-        problems, growths = warm_up.problems, []
+        problems, growths = list(warm_up.problems), []
         while not growths or (growths[-1] > MOST_GROWTH and len(growths) < MOST_LOADS):
             before, begin = memory.sample(), len(memory.samples)
             started = time.perf_counter()
@@ -152,11 +152,12 @@ async def load(url: str, pid: int, plan: Plan) -> dict[str, Any]:
             after, end = memory.sample(), len(memory.samples)
             growths.append(after.total() / before.total() - 1)
             problems += outcome.problems
+            if outcome.counts.total() != requests:
+                problems.append(f"{requests} requests were sent, and {outcome.counts.total()} accounted for")
+            kept = ((name, n) for name, n in left.items() if n)
+            problems += [f"after {IDLE_SECONDS:.0f} s idle the server still has {name}: {n}" for name, n in kept]
         filled = await _fill(client, places)
         watch.cancel()
-    if outcome.counts.total() != requests:
-        problems.append(f"{requests} requests were sent, and {outcome.counts.total()} accounted for")
-    problems += [f"after {IDLE_SECONDS:.0f} s idle the server still has {name}: {n}" for name, n in left.items() if n]
     if filled != places:
         problems.append(f"{filled} requests run at once afterwards; the server has {places} places")
     if growths[-1] > MOST_GROWTH:
