@@ -63,7 +63,7 @@ def check_body(route: str, body: bytes, fields: set[str], nested: Mapping[str, S
 def _check_biases(biases: Any) -> None:
     for token, bias in biases.items() if isinstance(biases, dict) else ():
         number = isinstance(bias, int | float) and not isinstance(bias, bool)
-        if number and not -_MOST_BIAS <= bias <= _MOST_BIAS:  # neither is NaN
+        if number and not -_MOST_BIAS <= bias <= _MOST_BIAS:  # nor is NaN
             raise OptionError(f"logit_bias: must be -100 to 100, got {bias} for token {token}")
 
 
