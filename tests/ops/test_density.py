@@ -45,18 +45,18 @@ def test_density_matches_the_double_loop(length: int, sigma: float, last: bool) 
     torch.testing.assert_close(alone(known, sigma).double(), want, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("tile", [1, 40, 700])
-def test_no_more_windows_than_a_tile_has_at_a_time(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product copies its windows, which for a wide sigma grow with the square of the canvas."""
-    known, length = torch.rand(3, 33) < 0.4, torch.tensor([33, 7, 20])
-    sigma = torch.tensor([3.0, 0.5, 50.0])
-    want = certainty_density(known, length, sigma)
-    sizes, product = [], torch.bmm
-    monkeypatch.setattr("vllm_d2cache.ops.density._TILE_ELEMENTS", tile)
-    monkeypatch.setattr(torch, "bmm", lambda x, y: (sizes.append(x.numel()), product(x, y))[1])
-    torch.testing.assert_close(certainty_density(known, length, sigma), want, rtol=1e-6, atol=1e-9)
-    assert max(sizes) <= max(tile, 4 * 33 + 1)  # one window at least
-    assert sum(sizes) == 3 * 33 * (4 * 33 + 1)
+@pytest.mark.parametrize("stretches", [1, 2, 100])
+def test_no_more_stretches_at_a_time_than_a_tile_has(stretches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product copies its lines, each a stretch of slots with its surroundings: for a wide sigma the whole canvas."""
+    known, length = torch.rand(3, 333) < 0.4, torch.tensor([333, 70, 200])
+    sigma = torch.full((3,), 50.0)
+    want, most = certainty_density(known, length, sigma), 64 + 2 * 665
+    sizes, product = [], torch.Tensor.__matmul__
+    monkeypatch.setattr("vllm_d2cache.ops.density._TILE_ELEMENTS", stretches * most)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, y: (sizes.append(x.numel()), product(x, y))[1])
+    torch.testing.assert_close(certainty_density(known, length, sigma), want, rtol=0, atol=0)
+    assert max(sizes) <= min(stretches, 3 * 6) * most
+    assert sum(sizes) == 3 * 6 * most
 
 
 def test_far_slots_keep_their_order() -> None:

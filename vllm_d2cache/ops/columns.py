@@ -28,7 +28,18 @@ def first_columns(table: torch.Tensor, width: int) -> torch.Tensor:
 
 def lines_of(table: torch.Tensor, slots: torch.Tensor, width: int) -> torch.Tensor:
     """[R, width]: the first columns of lines ``slots`` [R] of ``table`` [S, L]."""
-    return first_columns(table, width)[slots]
+    return first_columns(table, width).index_select(0, slots)
+
+
+def cells_of(line: torch.Tensor, column: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Where cells of a ``table`` [S, L] are in it as one row, as ``take`` and ``put_`` count them.
+
+    They cost a fraction of what indexing by two tensors does.
+
+    Args:
+        line: int64, of any shape that broadcasts to that of ``column``, also int64.
+    """
+    return torch.add(column, line, alpha=table.shape[1])
 
 
 def write_lines(table: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:

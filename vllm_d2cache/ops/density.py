@@ -12,6 +12,7 @@ from vllm_d2cache.ops.dispatch import dispatched
 
 # exp(-d^2 / 2 sigma^2) is below fp32's smallest normal number beyond this many sigmas: farther terms are zero.
 REACH_IN_SIGMAS = 13.3
+_SLOTS = 64  # that one line of a product has the sums of
 _TILE_ELEMENTS = 1 << 21
 
 
@@ -33,54 +34,82 @@ def certainty_density(
     Returns:
         [R, G] float32, 0 past a row's canvas.
     """
-    (rows, width), device = known.shape, known.device
     # They change with the requests of a batch alone, and are worked out when these do.
-    terms = _terms(tuple(canvas_len.tolist()), tuple(sigma.tolist()), width, device)
+    terms = _terms(tuple(canvas_len.tolist()), tuple(sigma.tolist()), known.shape[1], known.device)
     inside = known.gather(1, terms.source)
     # A mask is unknown: of two flags the one is greater where it alone is True.
     seen = terms.seen > inside if masks else terms.seen & inside
-    windows = (seen | terms.known).double().unfold(1, terms.weights.shape[1], 1)  # a view
-    step = max(1, _TILE_ELEMENTS // max(1, width * terms.weights.shape[1]))
-    slots = max(1, _TILE_ELEMENTS // terms.weights.shape[1])  # the product copies its windows
-    if rows <= step and width <= slots:
-        sums = torch.bmm(windows, terms.weights)
+    extended = (seen | terms.known).double()
+    if len(terms.widths) == 1:
+        sums = _sums(extended, terms.widths[0])
     else:
-        tiles = [
-            torch.cat([torch.bmm(x, terms.weights[i : i + step]) for x in windows[i : i + step].split(slots, 1)], 1)
-            for i in range(0, rows, step)
-        ]
-        sums = torch.cat(tiles)
-    return torch.where(terms.applies, (sums.squeeze(2) / terms.norm).float(), terms.otherwise)
+        sums = extended[:, : extended.shape[1] - 2 * terms.reach].clone()
+        for width in terms.widths:
+            part = extended[width.rows, terms.reach - width.reach :]
+            sums[width.rows] = _sums(part[:, : sums.shape[1] + 2 * width.reach], width)
+    return torch.where(terms.applies, (sums[:, : known.shape[1]] / terms.norm).float(), terms.otherwise)
+
+
+class _Width(NamedTuple):
+    """The rows of one sigma."""
+
+    rows: torch.Tensor  # [m] int64
+    reach: int  # slots to either side that count
+    weights: torch.Tensor  # [_SLOTS + 2 * reach, _SLOTS] float64: of a stretch of slots, in the sum of each
 
 
 class _Terms(NamedTuple):
-    """What a density is made of beside the text; E columns of the extended canvas, W weights."""
+    """What a density is made of beside the text; E columns of the extended canvas."""
 
     source: torch.Tensor  # [R, E] int64, slot whose flag counts
     seen: torch.Tensor  # [R, E] bool, whether it does
     known: torch.Tensor  # [R, E] bool, known whatever the text is
-    weights: torch.Tensor  # [R, W, 1] float64
+    reach: int  # the widest
+    widths: tuple[_Width, ...]
     norm: torch.Tensor  # [R, 1] float64
     applies: torch.Tensor  # [R, G] bool, where there is a density;
     otherwise: torch.Tensor  # [R, G] float32: elsewhere
 
 
+def _sums(extended: torch.Tensor, width: _Width) -> torch.Tensor:
+    """[m, a multiple of _SLOTS] float64: weighted sums of rows that reach ``width.reach`` columns beyond their slots.
+
+    One product: a line of it is a stretch of slots with what lies around them, a column the sum of one of these slots.
+    """
+    weights = width.weights
+    stretches = extended.unfold(1, len(weights), _SLOTS)  # [m, stretches, columns of each]: a view
+    rows, at_once = stretches.shape[0], max(1, _TILE_ELEMENTS // len(weights))  # the product copies its lines
+    if rows * stretches.shape[1] <= at_once:
+        return (stretches.reshape(-1, len(weights)) @ weights).view(rows, -1)
+    return torch.cat([torch.cat([part @ weights for part in row.split(at_once)]).view(1, -1) for row in stretches])
+
+
 @lru_cache(maxsize=8)
 def _terms(canvas_len: tuple[int, ...], sigma: tuple[float, ...], width: int, device: torch.device) -> _Terms:
-    reach = math.ceil(min(REACH_IN_SIGMAS * max(sigma), 2 * width))
+    rows: dict[float, list[int]] = {}
+    for row, one in enumerate(sigma):
+        rows.setdefault(one, []).append(row)
+    widths = tuple(_Width(torch.tensor(mine, device=device), *_weights(s, width, device)) for s, mine in rows.items())
+    reach, columns = max(w.reach for w in widths), -(-width // _SLOTS) * _SLOTS
     length = torch.tensor(canvas_len, device=device).unsqueeze(1)
     wide = torch.tensor(sigma, device=device).unsqueeze(1)
-    slot = torch.arange(-reach, width + reach, device=device).unsqueeze(0)
+    slot = torch.arange(-reach, columns + reach, device=device).unsqueeze(0)
     source = slot.clamp(min=0).minimum((length - 1).clamp(min=0))
-    distance = torch.arange(-reach, reach + 1, device=device, dtype=torch.float64)
-    safe = wide.double().clamp(min=1e-6)
-    weights = torch.exp(-0.5 * (distance / safe) ** 2)
-    # A wider row of the batch must not lend its reach to the others.
-    weights *= distance.abs() <= REACH_IN_SIGMAS * safe
     seen, known = (slot >= 0) & (slot < 2 * length), (slot < 0) & (slot >= -length)
     in_canvas = slot[:, reach : reach + width] < length
-    norm = _normaliser(length, safe)
-    return _Terms(source, seen, known, weights.unsqueeze(2), norm, in_canvas & (wide > 0), in_canvas.float())
+    norm = _normaliser(length, wide.double().clamp(min=1e-6))
+    return _Terms(source, seen, known, reach, widths, norm, in_canvas & (wide > 0), in_canvas.float())
+
+
+@lru_cache(maxsize=16)
+def _weights(sigma: float, width: int, device: torch.device) -> tuple[int, torch.Tensor]:
+    """Reach of a sigma, and its weights as of :class:`_Width`. Shared: they are never written."""
+    reach = math.ceil(min(REACH_IN_SIGMAS * sigma, 2 * width))
+    safe = max(sigma, 1e-6)
+    slot = torch.arange(_SLOTS + 2 * reach, device=device, dtype=torch.float64) - reach
+    distance = slot.unsqueeze(1) - slot[reach : reach + _SLOTS]
+    weights = torch.exp(-0.5 * (distance / safe) ** 2)
+    return reach, weights * (distance.abs() <= min(reach, REACH_IN_SIGMAS * safe))
 
 
 def _normaliser(length: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

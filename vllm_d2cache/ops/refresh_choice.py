@@ -57,14 +57,14 @@ def select_masked(
     width, line = masked.shape[1], slots.unsqueeze(1)
     window = window_columns(tuple(outcome.window_start.tolist()), width, length, canvas_len, slots.device)
     first = outcome.first.unsqueeze(1)
-    update = outcome.predicted & (first | (latest[line] == 1))
+    update = outcome.predicted & (first | (latest.take(line) == 1))
     kept = torch.where(update, outcome.score, lines_of(memory, slots, width).masked_fill_(first, 0.0))
     write_lines(memory, slots, kept)
     score = torch.where(window.in_canvas, kept * density, 0.0)
     # A bonus of the best score puts the current window's slots before all others.
     score = torch.addcmul(score, window.ones, score.amax(1, keepdim=True))
 
-    remaining, k = masked & live, current_k[line]
+    remaining, k = masked & live, current_k.take(line)
     # The search window ends with the window that holds the k-th remaining slot: before a slot's own window there are
     # fewer of them than k.
     before = remaining.cumsum(1).add_(remaining, alpha=-1).gather(1, window.begin)
@@ -156,11 +156,11 @@ def choose_refresh(
     else:
         certain = at_positions(selected | committed, position_map(first, *where), total)
     text = text_columns(prompt_len, total, canvas_len, device)
-    chosen = _context(importance, certain, selected, text, rollout_p[slots], shift).chosen
-    gaps = inflate_w[slots]
+    chosen = _context(importance, certain, selected, text, rollout_p.index_select(0, slots), shift).chosen
+    gaps = inflate_w.index_select(0, slots)
     refresh = inflate(chosen, gaps) if int(gaps.max()) > 1 else chosen  # neighbours have no gap
     computed = at_slots(refresh, slot_map(first, width, canvas_len, total, device))
-    return refresh, computed & masked & (latest[slots.unsqueeze(1)] == 1)
+    return refresh, computed & masked & (latest.take(slots.unsqueeze(1)) == 1)
 
 
 def _rollout_share(importance: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:

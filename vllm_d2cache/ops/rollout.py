@@ -112,11 +112,11 @@ def _rollout_of_group(
         owners, bags, each = upload_arrays(numbers, device)
     at = torch.where(slots >= 0, positions, pitch).add_(owners, alpha=pitch + 1)
     lines = all_shares.clone()
-    share, text = lines.view(-1, 1), lines[:, :pitch]
+    share, text = lines.view(-1), lines[:, :pitch]
     kept = torch.ones_like(share).index_fill_(0, at, 0.5)
     for layer in reversed(layers):
         # Rows of a map sum to one, so normalising it with the identity halves both.
-        weights = share.mul_(kept)[at, 0]
+        weights = share.mul_(kept).take(at)
         product = torch.embedding_bag(layer.maps.of_group(group), each, bags, False, _SUM, False, weights)[0]
         if tensor_parallel is not None:
             product = tensor_parallel.all_reduce(product) / tensor_parallel.size

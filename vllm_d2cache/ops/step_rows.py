@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_d2cache.ops.canvas_columns import at_positions, at_slots
-from vllm_d2cache.ops.columns import columns, first_columns, lines_of, write_lines
+from vllm_d2cache.ops.columns import cells_of, columns, first_columns, lines_of, write_lines
 from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.packing import pack_columns
 from vllm_d2cache.ops.text_columns import position_map, slot_map, text_columns, window_columns
@@ -146,8 +146,10 @@ def _pack_all(
     request, positions = chosen.nonzero().unbind(1)
     who, slot = predicted.nonzero().unbind(1)
     row_of, place = (marked.flatten().cumsum(0).sub_(1).view(marked.shape) for marked in (chosen, predicted))
-    live, input_ids = torch.ones_like(request, dtype=torch.bool), tokens[slots[request], positions]
-    return request, positions, live, input_ids, row_of, who, slot, row_of[who, first[who] + slot], place
+    live = torch.ones_like(request, dtype=torch.bool)
+    input_ids = tokens.take(cells_of(slots.take(request), positions, tokens))
+    read = row_of.take(cells_of(who, first.take(who).add_(slot), row_of))
+    return request, positions, live, input_ids, row_of, who, slot, read, place
 
 
 @dispatched(_TRITON)
@@ -196,8 +198,8 @@ def spread(
         nothing = score.new_zeros(predicted.shape)
         return nothing, nothing.int(), None if entropy is None else nothing
     at = place.clamp(0, count - 1)
-    scores, tokens = torch.where(predicted, score[at], 0.0), torch.where(predicted, token.int()[at], 0)
-    return scores, tokens, None if entropy is None else torch.where(predicted, entropy[at], 0.0)
+    scores, tokens = torch.where(predicted, score.take(at), 0.0), torch.where(predicted, token.take(at).int(), 0)
+    return scores, tokens, None if entropy is None else torch.where(predicted, entropy.take(at), 0.0)
 
 
 @dispatched(_TRITON)
@@ -210,5 +212,5 @@ def page_slots(
         table: [R, blocks] int, KV block ids of each request.
         request, positions: [N] int64.
     """
-    block = table[request, positions // block_size]
+    block = table.take(cells_of(request, positions // block_size, table))
     return torch.where(live, torch.add(positions % block_size, block, alpha=block_size), -1)

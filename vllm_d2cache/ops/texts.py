@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_d2cache.ops.columns import columns, lines_of, write_lines, zeros
+from vllm_d2cache.ops.columns import cells_of, columns, lines_of, write_lines, zeros
 from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.text_columns import canvas_columns
 
@@ -158,10 +158,10 @@ def commit_texts(
     if revised is not None:
         committed, terminal_before = committed | revised, terminal_before & ~revised
     # Columns behind a canvas keep what stands there. Some end in the last column, which is no position of a text.
-    line, position = slots.unsqueeze(1), cells.position
-    text = torch.where(committed & cells.inside, token, tokens[line, position])
+    where = cells_of(slots.unsqueeze(1), cells.position, tokens)
+    text = torch.where(committed & cells.inside, token, tokens.take(where))
     left = before > committed  # of two flags the one is greater where it alone is True
-    ends = terminal_before | (_stops(token, stop_ids[slots]) & committed)
+    ends = terminal_before | (_stops(token, stop_ids.index_select(0, slots)) & committed)
     if revoked is not None:
         text = text.masked_fill(revoked & cells.inside, mask_token_id)
         left |= revoked
@@ -175,7 +175,7 @@ def commit_texts(
         counts[5, slots], counts[6, slots] = held.long(), start
     window_step.mul_(start == window_start)  # from 0 where a window begins
     window_start.copy_(start)
-    tokens[line, position] = text
+    tokens.put_(where, text)
     write_lines(masked, slots, left)
     write_lines(terminal, slots, ends)
     counts[2:4].index_copy_(1, slots, after[3:5])
@@ -229,10 +229,10 @@ def emit_texts(
         unfinished = unfinished if held is None else unfinished | held
         done = torch.where(unfinished & provisional, torch.minimum(done, window_start), done)
     emitted_of = counts[4]
-    emitted = emitted_of[slots]
+    emitted = emitted_of.index_select(0, slots)
     fresh = (done - emitted).clamp_(min=0)
     # Whatever stands behind the fresh ones: nobody reads it.
     position = torch.minimum(cells.position + emitted.unsqueeze(1), cells.last)
-    handed = tokens[slots.unsqueeze(1), position]
+    handed = tokens.take(cells_of(slots.unsqueeze(1), position, tokens))
     emitted_of.index_copy_(0, slots, emitted + fresh)
     return handed.long(), fresh.int()
