@@ -2,7 +2,7 @@
 
     python -m benchmarks.count.operators [--out benchmarks/results/operators]
 
-Two engines of this process, in turn, twice, with the same number of running requests: the small LLaDA of this
+Two engines of this process, in turn, three times, with the same number of running requests: the small LLaDA of this
 repository, and a small Llama of vLLM's with weights of chance. Counted are PyTorch's operators (views included) that a
 step dispatches between its start and its end, but for those of the model's forward pass; then, in other steps, the time
 on the clock, less that of the forward pass and, in a column of its own, of the LM head, which is the network as well: a
@@ -36,7 +36,7 @@ LLAMA = {
     "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False,
     "torch_dtype": "float32", "bos_token_id": 314, "eos_token_id": 315,
 }  # fmt: skip
-PROMPT, CANVAS, STEPS, TIMED, ROUNDS = 40, 64, 12, 24, 2
+PROMPT, CANVAS, STEPS, TIMED, ROUNDS = 40, 64, 12, 24, 3
 BATCHES = (1, 8, 64)
 STOCK = "stock Llama"
 POLICIES = ("prefix", "d2cache")

@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 
 from vllm_d2cache.canvas.view import CanvasView
+from vllm_d2cache.mechanisms.base import Worker
+from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Choice
 from vllm_d2cache.policies.base import StepOutcome, StepPlan, nothing
 from vllm_d2cache.policies.open_block import Due, OpenBlockPolicy, between
@@ -23,12 +25,24 @@ class BlockPolicy(OpenBlockPolicy):
     name = "block"
     options: ClassVar = {"block_cache": Choice((_OFF, _ON), default=_OFF)}
 
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self._narrow: set[int] = set()  # slots whose latest request of this policy may leave rows of its block out
+
+    def start(self, slot: int, options: RequestOptions) -> None:
+        super().start(slot, options)
+        (self._narrow.add if options.value("block_cache") == _ON else self._narrow.discard)(slot)
+
     def owes(self, view: CanvasView, outcome: StepOutcome) -> torch.Tensor:
         """Also one of which rows were left out."""
+        if not self._narrow:
+            return super().owes(view, outcome)
         return super().owes(view, outcome) | (self.option("block_cache", view) > 0)
 
     def choose(self, view: CanvasView, outcome: StepOutcome | None, due: Due) -> StepPlan:
         """What is due, or the window."""
+        if not self._narrow:
+            return super().choose(view, outcome, due)
         window = view.prompt_len + view.window_start
         partial = due.again & (self.option("block_cache", view) > 0) & ~self.masked_at(view, window)
         alone = between(view, window, window + view.options.window)

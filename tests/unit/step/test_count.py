@@ -21,12 +21,20 @@ LINES = [line for line in WRITTEN if line["setting"] in SETTINGS | BLOCK_SETTING
 @pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line['setting']}-{line['batch']}-{line['form']}")
 def test_no_step_has_more_kernels_or_waits_than_documented(line: dict[str, Any]) -> None:
     asked, block = (SETTINGS | BLOCK_SETTINGS)[line["setting"]], BLOCK if line["setting"] in BLOCK_SETTINGS else 0
-    found = measure([asked] * line["batch"], line["form"] == "padded", block=block)
+    found = measure([asked] * line["batch"], line["form"] == "padded", block=block, text=tuple(line["text"]))
     if release() == COUNTED["torch"]:
         # Another PyTorch may make an operator of others.
         assert found["kernels"] <= line["kernels"]
     assert found["triton"] <= line["triton"]
     assert found["waits"] <= line["waits"]
+
+
+def test_a_step_of_the_default_policy_has_few_kernels_whatever_the_batch() -> None:
+    default = [line for line in WRITTEN if line["setting"] in ("d2cache", "full", "block")]
+    assert {line["batch"] for line in default} == {1, 8, 32, 64}
+    kernels = {(x["setting"], x["batch"], x["form"]): x["kernels"] + x["triton"] for x in default}
+    assert max(kernels.values()) <= 60
+    assert max(count for (name, _, form), count in kernels.items() if (name, form) == ("d2cache", "padded")) <= 20
 
 
 def test_padded_steps_wait_for_nothing_and_exact_ones_once() -> None:
