@@ -41,6 +41,7 @@ def select_masked(
     masked: torch.Tensor,
     live: torch.Tensor,
     outcome: Outcome,
+    follows: bool = True,
 ) -> torch.Tensor:
     """Stage 1 [R, G] bool: the ``current_k`` masked slots with the best confidence times density (section 3.3).
 
@@ -52,15 +53,16 @@ def select_masked(
         density: [R, G] float32, of known text around each slot.
         integers: [10, R] int64 (ops.texts.Texts).
         masked, live: [R, G] bool, after the step's commits.
+        follows: some request's ``latest`` may be 1.
     """
     _, canvas_len, _, _, _, length, *_ = map(tuple, integers.tolist())
     width, line = masked.shape[1], slots.unsqueeze(1)
     window = window_columns(tuple(outcome.window_start.tolist()), width, length, canvas_len, slots.device)
     first = outcome.first.unsqueeze(1)
-    update = outcome.predicted & (first | (latest.take(line) == 1))
+    update = outcome.predicted & (first | (latest.take(line) == 1) if follows else first)
     kept = torch.where(update, outcome.score, lines_of(memory, slots, width).masked_fill_(first, 0.0))
     write_lines(memory, slots, kept)
-    score = torch.where(window.in_canvas, kept * density, 0.0)
+    score = kept * density  # 0 behind a canvas, as the density is
     # A bonus of the best score puts the current window's slots before all others.
     score = torch.addcmul(score, window.ones, score.amax(1, keepdim=True))
 
@@ -135,6 +137,8 @@ def choose_refresh(
     inflate_w: torch.Tensor,
     latest: torch.Tensor,
     shift: int,
+    inflates: bool = True,
+    follows: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both stages and the commits, inflated: positions to refresh [R, T] bool, and slots to observe [R, G] bool.
 
@@ -146,6 +150,8 @@ def choose_refresh(
         integers: [10, R] int64 (ops.texts.Texts).
         rollout_p: [S] float64; ``inflate_w``, ``latest``: [S] int64.
         shift: a slot is read from the position that many in front of it.
+        inflates, follows: some request's ``inflate_w`` may be more than 1, its ``latest`` may be 1. A kernel reads each
+            one's own anyway.
     """
     prompt_len, canvas_len, *_ = map(tuple, integers.tolist())
     device, total, width = slots.device, importance.shape[1], masked.shape[1]
@@ -156,9 +162,11 @@ def choose_refresh(
     else:
         certain = at_positions(selected | committed, position_map(first, *where), total)
     text = text_columns(prompt_len, total, canvas_len, device)
-    chosen = _context(importance, certain, selected, text, rollout_p.index_select(0, slots), shift).chosen
-    gaps = inflate_w.index_select(0, slots)
-    refresh = inflate(chosen, gaps) if int(gaps.max()) > 1 else chosen  # neighbours have no gap
+    refresh = _context(importance, certain, selected, text, rollout_p.index_select(0, slots), shift).chosen
+    if inflates and int((gaps := inflate_w.index_select(0, slots)).max()) > 1:  # neighbours have no gap
+        refresh = inflate(refresh, gaps)
+    if not follows:
+        return refresh, torch.zeros_like(masked)
     computed = at_slots(refresh, slot_map(first, width, canvas_len, total, device))
     return refresh, computed & masked & (latest.take(slots.unsqueeze(1)) == 1)
 

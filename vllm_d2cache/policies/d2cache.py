@@ -41,6 +41,9 @@ class D2CachePolicy(CachePolicy):
         self._first_columns = FirstColumns()
         # Slots whose latest request of this policy ranks by another density than it commits with.
         self._rank_apart: set[int] = set()
+        # And that inflates, or whose memory follows the latest confidences.
+        self._inflates: set[int] = set()
+        self._follows: set[int] = set()
         # Positions chosen in an earlier step that the refresh budget put off, and why they had been chosen.
         self.waiting: torch.Tensor | None = None
         if self.refresh_budget is not None:
@@ -61,8 +64,12 @@ class D2CachePolicy(CachePolicy):
 
     def start(self, slot: int, options: RequestOptions) -> None:
         super().start(slot, options)
-        apart = options.value("selection_sigma") != options.sigma
-        (self._rank_apart.add if apart else self._rank_apart.discard)(slot)
+        for slots, on in (
+            (self._rank_apart, options.value("selection_sigma") != options.sigma),
+            (self._inflates, options.value("inflate_w") > 1),
+            (self._follows, options.value("confidence_memory") == LATEST),
+        ):
+            (slots.add if on else slots.discard)(slot)
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything, with the confidence of every slot: it is what the memory starts from."""
@@ -82,13 +89,22 @@ class D2CachePolicy(CachePolicy):
         found = Outcome(outcome.predicted, outcome.score, outcome.first, outcome.window_start)
         kept = self._first_columns.of(self.memory, masked.shape[1])
         memory = (kept, column["confidence_memory"], column["current_k"])
-        selected = select_masked(view.slots, *memory, density, integers, masked, live, found)
+        follows = bool(self._follows)
+        selected = select_masked(view.slots, *memory, density, integers, masked, live, found, follows)
         importance = outcome.of(Importance).values
         if self.waiting is not None:
             return self._within_budget(importance, selected, view, outcome)
         numbers = (column["rollout_p"], column["inflate_w"], column["confidence_memory"], self.logit_shift)
         refresh, observe = choose_refresh(
-            view.slots, importance, selected, outcome.committed, masked, integers, *numbers
+            view.slots,
+            importance,
+            selected,
+            outcome.committed,
+            masked,
+            integers,
+            *numbers,
+            bool(self._inflates),
+            follows,
         )
         return StepPlan(refresh, observe)
 

@@ -90,6 +90,7 @@ def select_masked(
     masked: torch.Tensor,
     live: torch.Tensor,
     outcome: Outcome,
+    follows: bool = True,
 ) -> torch.Tensor:
     """See ops.refresh_choice."""
     (rows, width), device = masked.shape, slots.device
@@ -261,6 +262,8 @@ def choose_refresh(
     inflate_w: torch.Tensor,
     latest: torch.Tensor,
     shift: int,
+    inflates: bool = True,
+    follows: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ops.refresh_choice."""
     (rows, total), width, device = importance.shape, masked.shape[1], slots.device
