@@ -284,11 +284,14 @@ def post_update(
 
     Where the Triton kernel would write past a request's row of token ids, this raises IndexError.
     """
-    all_rows = view(idx_mapping_ptr)
-    batch = np.flatnonzero(all_rows >= 0)  # a negative row is skipped
-    if len(batch) == 0:
+    rows = view(idx_mapping_ptr)
+    num_reqs = len(rows)
+    if num_reqs == 0:
         return
-    rows = all_rows[batch]
+    batch: Array | slice = slice(num_reqs)
+    if rows.min() < 0:  # a negative row is skipped
+        batch = (rows >= 0).nonzero()[0]
+        rows = rows[batch]
     if draft_tokens_ptr is not None:
         assert draft_tokens_out_ptr is not None
         drafts = view(draft_tokens_ptr)[batch, :num_draft_tokens]
@@ -296,22 +299,21 @@ def post_update(
 
     delta = -view(num_rejected_ptr)[batch]
     if query_start_loc_ptr is not None:
-        bounds = view(query_start_loc_ptr)
-        delta += bounds[batch + 1] - bounds[batch]
+        bounds = view(query_start_loc_ptr)[: num_reqs + 1]
+        delta += (bounds[1:] - bounds[:-1])[batch]
     view(num_computed_tokens_ptr)[rows] += delta
 
-    counts = view(num_sampled_ptr)[batch]
-    if not counts.any():
+    counts, tokens, total_len = view(num_sampled_ptr)[batch], view(sampled_tokens_ptr)[batch], view(total_len_ptr)
+    emitting = (counts > 0).nonzero()[0]
+    if len(emitting) == 0:
         return
-    emitting = counts > 0
-    batch, rows, counts = batch[emitting], rows[emitting], counts[emitting]
-    tokens, total_len = view(sampled_tokens_ptr), view(total_len_ptr)
-    flat(last_sampled_tokens_ptr)[rows] = tokens[batch, counts - 1]
+    rows, counts = rows[emitting], counts[emitting]
+    flat(last_sampled_tokens_ptr)[rows] = tokens[emitting, counts - 1]
     lengths, total = total_len[rows], int(counts.sum())
     columns = _ragged(np.zeros_like(counts), counts, total)
-    emitted = tokens[np.repeat(batch, counts), columns]
-    token_rows = np.repeat(rows, counts)
-    view(all_token_ids_ptr)[token_rows, np.repeat(lengths, counts) + columns] = emitted
+    emitted = tokens[emitting.repeat(counts), columns]
+    token_rows = rows.repeat(counts)
+    view(all_token_ids_ptr)[token_rows, lengths.repeat(counts) + columns] = emitted
     total_len[rows] = lengths + counts
     if output_bin_counts_ptr is not None:
         # Not +=, which would count a repeated token once.

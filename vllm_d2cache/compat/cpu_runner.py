@@ -225,9 +225,11 @@ def bind(kernel: Callable[..., Any], twin: "Twin") -> Callable[..., None]:
     passed = frozenset(wanted).intersection(names)
 
     def launch(*args: Any, **kwargs: Any) -> None:
-        named = dict(zip(names, args, strict=False))
-        named.update(kwargs)  # also launch options (num_warps), which are no parameters
-        twin(**{name: value for name, value in named.items() if name in passed})
+        named = {name: value for name, value in zip(names, args, strict=False) if name in passed}
+        for name, value in kwargs.items():  # also launch options (num_warps), which are no parameters
+            if name in passed:
+                named[name] = value
+        twin(**named)
 
     launch.__name__ = twin.__name__
     # vLLM forwards keyword launches by name only to an implementation with the kernel's own parameters.

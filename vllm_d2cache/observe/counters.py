@@ -70,9 +70,13 @@ class StepCounters:
         """
         self.forwards += 1
         self.steps += len(rows.slots)
-        for r, length in enumerate(rows.lengths):
-            seen = [keys for hook in hooks if (keys := hook.keys_attended(r)) is not None]
-            self.keys += min(seen, default=length)
+        choosing = [hook for hook in hooks if type(hook).keys_attended is not Hook.keys_attended]
+        if choosing:
+            for r, length in enumerate(rows.lengths):
+                seen = [keys for hook in choosing if (keys := hook.keys_attended(r)) is not None]
+                self.keys += min(seen, default=length)
+        else:
+            self.keys += sum(rows.lengths)
         self._extra += sum(rows.extra)
         self._verified += len(rows.logits_rows) - len(rows.predicted_index[0])
         self._steps.append((rows.refreshed, rows.num_predicted, changes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -57,8 +58,16 @@ class Pages:
         device = self.table.device
         if device.type != "cpu" or chosen(device) != "torch":
             return [-1] * len(lengths)
-        used = -(-np.array(lengths) // self.block_size)
-        block, table = np.arange(used.max()), self.table.numpy()[: len(lengths)]
+        block, unused = _blocks(tuple(lengths), self.block_size)
+        table = self.table.numpy()[: len(lengths)]
         first = table[:, :1]
-        consecutive = (table[:, : len(block)] == first + block) | (block >= used[:, None])
+        consecutive = (table[:, : len(block)] == first + block) | unused
         return np.where(consecutive.all(1), first[:, 0], -1).tolist()
+
+
+@lru_cache(maxsize=8)
+def _blocks(lengths: tuple[int, ...], block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the blocks that the longest text has [b], and which of them each has not [R, b]. Never written."""
+    used = -(-np.array(lengths) // block_size)
+    block = np.arange(used.max())
+    return block, block >= used[:, None]
