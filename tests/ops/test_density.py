@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from vllm_d2cache.ops import density
 from vllm_d2cache.ops.density import certainty_density
 
 LENGTHS = [1, 2, 7, 33]
@@ -57,6 +58,23 @@ def test_no_more_stretches_at_a_time_than_a_tile_has(stretches: int, monkeypatch
     torch.testing.assert_close(certainty_density(known, length, sigma), want, rtol=0, atol=0)
     assert max(sizes) <= min(stretches, 3 * 6) * most
     assert sum(sizes) == 3 * 6 * most
+
+
+def test_weights_of_many_widths_are_no_more_than_those_of_one() -> None:
+    """Clients choose the widths: what is kept for a batch must not grow with them, beyond a line for each."""
+    sigma, length = torch.linspace(1, 900, 128), torch.full((128,), 333)
+    known = torch.rand(128, 333) < 0.4
+    together = certainty_density(known, length, sigma)
+    kept = density._terms(tuple(length.tolist()), tuple(sigma.tolist()), 333, torch.device("cpu")).widths
+    assert len(kept) == 128
+    assert sum(width.weights.numel() for width in kept) <= density._WEIGHT_ELEMENTS
+    assert {width.weights.shape[1] for width in kept} > {1, 8}
+    for row in (0, 5, 60, 127):
+        assert torch.equal(together[row], alone(known[row], float(sigma[row])))
+    one_wide = density._terms((4096,), (1e9,), 4096, torch.device("cpu")).widths[0].weights
+    assert one_wide.numel() <= density._WEIGHT_ELEMENTS
+    widest = density._terms((100_000,), (1e9,), 100_000, torch.device("cpu")).widths[0].weights
+    assert widest.shape == (400_001, 1)
 
 
 def test_far_slots_keep_their_order() -> None:

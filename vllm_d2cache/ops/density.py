@@ -12,7 +12,9 @@ from vllm_d2cache.ops.dispatch import dispatched
 
 # exp(-d^2 / 2 sigma^2) is below fp32's smallest normal number beyond this many sigmas: farther terms are zero.
 REACH_IN_SIGMAS = 13.3
-_SLOTS = 64  # that one line of a product has the sums of
+# One line of a product has the sums of so many slots, a power of two; fewer where weights would be more than these.
+_MOST_SLOTS = 64
+_WEIGHT_ELEMENTS = 1 << 18
 _TILE_ELEMENTS = 1 << 21
 
 
@@ -55,7 +57,7 @@ class _Width(NamedTuple):
 
     rows: torch.Tensor  # [m] int64
     reach: int  # slots to either side that count
-    weights: torch.Tensor  # [_SLOTS + 2 * reach, _SLOTS] float64: of a stretch of slots, in the sum of each
+    weights: torch.Tensor  # [s + 2 * reach, s] float64: of a stretch of s slots and its surroundings, in each's sum
 
 
 class _Terms(NamedTuple):
@@ -72,12 +74,12 @@ class _Terms(NamedTuple):
 
 
 def _sums(extended: torch.Tensor, width: _Width) -> torch.Tensor:
-    """[m, a multiple of _SLOTS] float64: weighted sums of rows that reach ``width.reach`` columns beyond their slots.
+    """[m, slots] float64: weighted sums of rows that reach ``width.reach`` columns beyond their slots on either side.
 
     One product: a line of it is a stretch of slots with what lies around them, a column the sum of one of these slots.
     """
     weights = width.weights
-    stretches = extended.unfold(1, len(weights), _SLOTS)  # [m, stretches, columns of each]: a view
+    stretches = extended.unfold(1, len(weights), weights.shape[1])  # [m, stretches, columns of each]: a view
     rows, at_once = stretches.shape[0], max(1, _TILE_ELEMENTS // len(weights))  # the product copies its lines
     if rows * stretches.shape[1] <= at_once:
         return (stretches.reshape(-1, len(weights)) @ weights).view(rows, -1)
@@ -89,8 +91,11 @@ def _terms(canvas_len: tuple[int, ...], sigma: tuple[float, ...], width: int, de
     rows: dict[float, list[int]] = {}
     for row, one in enumerate(sigma):
         rows.setdefault(one, []).append(row)
-    widths = tuple(_Width(torch.tensor(mine, device=device), *_weights(s, width, device)) for s, mine in rows.items())
-    reach, columns = max(w.reach for w in widths), -(-width // _SLOTS) * _SLOTS
+    most = _WEIGHT_ELEMENTS // len(rows)
+    widths = tuple(
+        _Width(torch.tensor(mine, device=device), *_weights(one, width, most, device)) for one, mine in rows.items()
+    )
+    reach, columns = max(w.reach for w in widths), -(-width // _MOST_SLOTS) * _MOST_SLOTS
     length = torch.tensor(canvas_len, device=device).unsqueeze(1)
     wide = torch.tensor(sigma, device=device).unsqueeze(1)
     slot = torch.arange(-reach, columns + reach, device=device).unsqueeze(0)
@@ -102,12 +107,14 @@ def _terms(canvas_len: tuple[int, ...], sigma: tuple[float, ...], width: int, de
 
 
 @lru_cache(maxsize=16)
-def _weights(sigma: float, width: int, device: torch.device) -> tuple[int, torch.Tensor]:
-    """Reach of a sigma, and its weights as of :class:`_Width`. Shared: they are never written."""
-    reach = math.ceil(min(REACH_IN_SIGMAS * sigma, 2 * width))
+def _weights(sigma: float, width: int, most: int, device: torch.device) -> tuple[int, torch.Tensor]:
+    """Reach of a sigma, and its weights as of :class:`_Width`: ``most``, or of one slot. Shared: never written."""
+    reach, slots = math.ceil(min(REACH_IN_SIGMAS * sigma, 2 * width)), _MOST_SLOTS
+    while slots > 1 and slots * (slots + 2 * reach) > most:
+        slots //= 2
     safe = max(sigma, 1e-6)
-    slot = torch.arange(_SLOTS + 2 * reach, device=device, dtype=torch.float64) - reach
-    distance = slot.unsqueeze(1) - slot[reach : reach + _SLOTS]
+    slot = torch.arange(slots + 2 * reach, device=device, dtype=torch.float64) - reach
+    distance = slot.unsqueeze(1) - slot[reach : reach + slots]
     weights = torch.exp(-0.5 * (distance / safe) ** 2)
     return reach, weights * (distance.abs() <= min(reach, REACH_IN_SIGMAS * safe))
 
