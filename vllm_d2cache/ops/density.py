@@ -41,23 +41,8 @@ def certainty_density(
     inside = known.gather(1, terms.source)
     # A mask is unknown: of two flags the one is greater where it alone is True.
     seen = terms.seen > inside if masks else terms.seen & inside
-    extended = (seen | terms.known).double()
-    if len(terms.widths) == 1:
-        sums = _sums(extended, terms.widths[0])
-    else:
-        sums = extended[:, : extended.shape[1] - 2 * terms.reach].clone()
-        for width in terms.widths:
-            part = extended[width.rows, terms.reach - width.reach :]
-            sums[width.rows] = _sums(part[:, : sums.shape[1] + 2 * width.reach], width)
+    sums = _weighted((seen | terms.known).double(), terms.weights)
     return torch.where(terms.applies, (sums[:, : known.shape[1]] / terms.norm).float(), terms.otherwise)
-
-
-class _Width(NamedTuple):
-    """The rows of one sigma."""
-
-    rows: torch.Tensor  # [m] int64
-    reach: int  # slots to either side that count
-    weights: torch.Tensor  # [s + 2 * reach, s] float64: of a stretch of s slots and its surroundings, in each's sum
 
 
 class _Terms(NamedTuple):
@@ -66,57 +51,58 @@ class _Terms(NamedTuple):
     source: torch.Tensor  # [R, E] int64, slot whose flag counts
     seen: torch.Tensor  # [R, E] bool, whether it does
     known: torch.Tensor  # [R, E] bool, known whatever the text is
-    reach: int  # the widest
-    widths: tuple[_Width, ...]
+    # [1 or R, s + 2 * reach, s] float64: of a stretch of s slots and what lies around them, in the sum of each slot.
+    # One for all where they have the same sigma.
+    weights: torch.Tensor
     norm: torch.Tensor  # [R, 1] float64
     applies: torch.Tensor  # [R, G] bool, where there is a density;
     otherwise: torch.Tensor  # [R, G] float32: elsewhere
 
 
-def _sums(extended: torch.Tensor, width: _Width) -> torch.Tensor:
-    """[m, slots] float64: weighted sums of rows that reach ``width.reach`` columns beyond their slots on either side.
+def _weighted(extended: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[R, slots] float64: weighted sums of ``extended`` [R, E], a product of stretches and weights."""
+    around, slots = weights.shape[1:]
+    stretches = extended.unfold(1, around, slots)  # [R, stretches, around]: a view, which a product copies
+    rows, each, _ = stretches.shape
+    at_once = max(1, _TILE_ELEMENTS // around)
+    if rows * each <= at_once:
+        return _product(stretches, weights).reshape(rows, -1)
+    of_rows = weights.expand(rows, -1, -1).split(1)
+    parts = zip(stretches.split(1), of_rows, strict=True)
+    return torch.cat([torch.cat([_product(x, w) for x in row.split(at_once, 1)], 1).view(1, -1) for row, w in parts])
 
-    One product: a line of it is a stretch of slots with what lies around them, a column the sum of one of these slots.
-    """
-    weights = width.weights
-    stretches = extended.unfold(1, len(weights), weights.shape[1])  # [m, stretches, columns of each]: a view
-    rows, at_once = stretches.shape[0], max(1, _TILE_ELEMENTS // len(weights))  # the product copies its lines
-    if rows * stretches.shape[1] <= at_once:
-        return (stretches.reshape(-1, len(weights)) @ weights).view(rows, -1)
-    return torch.cat([torch.cat([part @ weights for part in row.split(at_once)]).view(1, -1) for row in stretches])
+
+def _product(stretches: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[R, n, s]: of [R, n, s + 2 * reach] and [1 or R, s + 2 * reach, s]."""
+    if len(weights) > 1:
+        return torch.bmm(stretches, weights)
+    return (stretches.reshape(-1, weights.shape[1]) @ weights[0]).view(*stretches.shape[:2], -1)
 
 
 @lru_cache(maxsize=8)
 def _terms(canvas_len: tuple[int, ...], sigma: tuple[float, ...], width: int, device: torch.device) -> _Terms:
-    rows: dict[float, list[int]] = {}
-    for row, one in enumerate(sigma):
-        rows.setdefault(one, []).append(row)
-    most = _WEIGHT_ELEMENTS // len(rows)
-    widths = tuple(
-        _Width(torch.tensor(mine, device=device), *_weights(one, width, most, device)) for one, mine in rows.items()
-    )
-    reach, columns = max(w.reach for w in widths), -(-width // _MOST_SLOTS) * _MOST_SLOTS
+    reach = math.ceil(min(REACH_IN_SIGMAS * max(sigma), 2 * width))
     length = torch.tensor(canvas_len, device=device).unsqueeze(1)
     wide = torch.tensor(sigma, device=device).unsqueeze(1)
+    columns = -(-width // _MOST_SLOTS) * _MOST_SLOTS
     slot = torch.arange(-reach, columns + reach, device=device).unsqueeze(0)
     source = slot.clamp(min=0).minimum((length - 1).clamp(min=0))
     seen, known = (slot >= 0) & (slot < 2 * length), (slot < 0) & (slot >= -length)
-    in_canvas = slot[:, reach : reach + width] < length
-    norm = _normaliser(length, wide.double().clamp(min=1e-6))
-    return _Terms(source, seen, known, reach, widths, norm, in_canvas & (wide > 0), in_canvas.float())
+    in_canvas, safe = slot[:, reach : reach + width] < length, wide.double().clamp(min=1e-6)
+    weights = _weights(safe[:1] if len(set(sigma)) == 1 else safe, reach)
+    norm = _normaliser(length, safe)
+    return _Terms(source, seen, known, weights, norm, in_canvas & (wide > 0), in_canvas.float())
 
 
-@lru_cache(maxsize=16)
-def _weights(sigma: float, width: int, most: int, device: torch.device) -> tuple[int, torch.Tensor]:
-    """Reach of a sigma, and its weights as of :class:`_Width`: ``most``, or of one slot. Shared: never written."""
-    reach, slots = math.ceil(min(REACH_IN_SIGMAS * sigma, 2 * width)), _MOST_SLOTS
-    while slots > 1 and slots * (slots + 2 * reach) > most:
+def _weights(sigma: torch.Tensor, reach: int) -> torch.Tensor:
+    """As of :class:`_Terms`, for ``sigma`` [m, 1] float64: _WEIGHT_ELEMENTS at most, or of one slot."""
+    slots = _MOST_SLOTS
+    while slots > 1 and len(sigma) * slots * (slots + 2 * reach) > _WEIGHT_ELEMENTS:
         slots //= 2
-    safe = max(sigma, 1e-6)
-    slot = torch.arange(slots + 2 * reach, device=device, dtype=torch.float64) - reach
-    distance = slot.unsqueeze(1) - slot[reach : reach + slots]
-    weights = torch.exp(-0.5 * (distance / safe) ** 2)
-    return reach, weights * (distance.abs() <= min(reach, REACH_IN_SIGMAS * safe))
+    slot = torch.arange(slots + 2 * reach, device=sigma.device, dtype=torch.float64) - reach
+    distance, wide = slot.unsqueeze(1) - slot[reach : reach + slots], sigma.unsqueeze(2)
+    # A wider row of the batch must not lend its reach to the others.
+    return torch.exp(-0.5 * (distance / wide) ** 2) * (distance.abs() <= (REACH_IN_SIGMAS * wide).clamp(max=reach))
 
 
 def _normaliser(length: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
