@@ -46,7 +46,7 @@ class StepRows:
     predicted: torch.Tensor  # [R, G] bool, slots whose statistics are taken
     # [n] request and [n] slot of each predicted slot, row-major; slot G, which is none, where there is padding.
     predicted_index: tuple[torch.Tensor, torch.Tensor]
-    place: torch.Tensor | None  # [R, G] int64, which of the n each predicted slot is; None = as they are marked
+    place: torch.Tensor  # [R, G] int64, which of the n each predicted slot is
     logits_rows: torch.Tensor  # [n + v] int64 into N, one for each predicted slot, then those of the extra rows
     extra: list[int]  # of each request: rows behind the text
 

@@ -38,7 +38,7 @@ class PackedRows(NamedTuple):
     who: torch.Tensor  # [n] int64, row of the batch
     slot: torch.Tensor  # [n] int64, G where a place is left over
     logits_rows: torch.Tensor  # [n] int64 into N, of the position that each slot is read from
-    place: torch.Tensor | None  # [R, G] int64, place of each predicted slot; None = they stand as they are marked
+    place: torch.Tensor  # [R, G] int64, place of each predicted slot
 
 
 @dispatched(_TRITON)
@@ -142,14 +142,14 @@ def pack_rows(
 def _pack_all(
     slots: torch.Tensor, chosen: torch.Tensor, predicted: torch.Tensor, tokens: torch.Tensor, first: torch.Tensor
 ) -> PackedRows:
-    """As :func:`pack_rows` where places are as many as are marked: then what is marked says it all (no ``place``)."""
+    """As :func:`pack_rows` where places are as many as are marked: then what is marked says it all."""
     request, positions = chosen.nonzero().unbind(1)
     who, slot = predicted.nonzero().unbind(1)
-    row_of = chosen.flatten().cumsum(0).sub_(1).view(chosen.shape)
+    row_of, place = (marked.flatten().cumsum(0).sub_(1).view(marked.shape) for marked in (chosen, predicted))
     live = torch.ones_like(request, dtype=torch.bool)
     input_ids = tokens.take(cells_of(slots.take(request), positions, tokens))
     read = row_of.take(cells_of(who, first.take(who).add_(slot), row_of))
-    return PackedRows(request, positions, live, input_ids, row_of, who, slot, read, None)
+    return PackedRows(request, positions, live, input_ids, row_of, who, slot, read, place)
 
 
 @dispatched(_TRITON)
@@ -179,7 +179,7 @@ def store_plan(
 @dispatched(_TRITON)
 def spread(
     predicted: torch.Tensor,
-    place: torch.Tensor | None,
+    place: torch.Tensor,
     score: torch.Tensor,
     token: torch.Tensor,
     entropy: torch.Tensor | None,
@@ -188,8 +188,7 @@ def spread(
 
     Args:
         predicted: [R, G] bool.
-        place: [R, G] int64, where each predicted slot stands in the others; None = these are in the order of the marks,
-            and as many.
+        place: [R, G] int64, where each predicted slot stands in the others.
         score: [n] float32.
         token: [n] int64; they come out as int32.
         entropy: [n] float32, or None.
@@ -198,20 +197,9 @@ def spread(
     if not count:
         nothing = score.new_zeros(predicted.shape)
         return nothing, nothing.int(), None if entropy is None else nothing
-    if place is None:
-        return (
-            _marked(predicted, score),
-            _marked(predicted, token.int()),
-            None if entropy is None else _marked(predicted, entropy),
-        )
     at = place.clamp(0, count - 1)
     scores, tokens = torch.where(predicted, score.take(at), 0.0), torch.where(predicted, token.take(at).int(), 0)
     return scores, tokens, None if entropy is None else torch.where(predicted, entropy.take(at), 0.0)
-
-
-def _marked(marks: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """[R, G]: ``values`` [n] where ``marks`` [R, G] bool are, line by line, 0 elsewhere."""
-    return values.new_zeros(marks.shape).masked_scatter_(marks, values)
 
 
 @dispatched(_TRITON)

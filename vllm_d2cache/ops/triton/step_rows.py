@@ -310,13 +310,12 @@ def _spread_kernel(
 
 def spread(
     predicted: torch.Tensor,
-    place: torch.Tensor | None,
+    place: torch.Tensor,
     score: torch.Tensor,
     token: torch.Tensor,
     entropy: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """See ops.step_rows."""
-    assert place is not None  # pack_rows has made it, of this backend
     (rows, width), device = predicted.shape, score.device
     scores = torch.empty(rows, width, device=device)
     tokens = torch.empty(rows, width, dtype=torch.int32, device=device)
