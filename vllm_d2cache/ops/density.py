@@ -67,9 +67,12 @@ def _weighted(extended: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     at_once = max(1, _TILE_ELEMENTS // around)
     if rows * each <= at_once:
         return _product(stretches, weights).reshape(rows, -1)
-    of_rows = weights.expand(rows, -1, -1).split(1)
-    parts = zip(stretches.split(1), of_rows, strict=True)
-    return torch.cat([torch.cat([_product(x, w) for x in row.split(at_once, 1)], 1).view(1, -1) for row, w in parts])
+    step = max(1, at_once // each)
+    parts = [
+        (stretches[i : i + step], weights[i : i + step] if len(weights) > 1 else weights) for i in range(0, rows, step)
+    ]
+    sums = ([_product(x, own) for x in part.split(at_once, 1)] for part, own in parts)
+    return torch.cat([torch.cat(of_part, 1).flatten(1) for of_part in sums])
 
 
 def _product(stretches: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -102,7 +105,7 @@ def _weights(sigma: torch.Tensor, reach: int) -> torch.Tensor:
     slot = torch.arange(slots + 2 * reach, device=sigma.device, dtype=torch.float64) - reach
     distance, wide = slot.unsqueeze(1) - slot[reach : reach + slots], sigma.unsqueeze(2)
     # A wider row of the batch must not lend its reach to the others.
-    return torch.exp(-0.5 * (distance / wide) ** 2) * (distance.abs() <= (REACH_IN_SIGMAS * wide).clamp(max=reach))
+    return torch.exp(-0.5 * (distance / wide) ** 2) * (distance.abs() <= REACH_IN_SIGMAS * wide)
 
 
 def _normaliser(length: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
