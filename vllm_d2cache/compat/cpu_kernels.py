@@ -299,22 +299,21 @@ def post_update(
 
     delta = -view(num_rejected_ptr)[batch]
     if query_start_loc_ptr is not None:
-        bounds = view(query_start_loc_ptr)[: num_reqs + 1]
-        delta += (bounds[1:] - bounds[:-1])[batch]
+        bounds = view(query_start_loc_ptr)
+        delta += (bounds[1 : num_reqs + 1] - bounds[:num_reqs])[batch]
     view(num_computed_tokens_ptr)[rows] += delta
 
-    counts, tokens, total_len = view(num_sampled_ptr)[batch], view(sampled_tokens_ptr)[batch], view(total_len_ptr)
-    emitting = (counts > 0).nonzero()[0]
-    if len(emitting) == 0:
+    counts = view(num_sampled_ptr)[batch]
+    if not counts.any():
         return
-    rows, counts = rows[emitting], counts[emitting]
-    flat(last_sampled_tokens_ptr)[rows] = tokens[emitting, counts - 1]
-    lengths, total = total_len[rows], int(counts.sum())
-    columns = _ragged(np.zeros_like(counts), counts, total)
-    emitted = tokens[emitting.repeat(counts), columns]
-    token_rows = rows.repeat(counts)
-    view(all_token_ids_ptr)[token_rows, lengths.repeat(counts) + columns] = emitted
-    total_len[rows] = lengths + counts
+    # Where a token was sampled, which in the order of memory is request by request.
+    request, column = (np.arange(counts.max()) < counts[:, None]).nonzero()
+    tokens, total_len = view(sampled_tokens_ptr)[batch], view(total_len_ptr)
+    emitted, token_rows = tokens[request, column], rows[request]
+    view(all_token_ids_ptr)[token_rows, total_len[token_rows] + column] = emitted
+    # Of a request's tokens the last one stays: a later assignment to the same place wins.
+    flat(last_sampled_tokens_ptr)[token_rows] = emitted
+    total_len[rows] += counts
     if output_bin_counts_ptr is not None:
         # Not +=, which would count a repeated token once.
         np.add.at(view(output_bin_counts_ptr), (token_rows, emitted), 1)
