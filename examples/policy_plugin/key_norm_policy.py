@@ -21,7 +21,6 @@ from vllm_d2cache.policies import (
     StepOutcome,
     StepPlan,
     canvas_to_positions,
-    nothing,
 )
 
 
@@ -99,4 +98,4 @@ class KeyNormPolicy(CachePolicy):
         smallest = (view.position < self.option("smallest", view).unsqueeze(1)).expand_as(order)
         chosen = torch.zeros_like(window).scatter_(1, order, smallest) & view.in_text
         fresh = canvas_to_positions(view.in_window | outcome.committed, view)
-        return StepPlan(window | fresh | chosen, nothing(view))
+        return StepPlan(window | fresh | chosen)

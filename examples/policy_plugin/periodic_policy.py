@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from vllm_d2cache.policies import CachePolicy, CanvasView, Number, RequestOptions, StepOutcome, StepPlan, nothing
+from vllm_d2cache.policies import CachePolicy, CanvasView, Number, RequestOptions, StepOutcome, StepPlan
 
 
 class PeriodicPolicy(CachePolicy):
@@ -24,4 +24,4 @@ class PeriodicPolicy(CachePolicy):
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """All requests of the step at once; each row of a tensor is a request and depends on that row alone."""
         due = (view.step % self.option("period", view) == 0).unsqueeze(1)
-        return StepPlan(torch.where(due, view.in_text, self.read_from(view.in_window, view)), nothing(view))
+        return StepPlan(torch.where(due, view.in_text, self.read_from(view.in_window, view)))

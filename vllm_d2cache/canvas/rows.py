@@ -49,6 +49,8 @@ class StepRows:
     place: torch.Tensor  # [R, G] int64, which of the n each predicted slot is
     logits_rows: torch.Tensor  # [n + v] int64 into N, one for each predicted slot, then those of the extra rows
     extra: list[int]  # of each request: rows behind the text
+    fresh: bool = True  # whether this may be the first step of some request
+    exact: bool = False  # no row is padding, nor a predicted slot; a mechanism may make padding of these
 
     @property
     def text_positions(self) -> torch.Tensor:

@@ -31,6 +31,7 @@ class BatchTexts(NamedTuple):
     width: int  # G, the widest
     used: frozenset[str]  # see CanvasView
     ordered: bool  # whether some text is written from left to right
+    one_window: bool  # see CanvasView
 
 
 class CanvasStates:
@@ -46,6 +47,8 @@ class CanvasStates:
         self.device = device
         self.requests: dict[int, Request] = {}
         self.unseen: set[int] = set()  # slots with positions that no step has computed yet
+        # Slots whose plan says more than what to refresh. Of all others the tables hold what goes without saying.
+        self.told: set[int] = set()
         self._standing = Standing(self._batch)
         # The texts read or written last, and whose they are: read again only when other requests have a step.
         self._latest: tuple[list[int], CanvasView] | None = None
@@ -84,6 +87,7 @@ class CanvasStates:
         p, g, t = request.prompt_len, request.canvas_len, request.length
         self.requests[slot], self._latest = request, None
         self.unseen.add(slot)
+        self.told.add(slot)  # of whoever had the slot before
         self._standing.forget()
         self._set_stop_ids(slot, request.sampling.stop_token_ids, writes)
         self.masked[slot], self.terminal[slot] = False, False
@@ -140,6 +144,7 @@ class CanvasStates:
             max(r.canvas_len for r in requests),
             frozenset().union(*(r.options.used for r in requests)),
             any(r.options.ordered for r in requests),
+            all(not r.options.block and r.options.window_length(r.canvas_len) == r.canvas_len for r in requests),
         )
 
     def see(self, slots: Sequence[int]) -> None:
@@ -167,7 +172,7 @@ class CanvasStates:
         batch = self.batch(slots_host)
         tables = (*self._flags(batch.width), self.counts, self.numbers)
         texts = read_texts(slots, *tables, batch.width, self.traits.block_length)
-        view = CanvasView(slots, texts, max(batch.lengths), batch.used)
+        view = CanvasView(slots, texts, max(batch.lengths), batch.used, batch.one_window)
         self._latest = (list(slots_host), view)
         return view
 
@@ -194,8 +199,8 @@ class CanvasStates:
         integers, floats, masked, _ = view.texts
         edits = Edits(committed, token, revoked, revised, held)
         tables = (self.tokens, *self._flags(masked.shape[1]), self.counts, self.stop_ids)
-        mask, block = self.traits.mask_token_id, self.traits.block_length
-        found = commit_texts(view.slots, integers, masked, edits, *tables, mask, view.num_positions, block)
+        numbers = (self.traits.mask_token_id, view.num_positions, self.traits.block_length)
+        found = commit_texts(view.slots, integers, masked, edits, *tables, *numbers, view.one_window)
         after = view.after(Texts(found.integers, floats, found.masked, found.live))
         # Whoever selects lines of a view commits nothing to them.
         self._latest = (self._latest[0], after) if self._latest and self._latest[1] is view else None

@@ -44,6 +44,7 @@ class CanvasView(Lines):
     # Options that are off at 0 and that some request of the step has turned on. For the others nothing has to be
     # computed, and the host knows it.
     used: frozenset[str] = frozenset(SWITCHES)
+    one_window: bool = False  # the window of each of these texts is its whole canvas
 
     @property
     def masked(self) -> torch.Tensor:

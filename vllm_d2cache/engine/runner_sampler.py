@@ -79,7 +79,7 @@ class D2CacheSampler:
         if state.tracer:
             state.tracer.step(rows, result, canvas, closed.stats.confidence)
         # The worker's computed count stays where the scheduler rolls it back to.
-        rejected = canvas.row_budget[rows.view.slots]
+        rejected = canvas.row_budget.index_select(0, rows.view.slots)
         logprobs = closed.logprobs
         if logprobs is not None:
             logprobs = LogprobsTensors(*logprobs[:3], step.starts_of_batch(logprobs.starts))

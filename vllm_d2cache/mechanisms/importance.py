@@ -56,6 +56,7 @@ class ImportanceCapture(Hook):
         positions: [N] int64, refreshed position of each row.
         tensor_parallel: None on a single rank.
         bounds: what decides in place of ``layout.counts`` who keeps a map; in a graph those are capacities.
+        request: [N] int64, whose each row is; None = not known on the device.
     """
 
     layout: PagedLayout
@@ -64,6 +65,7 @@ class ImportanceCapture(Hook):
     pool: MapPool
     tensor_parallel: TensorParallel | None = None
     bounds: list[int] | None = None
+    request: torch.Tensor | None = None
     layers: list[LayerRecord] = field(default_factory=list)
 
     @cached_property
@@ -111,9 +113,8 @@ class ImportanceCapture(Hook):
             return None
         for i, layer in enumerate(self.layers):
             self.layers[i] = self._at_full_rows(layer)  # one at a time: the queries of all layers are large
-        return batched_rollout(
-            self.positions, self.layers, self.layout, self.wanted, num_positions, self.tensor_parallel
-        )
+        place = (self.layout, self.wanted, num_positions, self.tensor_parallel, self.request)
+        return batched_rollout(self.positions, self.layers, *place)
 
     def _at_full_rows(self, layer: LayerRecord) -> LayerRecord:
         """The layer as if it had computed all rows of the step: some policies of mates leave rows out of a layer."""
@@ -186,7 +187,7 @@ class ImportanceMaps(Mechanism):
 
     def open(self, rows: StepRows, members: Members, canvas: CanvasStates) -> ImportanceHook:
         wanted = [r in members for r in range(len(rows.slots))]
-        return ImportanceHook(wanted, rows.text_positions, self.pool, self.worker.tensor_parallel)
+        return ImportanceHook(wanted, rows.text_positions, rows.request, self.pool, self.worker.tensor_parallel)
 
 
 @dataclass
@@ -195,11 +196,14 @@ class ImportanceHook(Hook):
 
     wanted: list[bool]
     positions: torch.Tensor  # [N - S] int64
+    request: torch.Tensor  # [N - S] int64
     pool: MapPool
     tensor_parallel: TensorParallel | None
 
     def place(self, layout: PagedLayout) -> None:
-        self.capture = ImportanceCapture(layout, self.wanted, self.positions, self.pool, self.tensor_parallel)
+        self.capture = ImportanceCapture(
+            layout, self.wanted, self.positions, self.pool, self.tensor_parallel, request=self.request
+        )
 
     def maps(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float, layout: PagedLayout) -> AttentionMaps:
         return self.capture.start_layer(query, kv_cache, scale, layout)

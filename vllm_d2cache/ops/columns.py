@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -16,9 +17,33 @@ def columns(width: int, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
+def line_numbers(count: int, device: torch.device) -> torch.Tensor:
+    """[count] int64: 0, 1, 2 and so on. Shared: it is never written."""
+    return torch.arange(count, device=device)
+
+
+@lru_cache(maxsize=64)
 def zeros(count: int, device: torch.device) -> torch.Tensor:
     """[count] int64: zeros. Shared: they are never written."""
     return torch.zeros(count, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=64)
+def nobody(count: int, device: torch.device) -> torch.Tensor:
+    """[count] bool: False. Shared: it is never written."""
+    return torch.zeros(count, dtype=torch.bool, device=device)
+
+
+def numbers_of(table: torch.Tensor) -> tuple[Any, ...]:
+    """What ``table`` holds, as tuples of numbers, which are kept with it: it is not written any more.
+
+    For twins of PyTorch: where kernels run, the host would wait.
+    """
+    found: tuple[Any, ...] | None = table.__dict__.get("_d2cache_numbers")
+    if found is None:
+        numbers = table.tolist()
+        found = table.__dict__["_d2cache_numbers"] = tuple(map(tuple, numbers) if table.dim() > 1 else numbers)
+    return found
 
 
 def first_columns(table: torch.Tensor, width: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_d2cache.ops.columns import numbers_of
 from vllm_d2cache.ops.dispatch import dispatched
 
 # exp(-d^2 / 2 sigma^2) is below fp32's smallest normal number beyond this many sigmas: farther terms are zero.
@@ -37,12 +38,13 @@ def certainty_density(
         [R, G] float32, 0 past a row's canvas.
     """
     # They change with the requests of a batch alone, and are worked out when these do.
-    terms = _terms(tuple(canvas_len.tolist()), tuple(sigma.tolist()), known.shape[1], known.device)
+    terms = _terms(numbers_of(canvas_len), numbers_of(sigma), known.shape[1], known.device)
     inside = known.gather(1, terms.source)
     # A mask is unknown: of two flags the one is greater where it alone is True.
     seen = terms.seen > inside if masks else terms.seen & inside
     sums = _weighted((seen | terms.known).double(), terms.weights)
-    return torch.where(terms.applies, (sums[:, : known.shape[1]] / terms.norm).float(), terms.otherwise)
+    density = (sums[:, : known.shape[1]] / terms.norm).float()
+    return density if terms.everywhere else torch.where(terms.applies, density, terms.otherwise)
 
 
 class _Terms(NamedTuple):
@@ -57,6 +59,7 @@ class _Terms(NamedTuple):
     norm: torch.Tensor  # [R, 1] float64
     applies: torch.Tensor  # [R, G] bool, where there is a density;
     otherwise: torch.Tensor  # [R, G] float32: elsewhere
+    everywhere: bool  # whether there is no elsewhere
 
 
 def _weighted(extended: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -66,7 +69,7 @@ def _weighted(extended: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     rows, each, _ = stretches.shape
     at_once = max(1, _TILE_ELEMENTS // around)
     if rows * each <= at_once:
-        return _product(stretches, weights).reshape(rows, -1)
+        return _product(stretches, weights).view(rows, -1)
     step = max(1, at_once // each)
     parts = [
         (stretches[i : i + step], weights[i : i + step] if len(weights) > 1 else weights) for i in range(0, rows, step)
@@ -94,7 +97,8 @@ def _terms(canvas_len: tuple[int, ...], sigma: tuple[float, ...], width: int, de
     in_canvas, safe = slot[:, reach : reach + width] < length, wide.double().clamp(min=1e-6)
     weights = _weights(safe[:1] if len(set(sigma)) == 1 else safe, reach)
     norm = _normaliser(length, safe)
-    return _Terms(source, seen, known, weights, norm, in_canvas & (wide > 0), in_canvas.float())
+    applies = in_canvas & (wide > 0)
+    return _Terms(source, seen, known, weights, norm, applies, in_canvas.float(), bool(applies.all()))
 
 
 def _weights(sigma: torch.Tensor, reach: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ _NUMPY: dict[torch.dtype, Any] = {
 }
 
 
-def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def upload(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The numbers, or lists of them, as a tensor; on CUDA through pinned memory, or the copy would block."""
     if device.type == "cpu":
         return torch.from_numpy(np.array(values, dtype=_NUMPY[dtype]))

@@ -55,6 +55,7 @@ class PagedLayout:
     # [N] int32, the span of each row: it attends to positions before this one; ascending within a request but for its
     # padding. None = all rows see their whole text.
     limits: torch.Tensor | None = None
+    exact: bool = False  # no row is padding
     # What kernels read of the lists above; layouts of one step share it, whatever rows and keys their layers have.
     numbers: Numbers = field(default_factory=Numbers, repr=False, compare=False)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_d2cache.ops.canvas_columns import at_positions, at_slots
-from vllm_d2cache.ops.columns import columns, lines_of, write_lines
+from vllm_d2cache.ops.columns import columns, lines_of, numbers_of, write_lines
 from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.text_columns import TextColumns, position_map, slot_map, text_columns, window_columns
 
@@ -42,6 +42,8 @@ def select_masked(
     live: torch.Tensor,
     outcome: Outcome,
     follows: bool = True,
+    fresh: bool = True,
+    one_window: bool = False,
 ) -> torch.Tensor:
     """Stage 1 [R, G] bool: the ``current_k`` masked slots with the best confidence times density (section 3.3).
 
@@ -53,24 +55,30 @@ def select_masked(
         density: [R, G] float32, of known text around each slot.
         integers: [10, R] int64 (ops.texts.Texts).
         masked, live: [R, G] bool, after the step's commits.
-        follows: some request's ``latest`` may be 1.
+        follows, fresh: some request's ``latest`` may be 1; this may have been some request's first step. A kernel reads
+            each one's own anyway.
+        one_window: the window of each of these texts is its whole canvas. A kernel asks each one's window anyway.
     """
-    _, canvas_len, _, _, _, length, *_ = map(tuple, integers.tolist())
+    _, canvas_len, _, _, _, length, *_ = numbers_of(integers)
     width, line = masked.shape[1], slots.unsqueeze(1)
-    window = window_columns(tuple(outcome.window_start.tolist()), width, length, canvas_len, slots.device)
-    first = outcome.first.unsqueeze(1)
-    update = outcome.predicted & (first | (latest.take(line) == 1) if follows else first)
-    kept = torch.where(update, outcome.score, lines_of(memory, slots, width).masked_fill_(first, 0.0))
-    write_lines(memory, slots, kept)
+    start = (0,) * len(length) if one_window else tuple(outcome.window_start.tolist())
+    window = window_columns(start, width, length, canvas_len, slots.device)
+    kept = lines_of(memory, slots, width)
+    if follows or fresh:
+        first = outcome.first.unsqueeze(1)
+        update = outcome.predicted & (first | (latest.take(line) == 1) if follows else first)
+        kept = torch.where(update, outcome.score, kept.masked_fill_(first, 0.0))
+        write_lines(memory, slots, kept)
     score = kept * density  # 0 behind a canvas, as the density is
     # A bonus of the best score puts the current window's slots before all others.
     score = torch.addcmul(score, window.ones, score.amax(1, keepdim=True))
 
-    remaining, k = masked & live, current_k.take(line)
-    # The search window ends with the window that holds the k-th remaining slot: before a slot's own window there are
-    # fewer of them than k.
-    before = remaining.cumsum(1).add_(remaining, alpha=-1).gather(1, window.begin)
-    eligible = remaining & window.behind_start & (before < k)
+    eligible, k = masked & live, current_k.take(line)
+    if not one_window:
+        # The search window ends with the window that holds the k-th remaining slot: before a slot's own window there
+        # are fewer of them than k.
+        before = eligible.cumsum(1).add_(eligible, alpha=-1).gather(1, window.begin)
+        eligible = eligible & window.behind_start & (before < k)
     index = torch.where(eligible, score, -torch.inf).argsort(dim=1, descending=True, stable=True)
     best = columns(width, slots.device) < k
     return best.scatter(1, index, best).logical_and_(eligible)  # all of it is written over
@@ -100,7 +108,7 @@ def select_context(
         integers: [10, R] int64 (ops.texts.Texts).
         shift: a slot is read from the position that many in front of it.
     """
-    prompt_len, canvas_len, *_ = map(tuple, integers.tolist())
+    prompt_len, canvas_len, *_ = numbers_of(integers)
     text = text_columns(prompt_len, importance.shape[1], canvas_len, importance.device)
     return _context(importance, certain, selected, text, rollout_p, shift)
 
@@ -116,7 +124,7 @@ def _context(
     """As :func:`select_context` says."""
     # The last prompt position, which a shifted family may have in stage 1, is a candidate of stage 2 all the same. Of
     # two flags the one is greater where it alone is True.
-    share = _rollout_share(importance, text.inside > (certain & text.behind_prompt))
+    share = _rollout_share(importance, text.inside > (certain & text.behind_prompt if shift else certain))
     chosen = _head_of_mass(share, rollout_p).logical_or_(certain)
     if shift:
         # The last prompt position serves slot 0 alone (section 3.5, point 3).
@@ -153,7 +161,7 @@ def choose_refresh(
         inflates, follows: some request's ``inflate_w`` may be more than 1, its ``latest`` may be 1. A kernel reads each
             one's own anyway.
     """
-    prompt_len, canvas_len, *_ = map(tuple, integers.tolist())
+    prompt_len, canvas_len, *_ = numbers_of(integers)
     device, total, width = slots.device, importance.shape[1], masked.shape[1]
     first, where = tuple(p - shift for p in prompt_len), (width, canvas_len, total, device)
     if shift:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
 
+from vllm_d2cache.ops.columns import line_numbers
 from vllm_d2cache.ops.dispatch import dispatched
-from vllm_d2cache.ops.host import upload_arrays
+from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.paged_attention import AttentionMaps, MapGroup, PagedLayout, attention_map_product, read_kv
 
 _SUM = 0  # of torch.embedding_bag's modes
@@ -52,6 +53,7 @@ def batched_rollout(
     wanted: list[bool],
     num_positions: int,
     tensor_parallel: TensorParallel | None,
+    request: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Importance of every position of the requests that want it.
 
@@ -61,16 +63,17 @@ def batched_rollout(
         wanted: for each request; one without a kept map must have its rows in the layers' ``queries``.
         num_positions: width of the result.
         tensor_parallel: None on a single rank.
+        request: [N] int64, whose each row is, where that is known on the device; kernels do not ask.
 
     Returns:
         [R, num_positions] float32; 0 in rows of other requests and past a request's own positions.
     """
     groups = layers[0].maps.plan.groups if layers else []
     if len(groups) == 1 and groups[0].requests == list(range(len(wanted))) and groups[0].pitch >= num_positions:
-        return _rollout_of_group(positions, layers, layout, groups[0], tensor_parallel)[:, :num_positions]
+        return _rollout_of_group(positions, request, layers, layout, groups[0], tensor_parallel)[:, :num_positions]
     out = torch.zeros(len(wanted), num_positions, device=positions.device)
     for group in groups:
-        lines = _rollout_of_group(positions, layers, layout, group, tensor_parallel)[:, :num_positions]
+        lines = _rollout_of_group(positions, None, layers, layout, group, tensor_parallel)[:, :num_positions]
         out[group.requests, : lines.shape[1]] = lines
     grouped = {r for group in groups for r in group.requests}
     offset = 0
@@ -88,6 +91,7 @@ def batched_rollout(
 
 def _rollout_of_group(
     positions: torch.Tensor,
+    owners: torch.Tensor | None,
     layers: list[LayerRecord],
     layout: PagedLayout,
     group: MapGroup,
@@ -101,16 +105,17 @@ def _rollout_of_group(
     device, pitch = positions.device, group.pitch
     counts = [layout.counts[r] for r in group.requests]
     own, all_shares = _shares(tuple(layout.lengths[r] for r in group.requests), pitch, device)
-    owner, slots = np.arange(len(counts)).repeat(counts), layout.slots
-    numbers = [owner, np.cumsum(counts) - counts, np.arange(len(owner))]
-    if len(owner) < len(positions):
-        starts = list(accumulate(layout.counts, initial=0))
-        rows = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in group.requests])
-        owners, bags, each, row = upload_arrays([*numbers, rows], device)
-        positions, slots = positions[row], slots[row]
-    else:
-        owners, bags, each = upload_arrays(numbers, device)
-    at = torch.where(slots >= 0, positions, pitch).add_(owners, alpha=pitch + 1)
+    starts, slots, each = _starts(counts), layout.slots, line_numbers(sum(counts), device)
+    if len(each) < len(positions):
+        begin = _starts(layout.counts)
+        rows = [range(begin[r], begin[r] + layout.counts[r]) for r in group.requests]
+        row = upload(list(chain.from_iterable(rows)), torch.int64, device)
+        positions, slots, owners = positions[row], slots[row], None
+    if owners is None:
+        owners = upload(np.arange(len(counts)).repeat(counts), torch.int64, device)
+    bags = upload(starts, torch.int64, device)
+    column = positions if layout.exact else torch.where(slots >= 0, positions, pitch)
+    at = torch.add(column, owners, alpha=pitch + 1)
     lines = all_shares.clone()
     share, text = lines.view(-1), lines[:, :pitch]
     kept = torch.ones_like(share).index_fill_(0, at, 0.5)
@@ -122,6 +127,11 @@ def _rollout_of_group(
             product = tensor_parallel.all_reduce(product) / tensor_parallel.size
         text.add_(product)
     return torch.where(own, text, 0.0)
+
+
+def _starts(counts: list[int]) -> list[int]:
+    """Where the rows of each begin."""
+    return list(accumulate(counts, initial=0))[:-1]
 
 
 @lru_cache(maxsize=8)

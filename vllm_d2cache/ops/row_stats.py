@@ -184,7 +184,8 @@ def tile_stats(
     if want_entropy:
         entropy = -(probs * (probs + 1e-10).log()).sum(-1)
     mask = _column(mask_token_id, logits.device)
-    probs.index_fill_(1, mask, 0.0)
+    if params.samples or scaled:  # else the token below is another one, and no other probability is read
+        probs.index_fill_(1, mask, 0.0)
     # Not the argmax of the probabilities: under a mask logit far above the others they are all zero.
     logits.index_fill_(1, mask, -torch.inf)
     token = logits.argmax(-1)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_d2cache.ops.canvas_columns import at_positions, at_slots
-from vllm_d2cache.ops.columns import cells_of, columns, first_columns, lines_of, write_lines
+from vllm_d2cache.ops.columns import cells_of, columns, first_columns, lines_of, numbers_of, write_lines
 from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.packing import pack_columns
 from vllm_d2cache.ops.text_columns import position_map, slot_map, text_columns, window_columns
@@ -55,6 +55,8 @@ def choose_rows(
     ordered: bool,
     shift: int,
     num_positions: int,
+    told: bool = True,
+    one_window: bool = False,
 ) -> Choice:
     """What the plans of the last step come to now.
 
@@ -71,13 +73,16 @@ def choose_rows(
             than a step goes cannot.
         shift: a slot is read from the position that many in front of it.
         num_positions: T.
+        told: some of these plans observes slots, or names those that may be committed. A kernel looks it up anyway.
+        one_window: the window of each of these texts is its whole canvas. A kernel asks each one's window anyway.
     """
-    prompt_len, canvas_len, start, _, _, window, *_ = map(tuple, integers.tolist())
+    prompt_len, canvas_len, start, _, _, window, *_ = numbers_of(integers)
     width, device, open_slots = masked.shape[1], slots.device, masked & live
     first, text = tuple(p - shift for p in prompt_len), text_columns(prompt_len, num_positions, canvas_len, device)
     chosen = lines_of(refresh, slots, num_positions) & text.inside
-    inside = window_columns(start, width, window, canvas_len, device).inside
-    may_go = inside & lines_of(eligible, slots, width)
+    inside = may_go = window_columns(start, width, window, canvas_len, device).inside
+    if told:
+        may_go = inside & lines_of(eligible, slots, width)
     if ordered:
         slot, run = columns(width, device), integers[9].unsqueeze(1)
         lead = open_slots.max(1, keepdim=True).indices  # the leftmost of equals
@@ -85,15 +90,20 @@ def choose_rows(
         may_go = (may_go & ((slot < lead + run) | (run == 0))) | at_lead
         leads = position_map(first, width, canvas_len, num_positions, device)
         chosen = chosen | at_positions(at_lead, leads, num_positions)
-    wanted = lines_of(observe, slots, width)
-    if observes_all is not None:
-        wanted = wanted | observes_all.unsqueeze(1)
     computed = at_slots(chosen, slot_map(first, width, canvas_len, num_positions, device))
     predictable = computed & open_slots
-    predicted = predictable & (may_go | wanted)
+    if one_window and not told and not ordered:
+        candidates = predicted = predictable  # all of it may go
+    else:
+        candidates, wanted = predictable & may_go, may_go
+        if told:
+            wanted = wanted | lines_of(observe, slots, width)
+        if observes_all is not None:
+            wanted = wanted | observes_all.unsqueeze(1)
+        predicted = predictable & wanted
     if revises is not None:
         predicted = predicted | (computed & inside & revises.unsqueeze(1))
-    return Choice(chosen, predictable & may_go, predicted, torch.stack([chosen.sum(1), predicted.sum(1)]))
+    return Choice(chosen, candidates, predicted, torch.stack([chosen.sum(1), predicted.sum(1)]))
 
 
 @dispatched(_TRITON)
@@ -156,7 +166,7 @@ def _pack_all(
 def store_plan(
     slots: torch.Tensor,
     refresh: torch.Tensor,
-    observe: torch.Tensor,
+    observe: torch.Tensor | None,
     candidates: torch.Tensor | None,
     tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
@@ -165,10 +175,12 @@ def store_plan(
     Args:
         slots: [R] int64.
         refresh: [R, T] bool.
-        observe, candidates: [R, G] bool; no candidates = all may go.
+        observe, candidates: [R, G] bool; no candidates = all may go. Without ``observe`` both tables stay as they are.
         tables: [S, L] bool of each, in that order; written.
     """
     write_lines(tables[0], slots, refresh)
+    if observe is None:
+        return
     write_lines(tables[1], slots, observe)
     if candidates is None:
         first_columns(tables[2], observe.shape[1]).index_fill_(0, slots, True)
@@ -204,13 +216,20 @@ def spread(
 
 @dispatched(_TRITON)
 def page_slots(
-    table: torch.Tensor, request: torch.Tensor, positions: torch.Tensor, live: torch.Tensor, block_size: int
+    table: torch.Tensor,
+    request: torch.Tensor,
+    positions: torch.Tensor,
+    live: torch.Tensor,
+    block_size: int,
+    exact: bool = False,
 ) -> torch.Tensor:
     """[N] int64: flat KV slot of each row, -1 where ``live`` [N] is False.
 
     Args:
         table: [R, blocks] int, KV block ids of each request.
         request, positions: [N] int64.
+        exact: all of ``live`` is True. A kernel asks each row anyway.
     """
     block = table.take(cells_of(request, positions // block_size, table))
-    return torch.where(live, torch.add(positions % block_size, block, alpha=block_size), -1)
+    slots = torch.add(positions % block_size, block, alpha=block_size)
+    return slots if exact else torch.where(live, slots, -1)

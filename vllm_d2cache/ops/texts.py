@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_d2cache.ops.columns import cells_of, columns, lines_of, write_lines, zeros
+from vllm_d2cache.ops.columns import cells_of, columns, lines_of, numbers_of, write_lines, zeros
 from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.text_columns import canvas_columns
 
@@ -135,6 +135,7 @@ def commit_texts(
     mask_token_id: int,
     num_positions: int,
     block_length: int | None,
+    one_window: bool = False,
 ) -> Committed:
     """Write the committed tokens, mask the revoked ones, and count the step, in the tables of all slots.
 
@@ -148,10 +149,11 @@ def commit_texts(
         stop_ids: [S, n] int32, -1 where there is none.
         num_positions: T.
         block_length: as for :func:`read_texts`.
+        one_window: the window of each of these texts is its whole canvas. A kernel asks each one's window anyway.
     """
-    prompt_lens, canvas_lens, *_ = integers.tolist()
+    prompt_lens, canvas_lens, *_ = numbers_of(integers)
     committed, token, revoked, revised, held = edits
-    lengths = (tuple(prompt_lens), committed.shape[1], tuple(canvas_lens))
+    lengths = (prompt_lens, committed.shape[1], canvas_lens)
     cells = canvas_columns(*lengths, tokens.shape[1], slots.device)
     changes = [committed.sum(1), zeros(slots.shape[0], slots.device)]
     terminal_before = lines_of(terminal, slots, committed.shape[1])
@@ -168,13 +170,16 @@ def commit_texts(
         ends &= ~revoked
         changes[1] = revoked.sum(1)
     after = integers + _step_more(integers.device)
-    prompt_len, _, window_start, _, window_step, window, *_ = after.unbind()
-    live, start = _windows(left, ends, prompt_len, window, block_length)
-    if held is not None:
-        start = torch.where(held, window_start, start)
-        counts[5, slots], counts[6, slots] = held.long(), start
-    window_step.mul_(start == window_start)  # from 0 where a window begins
-    window_start.copy_(start)
+    if one_window and held is None:  # it begins at slot 0, before and after
+        live = live_slots(ends)
+    else:
+        prompt_len, _, window_start, _, window_step, window, *_ = after.unbind()
+        live, start = _windows(left, ends, prompt_len, window, block_length)
+        if held is not None:
+            start = torch.where(held, window_start, start)
+            counts[5, slots], counts[6, slots] = held.long(), start
+        window_step.mul_(start == window_start)  # from 0 where a window begins
+        window_start.copy_(start)
     tokens.put_(where, text)
     write_lines(masked, slots, left)
     write_lines(terminal, slots, ends)
@@ -218,8 +223,8 @@ def emit_texts(
         tokens: [S, L] int32 by position.
         counts: [7, S] int64, COUNTS; what is emitted is written.
     """
-    prompt_len, canvas_len, *_ = integers.tolist()
-    lengths = (tuple(prompt_len), masked.shape[1], tuple(canvas_len))
+    prompt_len, canvas_len, *_ = numbers_of(integers)
+    lengths = (prompt_len, masked.shape[1], canvas_len)
     cells = canvas_columns(*lengths, tokens.shape[1], masked.device)
     # Slots of the canvas with no mask up to there: the number of masks is less than True there alone.
     done = (masked.cumsum(1) < cells.inside).sum(1)

@@ -6,7 +6,7 @@ What the author of a policy needs, in one place; decoders and mechanisms have th
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions, positions_to_canvas
 from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Choice, Number
-from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 from vllm_d2cache.policies.registry import POLICY_CLASSES
 
 __all__ = [
@@ -19,6 +19,5 @@ __all__ = [
     "StepOutcome",
     "StepPlan",
     "canvas_to_positions",
-    "nothing",
     "positions_to_canvas",
 ]

@@ -27,6 +27,7 @@ class StepOutcome(Lines):
     window_start: torch.Tensor  # [R] int64, the window in which this step committed
     first: torch.Tensor  # [R] bool, the request's first step
     entropy: torch.Tensor | None = None  # [R, G] float32, nats, 0 where not predicted; None where no policy reads it
+    fresh: bool = True  # whether ``first`` may be True of some request
     found: tuple[Finding, ...] = ()  # by the mechanisms of the step
 
     def of(self, kind: type[F]) -> F:
@@ -39,7 +40,7 @@ class StepPlan:
     """What a cache policy wants of the next step."""
 
     refresh: torch.Tensor  # [R, T] bool, positions whose K and V are recomputed
-    observe: torch.Tensor  # [R, G] bool, slots whose statistics the policy wants besides the window's
+    observe: torch.Tensor | None = None  # [R, G] bool, slots whose statistics it wants besides the window's
     candidates: torch.Tensor | None = None  # [R, G] bool, slots that may be committed; None = all of the window
     wishes: tuple[Wish, ...] = ()  # one for each mechanism of the policy that takes any
 
@@ -110,13 +111,8 @@ class CachePolicy(ABC):
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """The plan of a request's first step: everything, as nothing is cached yet."""
-        return StepPlan(view.in_text, nothing(view))
+        return StepPlan(view.in_text)
 
     @abstractmethod
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """The plan of the next step, from the canvases after this step's commits and what the step found."""
-
-
-def nothing(view: CanvasView) -> torch.Tensor:
-    """[R, G] bool, no slot: the ``observe`` of a policy that reads no statistics of its own."""
-    return torch.zeros_like(view.masked)

@@ -13,7 +13,7 @@ from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Choice
-from vllm_d2cache.policies.base import StepOutcome, StepPlan, nothing
+from vllm_d2cache.policies.base import StepOutcome, StepPlan
 from vllm_d2cache.policies.open_block import Due, OpenBlockPolicy, between
 
 _OFF, _ON = "off", "on"
@@ -46,4 +46,4 @@ class BlockPolicy(OpenBlockPolicy):
         window = view.prompt_len + view.window_start
         partial = due.again & (self.option("block_cache", view) > 0) & ~self.masked_at(view, window)
         alone = between(view, window, window + view.options.window)
-        return StepPlan(torch.where(partial.unsqueeze(1), alone, due.whole), nothing(view))
+        return StepPlan(torch.where(partial.unsqueeze(1), alone, due.whole))

@@ -90,7 +90,8 @@ class D2CachePolicy(CachePolicy):
         kept = self._first_columns.of(self.memory, masked.shape[1])
         memory = (kept, column["confidence_memory"], column["current_k"])
         follows = bool(self._follows)
-        selected = select_masked(view.slots, *memory, density, integers, masked, live, found, follows)
+        known = (follows, outcome.fresh, view.one_window)
+        selected = select_masked(view.slots, *memory, density, integers, masked, live, found, *known)
         importance = outcome.of(Importance).values
         if self.waiting is not None:
             return self._within_budget(importance, selected, view, outcome)
@@ -106,7 +107,7 @@ class D2CachePolicy(CachePolicy):
             bool(self._inflates),
             follows,
         )
-        return StepPlan(refresh, observe)
+        return StepPlan(refresh, observe if follows else None)
 
     def _within_budget(
         self, importance: torch.Tensor, selected: torch.Tensor, view: CanvasView, outcome: StepOutcome

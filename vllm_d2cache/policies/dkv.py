@@ -12,7 +12,7 @@ import torch
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Choice, Number
-from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 
 DECODE, PREFILL, PD = VARIANTS = ("decode", "prefill", "pd")
 
@@ -51,7 +51,7 @@ class DKVPolicy(CachePolicy):
         changing = self._with_source(view.masked, view) | canvas_to_positions(outcome.committed, view)
         refreshable = torch.where(decode, view.in_text, canvas)
         always = torch.where(variant == VARIANTS.index(PREFILL), canvas, changing)
-        return StepPlan(torch.where(due, refreshable, always), nothing(view))
+        return StepPlan(torch.where(due, refreshable, always))
 
     def _with_source(self, slots: torch.Tensor, view: CanvasView) -> torch.Tensor:
         """[R, T] bool: the positions of ``slots`` and those their logits are read from.

@@ -12,7 +12,7 @@ import torch
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.stored_outputs import StoredOutputs, StoresOutputs
 from vllm_d2cache.options.types import Number
-from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 
 
 class DLLMCachePolicy(CachePolicy):
@@ -52,7 +52,7 @@ class DLLMCachePolicy(CachePolicy):
             proxy_rank=self._proxy_rank(view),
         )
         refresh = torch.where(prompt_due, view.in_text, canvas | source)
-        return StepPlan(refresh, nothing(view), wishes=(stored,))
+        return StepPlan(refresh, wishes=(stored,))
 
     def _due(self, view: CanvasView, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two of [R] bool: the prompt is refreshed; the canvas is."""

@@ -14,7 +14,7 @@ from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.drift import Drift, ReadsDrift
 from vllm_d2cache.options.types import Number
-from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 
 
 class ElasticPolicy(CachePolicy):
@@ -40,7 +40,7 @@ class ElasticPolicy(CachePolicy):
     def first_plan(self, view: CanvasView) -> StepPlan:
         """Everything."""
         self.renewed[view.slots] = True
-        return StepPlan(view.in_text, nothing(view), self._leftmost(view))
+        return StepPlan(view.in_text, candidates=self._leftmost(view))
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Everything after a drift, else the masks at the left and what has changed."""
@@ -52,7 +52,7 @@ class ElasticPolicy(CachePolicy):
         masks = self._leftmost(view)
         partial = canvas_to_positions(masks | outcome.committed, view) | self.read_from(masks, view)
         partial = partial | drift.attended
-        return StepPlan(torch.where(renews.unsqueeze(1), view.in_text, partial), nothing(view), masks)
+        return StepPlan(torch.where(renews.unsqueeze(1), view.in_text, partial), candidates=masks)
 
     def _leftmost(self, view: CanvasView) -> torch.Tensor:
         """[R, G] bool: the masks that are recomputed in every step, and may be committed."""

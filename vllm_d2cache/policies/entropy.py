@@ -12,7 +12,7 @@ import torch
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.options.types import Number
-from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 
 
 class EntropyPolicy(CachePolicy):
@@ -48,7 +48,7 @@ class EntropyPolicy(CachePolicy):
         masked = view.masked & view.in_window
         latest = canvas_to_positions(self._latest(view, outcome), view)
         partial = canvas_to_positions(masked, view) | self.read_from(masked, view) | latest
-        return StepPlan(torch.where(uncertain.unsqueeze(1), view.in_text, partial), nothing(view))
+        return StepPlan(torch.where(uncertain.unsqueeze(1), view.in_text, partial))
 
     def _latest(self, view: CanvasView, outcome: StepOutcome) -> torch.Tensor:
         """[R, G] bool: the last commits. Ties in the order of commitment go to the lower slot."""

@@ -14,7 +14,7 @@ from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.row_exits import LetsRowsExit, RowExits
 from vllm_d2cache.options.types import Number
-from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 
 # Behind the layer at this depth, that share of the rows stays.
 PROPORTION_STEPS = ((1 / 8, 0.5), (1 / 4, 0.25))
@@ -54,7 +54,7 @@ class ESPolicy(CachePolicy):
         self.masked[view.slots, :width] = view.masked
         stays = torch.ones_like(view.slots, dtype=torch.bool)
         exits = self._exits(view, view.in_text, torch.zeros_like(view.masked), stays)
-        return StepPlan(view.in_text, nothing(view), wishes=(exits,))
+        return StepPlan(view.in_text, wishes=(exits,))
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """The window, and at its start all from the first of the last commits on."""
@@ -75,7 +75,7 @@ class ESPolicy(CachePolicy):
         window = canvas_to_positions(view.in_window | changed | since_change & view.in_canvas, view)
         before_end = view.in_text & (view.position < view.prompt_len.unsqueeze(1) + window_end)
         refresh = window | self.read_from(view.in_window, view) | (before_end & prompt_due.unsqueeze(1))
-        return StepPlan(refresh, nothing(view), wishes=(self._exits(view, refresh, changed, stays),))
+        return StepPlan(refresh, wishes=(self._exits(view, refresh, changed, stays),))
 
     def _exits(self, view: CanvasView, refresh: torch.Tensor, changed: torch.Tensor, stays: torch.Tensor) -> RowExits:
         """Who leaves, of the rows ``refresh`` [R, T]; nobody where ``stays`` [R]."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from vllm_d2cache.canvas.view import CanvasView
-from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 
 
 class PrefixPolicy(CachePolicy):
@@ -23,7 +23,7 @@ class PrefixPolicy(CachePolicy):
         """Everything where a window has been completed, else the slots that stay fresh."""
         entered = (view.window_start != outcome.window_start).unsqueeze(1)
         refresh = torch.where(entered, view.in_text, self.read_from(self._fresh(view), view))
-        return StepPlan(refresh, nothing(view))
+        return StepPlan(refresh)
 
     def _fresh(self, view: CanvasView) -> torch.Tensor:
         """[R, G] bool: the slots recomputed in every step of the window."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 from vllm_d2cache.policies.full_blocks import FullInBlocks
@@ -22,4 +20,4 @@ class FullPolicy(CachePolicy):
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """Everything again."""
-        return StepPlan(view.in_text, torch.zeros_like(view.masked))
+        return StepPlan(view.in_text)

@@ -12,7 +12,7 @@ import torch
 from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.options.request import RequestOptions
-from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 
 
 class Due(NamedTuple):
@@ -58,12 +58,12 @@ class OpenBlockPolicy(CachePolicy):
         Args:
             outcome: of the last step; None = there was none.
         """
-        return StepPlan(due.whole, nothing(view))
+        return StepPlan(due.whole)
 
     def first_plan(self, view: CanvasView) -> StepPlan:
         """The prompt's whole blocks, and the one that it ends in."""
         if self.length is None:
-            return StepPlan(view.in_text, nothing(view))
+            return StepPlan(view.in_text)
         self._begun[view.slots] = -1
         start = self.block_start(view, view.window_start)
         return self.choose(view, None, self._due(view, torch.zeros_like(start), start))
@@ -71,7 +71,7 @@ class OpenBlockPolicy(CachePolicy):
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """The open block; and the last one, if the step that it ended with did not have its final tokens yet."""
         if self.length is None:
-            return StepPlan(view.in_text, nothing(view))
+            return StepPlan(view.in_text)
         left, start = self.block_start(view, outcome.window_start), self.block_start(view, view.window_start)
         since = torch.where(self.owes(view, outcome), torch.minimum(left, start), start)
         return self.choose(view, outcome, self._due(view, since, start))

@@ -12,7 +12,7 @@ import torch
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.hidden_keys import HidesKeys, KeptKeys, VisibleKeys
 from vllm_d2cache.options.types import Number
-from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 
 
 class SparseDLLMPolicy(CachePolicy):
@@ -50,4 +50,4 @@ class SparseDLLMPolicy(CachePolicy):
         )
         refresh = torch.where((step <= 1).unsqueeze(1), view.in_text, fresh)
         visible = torch.where((step == 0).unsqueeze(1), view.in_text, fresh)
-        return StepPlan(refresh, nothing(view), wishes=(VisibleKeys(visible, kept),))
+        return StepPlan(refresh, wishes=(VisibleKeys(visible, kept),))

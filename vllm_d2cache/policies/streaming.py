@@ -12,7 +12,7 @@ import torch
 from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.hidden_keys import HidesKeys, VisibleKeys
 from vllm_d2cache.options.types import Number
-from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 
 
 class StreamingPolicy(CachePolicy):
@@ -29,7 +29,7 @@ class StreamingPolicy(CachePolicy):
     def first_plan(self, view: CanvasView) -> StepPlan:
         """All that the first window sees."""
         visible = self._visible(view)
-        return StepPlan(visible, nothing(view), wishes=(VisibleKeys(visible),))
+        return StepPlan(visible, wishes=(VisibleKeys(visible),))
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """All that is seen where a window has been completed, else the window and what is seen behind it."""
@@ -37,7 +37,7 @@ class StreamingPolicy(CachePolicy):
         onwards = canvas_to_positions(view.slot_index >= view.window_start.unsqueeze(1), view)
         fresh = (visible & onwards) | self.read_from(view.in_window, view)
         entered = (view.window_start != outcome.window_start).unsqueeze(1)
-        return StepPlan(torch.where(entered, visible, fresh), nothing(view), wishes=(VisibleKeys(visible),))
+        return StepPlan(torch.where(entered, visible, fresh), wishes=(VisibleKeys(visible),))
 
     def _visible(self, view: CanvasView) -> torch.Tensor:
         """[R, T] bool."""

@@ -13,7 +13,7 @@ import torch
 
 from vllm_d2cache.canvas.view import CanvasView
 from vllm_d2cache.options.types import Number
-from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 
 
 class VicinityPolicy(CachePolicy):
@@ -38,7 +38,7 @@ class VicinityPolicy(CachePolicy):
         every = self.option("cache_update_freq", view)
         again = (view.window_start != outcome.window_start) | ((every > 0) & (step % every.clamp(min=1) == 0))
         due = (step <= self.option("warmup_steps", view)) | ((view.window_start > 0) & again)
-        return StepPlan(torch.where(due.unsqueeze(1), view.in_text, self._vicinity(view)), nothing(view))
+        return StepPlan(torch.where(due.unsqueeze(1), view.in_text, self._vicinity(view)))
 
     def _vicinity(self, view: CanvasView) -> torch.Tensor:
         """[R, T] bool."""

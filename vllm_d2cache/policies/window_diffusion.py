@@ -13,7 +13,7 @@ from vllm_d2cache.canvas.view import CanvasView, canvas_to_positions
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.mechanisms.hidden_keys import HidesKeys, VisibleKeys
 from vllm_d2cache.options.types import Number
-from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan, nothing
+from vllm_d2cache.policies.base import CachePolicy, StepOutcome, StepPlan
 
 
 class WindowDiffusionPolicy(CachePolicy):
@@ -47,7 +47,7 @@ class WindowDiffusionPolicy(CachePolicy):
         """The first step of a phase."""
         self.active[view.slots] = False
         self.visible[view.slots] = False
-        return self._plan(view, torch.zeros_like(view.slots), nothing(view), self._outlook(view))
+        return self._plan(view, torch.zeros_like(view.slots), torch.zeros_like(view.masked), self._outlook(view))
 
     def next_plan(self, view: CanvasView, outcome: StepOutcome) -> StepPlan:
         """The next step of the phase, or the first one of the next."""
@@ -72,7 +72,7 @@ class WindowDiffusionPolicy(CachePolicy):
         inner = _first(_open(view) & in_sight, self.option("inner_window", view))
         refresh = canvas_to_positions(inner | again, view) | self.read_from(inner, view)
         refresh = torch.where((step == 0).unsqueeze(1), visible, refresh)
-        return StepPlan(refresh, nothing(view), inner, (VisibleKeys(visible),))
+        return StepPlan(refresh, None, inner, (VisibleKeys(visible),))
 
     def _outlook(self, view: CanvasView) -> torch.Tensor:
         """[R, T] bool: what a phase that begins now sees."""

@@ -27,15 +27,16 @@ def place_rows(rows: StepRows | None, fills: Fills | None, pages: Pages, block_l
     if rows is not None:
         counts, lengths = list(rows.counts), list(rows.visible)
         where.append(rows.text_positions)
-        slots.append(pages.slots(rows.request, rows.text_positions, rows.live))
+        slots.append(pages.slots(rows.request, rows.text_positions, rows.live, rows.exact))
     if fills is not None:
         owner = fills.request + len(counts)
         counts, lengths = counts + fills.counts, lengths + fills.lengths
         where.append(fills.positions)
-        slots.append(pages.slots(owner, fills.positions, torch.ones_like(owner, dtype=torch.bool)))
+        slots.append(pages.slots(owner, fills.positions, torch.ones_like(owner, dtype=torch.bool), True))
     limits = spans(where[0] if len(where) == 1 else torch.cat(where), block_length)
     to = slots[0] if len(slots) == 1 else torch.cat(slots)
-    return PagedLayout(counts, lengths, pages.table, pages.first_blocks(lengths), to, limits=limits)
+    exact = rows is None or rows.exact
+    return PagedLayout(counts, lengths, pages.table, pages.first_blocks(lengths), to, limits=limits, exact=exact)
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,11 @@ class Pages:
     table: torch.Tensor  # [R, blocks] int, KV block ids; those behind a request's own say nothing
     block_size: int
 
-    def slots(self, request: torch.Tensor, positions: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-        """[N] int64: flat KV slot of each row; -1 for padding, which is not ``live`` [N] bool."""
-        return page_slots(self.table, request, positions, live, self.block_size)
+    def slots(
+        self, request: torch.Tensor, positions: torch.Tensor, live: torch.Tensor, exact: bool = False
+    ) -> torch.Tensor:
+        """[N] int64: flat KV slot of each row; -1 for padding: not ``live`` [N] bool. ``exact``: there is none."""
+        return page_slots(self.table, request, positions, live, self.block_size, exact)
 
     def first_blocks(self, lengths: list[int]) -> list[int]:
         """Of each request of ``lengths`` positions, its first block where its blocks are consecutive, else -1.
@@ -58,16 +61,18 @@ class Pages:
         device = self.table.device
         if device.type != "cpu" or chosen(device) != "torch":
             return [-1] * len(lengths)
-        block, unused = _blocks(tuple(lengths), self.block_size)
-        table = self.table.numpy()[: len(lengths)]
-        first = table[:, :1]
-        consecutive = (table[:, : len(block)] == first + block) | unused
-        return np.where(consecutive.all(1), first[:, 0], -1).tolist()
+        table = self.table.numpy()[: len(lengths), : -(-max(lengths, default=0) // self.block_size)]
+        return _first_blocks(table.tobytes(), table.dtype.str, tuple(lengths), self.block_size)
 
 
 @lru_cache(maxsize=8)
-def _blocks(lengths: tuple[int, ...], block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the blocks that the longest text has [b], and which of them each has not [R, b]. Never written."""
-    used = -(-np.array(lengths) // block_size)
-    block = np.arange(used.max())
-    return block, block >= used[:, None]
+def _first_blocks(table: bytes, dtype: str, lengths: tuple[int, ...], block_size: int) -> list[int]:
+    """Of texts whose blocks are the lines of ``table``: most steps find them as the last one has left them.
+
+    Never written.
+    """
+    used = -(-np.array(lengths, dtype=np.int64) // block_size)
+    blocks = np.frombuffer(table, dtype=dtype).reshape(len(lengths), -1)
+    first, block = blocks[:, :1], np.arange(blocks.shape[1])
+    consecutive = (blocks == first + block) | (block >= used[:, None])
+    return np.where(consecutive.all(1), first[:, 0], -1).tolist()

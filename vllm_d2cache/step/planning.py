@@ -44,11 +44,11 @@ class Planning:
         policy.start(slot, options)
         self._standing.forget()
         view = self.canvas.view(torch.arange(slot, slot + 1, device=self.canvas.device), [slot])
-        self._store(policy.first_plan(view), view)
+        self._store(policy.first_plan(view), view, [slot])
 
     def reads_entropy(self, slots: Sequence[int]) -> bool:
         """Whether some policy of these requests reads the entropy of what was predicted."""
-        return any(policy.reads_entropy for policy, _ in self._standing.of(slots))
+        return any(policy.reads_entropy for policy, *_ in self._standing.of(slots))
 
     def next(self, view: CanvasView, outcome: StepOutcome, slots: Sequence[int]) -> None:
         """Ask each policy for the next plans of its requests.
@@ -57,21 +57,30 @@ class Planning:
             view: after the step's commits.
             slots: of the requests, on the host.
         """
-        for policy, rows in self._standing.of(slots):
+        for policy, rows, own in self._standing.of(slots):
             part, what = (view, outcome) if rows is None else (view.select(rows), outcome.select(rows))
-            self._store(policy.next_plan(part, what), part)
+            self._store(policy.next_plan(part, what), part, own)
 
-    def _of_batch(self, slots: Sequence[int]) -> list[tuple[CachePolicy, torch.Tensor | None]]:
-        """Each policy of these requests, and which lines of the batch are its own: [m] int64, None = all."""
+    def _of_batch(self, slots: Sequence[int]) -> list[tuple[CachePolicy, torch.Tensor | None, list[int]]]:
+        """Each policy of these requests, its lines of the batch, [m] int64, None = all of them, and their slots."""
         members: dict[str, list[int]] = {}
         for i, slot in enumerate(slots):
             members.setdefault(self.canvas.requests[slot].options.policy, []).append(i)
         if len(members) == 1:
-            return [(self.policy(name), None) for name in members]
+            return [(self.policy(name), None, list(slots)) for name in members]
         lines = upload_lists(list(members.values()), torch.int64, self.canvas.device)
-        return [(self.policy(name), rows) for name, rows in zip(members, lines, strict=True)]
+        return [
+            (self.policy(name), rows, [slots[i] for i in mine])
+            for (name, mine), rows in zip(members.items(), lines, strict=True)
+        ]
 
-    def _store(self, plan: StepPlan, view: CanvasView) -> None:
-        tables = self.canvas.plans(plan.refresh.shape[1], plan.observe.shape[1])
-        store_plan(view.slots, plan.refresh, plan.observe, plan.candidates, tables)
+    def _store(self, plan: StepPlan, view: CanvasView, slots: Sequence[int]) -> None:
+        """Keep the plan of the requests in these slots, line by line."""
+        told, observe = self.canvas.told, plan.observe
+        says_more = observe is not None or plan.candidates is not None
+        if observe is None and (says_more or not told.isdisjoint(slots)):
+            observe = torch.zeros_like(view.masked)
+        (told.update if says_more else told.difference_update)(slots)
+        tables = self.canvas.plans(view.num_positions, view.masked.shape[1])
+        store_plan(view.slots, plan.refresh, observe, plan.candidates, tables)
         self.mechanisms.store(view, plan.wishes)

@@ -30,7 +30,8 @@ def select_rows(
     integers, _, masked, live = view.texts
     plans, texts = canvas.plans(view.num_positions, masked.shape[1]), (integers, masked, live)
     wanted = (asks.observes, asks.revises, batch.ordered)
-    chosen = choose_rows(slots, *plans, *texts, *wanted, shift, view.num_positions)
+    told = not canvas.told.isdisjoint(slots_host)
+    chosen = choose_rows(slots, *plans, *texts, *wanted, shift, view.num_positions, told, view.one_window)
     if padded:
         counts = [r.most_rows for r in batch.requests]
         # A predicted slot has a row of its own.
@@ -65,4 +66,6 @@ def select_rows(
         place=packed.place,
         logits_rows=packed.logits_rows,
         extra=[0] * len(counts),
+        fresh=not canvas.unseen.isdisjoint(slots_host),
+        exact=not padded,
     )

@@ -19,6 +19,7 @@ from vllm_d2cache.canvas.rows import StepResult, StepRows
 from vllm_d2cache.canvas.states import CanvasStates
 from vllm_d2cache.mechanisms.base import Mechanisms, Worker
 from vllm_d2cache.observe.counters import StepCounters
+from vllm_d2cache.ops.columns import nobody
 from vllm_d2cache.ops.host import Writes
 from vllm_d2cache.ops.row_stats import RowStats
 from vllm_d2cache.policies.base import StepOutcome
@@ -156,8 +157,9 @@ class StepRunner:
             rows.predicted,
             predicted.score,
             rows.view.window_start,
-            rows.view.step == 0,
+            rows.view.step == 0 if rows.fresh else nobody(len(rows.slots), self.worker.device),
             predicted.entropy if want_entropy else None,
+            rows.fresh,
             found,
         )
         self.planning.next(view, outcome, rows.slots)

@@ -91,6 +91,8 @@ def select_masked(
     live: torch.Tensor,
     outcome: Outcome,
     follows: bool = True,
+    fresh: bool = True,
+    one_window: bool = False,
 ) -> torch.Tensor:
     """See ops.refresh_choice."""
     (rows, width), device = masked.shape, slots.device

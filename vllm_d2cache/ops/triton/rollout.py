@@ -131,6 +131,7 @@ def batched_rollout(
     wanted: list[bool],
     num_positions: int,
     tensor_parallel: TensorParallel | None,
+    request: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ops.rollout. Sums run in a fixed order: the result is the same in every run and beside any mates."""
     device, num_requests = positions.device, len(wanted)

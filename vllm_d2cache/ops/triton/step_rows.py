@@ -108,6 +108,8 @@ def choose_rows(
     ordered: bool,
     shift: int,
     num_positions: int,
+    told: bool = True,
+    one_window: bool = False,
 ) -> Choice:
     """See ops.step_rows."""
     (rows, width), device = masked.shape, slots.device
@@ -246,6 +248,7 @@ def _store_kernel(
     table_width,
     total,
     width,
+    TOLD: tl.constexpr,
     CHOSEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -253,21 +256,23 @@ def _store_kernel(
     line = tl.load(slots + row) * table_width
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     tl.store(kept_refresh + line + at, tl.load(refresh + row * total + at, mask=at < total, other=0), mask=at < total)
-    own, there = row * width + at, at < width
-    tl.store(kept_observe + line + at, tl.load(observe + own, mask=there, other=0), mask=there)
-    may_go = tl.load(candidates + own, mask=there, other=0) if CHOSEN else tl.full((BLOCK,), 1, tl.uint8)
-    tl.store(kept_eligible + line + at, may_go, mask=there)
+    if TOLD:
+        own, there = row * width + at, at < width
+        tl.store(kept_observe + line + at, tl.load(observe + own, mask=there, other=0), mask=there)
+        may_go = tl.load(candidates + own, mask=there, other=0) if CHOSEN else tl.full((BLOCK,), 1, tl.uint8)
+        tl.store(kept_eligible + line + at, may_go, mask=there)
 
 
 def store_plan(
     slots: torch.Tensor,
     refresh: torch.Tensor,
-    observe: torch.Tensor,
+    observe: torch.Tensor | None,
     candidates: torch.Tensor | None,
     tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
     """See ops.step_rows."""
-    (rows, total), width = refresh.shape, observe.shape[1]
+    rows, total = refresh.shape
+    told, observe = observe is not None, refresh if observe is None else observe
     _store_kernel[(rows, triton.cdiv(total, STRETCH))](
         *(table.view(torch.uint8) for table in tables),
         slots,
@@ -276,7 +281,8 @@ def store_plan(
         as_bytes(observe if candidates is None else candidates),
         tables[0].shape[1],
         total,
-        width,
+        observe.shape[1],
+        TOLD=told,
         CHOSEN=candidates is not None,
         BLOCK=STRETCH,
     )
@@ -358,7 +364,12 @@ def _page_slots_kernel(
 
 
 def page_slots(
-    table: torch.Tensor, request: torch.Tensor, positions: torch.Tensor, live: torch.Tensor, block_size: int
+    table: torch.Tensor,
+    request: torch.Tensor,
+    positions: torch.Tensor,
+    live: torch.Tensor,
+    block_size: int,
+    exact: bool = False,
 ) -> torch.Tensor:
     """See ops.step_rows."""
     out = torch.empty_like(positions)

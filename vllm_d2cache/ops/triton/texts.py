@@ -223,6 +223,7 @@ def commit_texts(
     mask_token_id: int,
     num_positions: int,
     block_length: int | None,
+    one_window: bool = False,
 ) -> Committed:
     """See ops.texts."""
     committed, token, revoked, revised, held = edits
