@@ -50,42 +50,7 @@ def assert_same(reference: Callable[[SimpleNamespace], None], twin: Callable[...
             assert torch.equal(value, copies[name]), name
 
 
-def prefill_reference(a: SimpleNamespace) -> None:
-    tokens, ahead = a.all_token_ids_ptr.view(-1), a.next_prefill_tokens_ptr.view(-1)
-    for program in range(len(a.idx_mapping_ptr)):
-        row = int(a.idx_mapping_ptr[program])
-        limit, done = int(a.prefill_lens_ptr[row]), int(a.num_computed_tokens_ptr[row])
-        if done >= limit:
-            continue
-        start = int(a.query_start_loc_ptr[program])
-        length = int(a.query_start_loc_ptr[program + 1]) - start
-        request = row * a.all_token_ids_ptr.stride(0)
-        for i in range(length):
-            a.input_ids_ptr[start + i] = tokens[request + done + i]
-        for i in range(a.num_lookahead):
-            at = done + length + i
-            ahead[i * a.next_prefill_tokens_ptr.stride(0) + row] = tokens[request + at] if at < limit else 0
-
-
-@pytest.mark.parametrize("lengths", BATCHES)
-@pytest.mark.parametrize("seed", SEEDS)
-def test_prepare_prefill_inputs(lengths: list[int], seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    num_lookahead = 1 + seed % 3
-    args = {
-        "input_ids_ptr": ints(rng, 400, 0, 9),
-        "next_prefill_tokens_ptr": ints(rng, (num_lookahead, MAX_REQS), 0, 9),
-        "num_lookahead": num_lookahead,
-        "idx_mapping_ptr": rows_of(rng, len(lengths)),
-        "query_start_loc_ptr": starts_of(lengths),
-        "all_token_ids_ptr": ints(rng, (MAX_REQS, 300), 0, 999),
-        "prefill_lens_ptr": ints(rng, MAX_REQS, 1, 160),
-        "num_computed_tokens_ptr": ints(rng, MAX_REQS, 0, 140),
-    }
-    assert_same(prefill_reference, twins.prepare_prefill_inputs, args)
-
-
-def pos_reference(a: SimpleNamespace) -> None:
+def seq_lens_reference(a: SimpleNamespace) -> None:
     num_reqs = len(a.idx_mapping_ptr)
     for program in range(num_reqs + 1):
         if program == num_reqs:
@@ -95,63 +60,27 @@ def pos_reference(a: SimpleNamespace) -> None:
         done = int(a.num_computed_tokens_ptr[a.idx_mapping_ptr[program]])
         start, end = (int(a.query_start_loc_ptr[program + i]) for i in (0, 1))
         a.seq_lens_ptr[program] = done + end - start
-        for i in range(end - start):
-            a.pos_ptr[start + i] = done + i
 
 
 @pytest.mark.parametrize("lengths", BATCHES)
-def test_prepare_pos_seq_lens(lengths: list[int]) -> None:
+def test_seq_lens_of_batch(lengths: list[int]) -> None:
     rng = np.random.default_rng(0)
     args = {
-        "pos_ptr": ints(rng, 400, -9, 0, I64),
         "seq_lens_ptr": ints(rng, MAX_REQS, 1, 9),
         "idx_mapping_ptr": rows_of(rng, len(lengths)),
         "query_start_loc_ptr": starts_of(lengths),
         "num_computed_tokens_ptr": ints(rng, MAX_REQS, 0, 500),
         "max_num_reqs": MAX_REQS,
     }
-    assert_same(pos_reference, twins.prepare_pos_seq_lens, args)
+    assert_same(seq_lens_reference, twins.seq_lens_of_batch, args)
 
 
-def combine_reference(a: SimpleNamespace) -> None:
-    for program in range(len(a.idx_mapping_ptr)):
-        row = int(a.idx_mapping_ptr[program])
-        logits_at, logits_end = (int(a.cu_num_logits_ptr[program + i]) for i in (0, 1))
-        num_logits = logits_end - logits_at
-        num_drafts = num_logits - a.NUM_NEW_SAMPLED_TOKENS
-        query_end = int(a.query_start_loc_ptr[program + 1])
-        for i in range(num_logits):
-            a.logits_indices_ptr[logits_at + i] = query_end - num_logits + i
-        seq_len, limit = int(a.seq_lens_ptr[program]), int(a.prefill_len_ptr[row])
-        if seq_len <= limit:
-            continue
-        if a.NUM_NEW_SAMPLED_TOKENS > 0 and seq_len - num_logits >= limit:
-            a.input_ids_ptr[query_end - num_logits] = a.last_sampled_tokens_ptr.view(-1)[row]
-        for i in range(num_drafts):
-            draft = a.draft_tokens_ptr.view(-1)[row * a.draft_tokens_ptr.stride(0) + i]
-            a.input_ids_ptr[query_end - num_drafts + i] = draft
-
-
-@pytest.mark.parametrize("bonus", [0, 1])
-@pytest.mark.parametrize("max_drafts", [0, 5])
-@pytest.mark.parametrize("lengths", BATCHES)
-@pytest.mark.parametrize("seed", SEEDS)
-def test_combine_sampled_and_draft_tokens(lengths: list[int], max_drafts: int, bonus: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    num_logits = [bonus + int(rng.integers(0, min(max_drafts, n - bonus) + 1)) for n in lengths]
-    args = {
-        "input_ids_ptr": ints(rng, 400, 0, 9),
-        "idx_mapping_ptr": rows_of(rng, len(lengths)),
-        "last_sampled_tokens_ptr": ints(rng, (MAX_REQS, 1), 100, 999, I64),
-        "query_start_loc_ptr": starts_of(lengths),
-        "seq_lens_ptr": ints(rng, len(lengths), 130, 150),
-        "prefill_len_ptr": ints(rng, MAX_REQS, 125, 150),
-        "draft_tokens_ptr": ints(rng, (MAX_REQS, max_drafts), 1000, 9999, I64),
-        "cu_num_logits_ptr": starts_of(num_logits, padding=0),
-        "logits_indices_ptr": torch.full((sum(num_logits),), -1, dtype=I64),
-        "NUM_NEW_SAMPLED_TOKENS": bonus,
-    }
-    assert_same(combine_reference, twins.combine_sampled_and_draft_tokens, args)
+@pytest.mark.parametrize("num_logits", [0, 1, 5])
+def test_logits_rows_exist(num_logits: int) -> None:
+    """vLLM allocates them without a value."""
+    rows = torch.full((num_logits,), 1 << 40)
+    twins.any_logits_rows(logits_indices_ptr=rows, more=1)
+    assert rows.tolist() == [0] * num_logits
 
 
 def sampled_reference(a: SimpleNamespace) -> None:
@@ -337,40 +266,3 @@ def test_gather_block_tables(num_reqs: int, reach: tuple[int, int] | None) -> No
     strides = torch.tensor(widths)
     twins.gather_block_tables(rows, pointers(sources), pointers(targets), strides, counts, num_reqs, **more)
     assert all(torch.equal(a, b) for a, b in zip(targets, expected, strict=True))
-
-
-@pytest.mark.parametrize("dummies", [False, True])
-@pytest.mark.parametrize("kernel_sizes", [None, (8, 4)])
-@pytest.mark.parametrize("lengths", BATCHES)
-def test_compute_slot_mappings(lengths: list[int], kernel_sizes: tuple[int, int] | None, dummies: bool) -> None:
-    rng = np.random.default_rng(len(lengths))
-    num_reqs, capacity, sizes, enabled = len(lengths), 400, (16, 4, 7), (True, True, False)
-    tables = [ints(rng, (MAX_REQS, 640 // s), 1, 10**6) for s in sizes]
-    rows, starts = rows_of(rng, num_reqs), starts_of(lengths)
-    if dummies:
-        rows[1::2] = -1
-    positions = ints(rng, capacity, 0, 300, I64)
-    mappings = ints(rng, (3, capacity), -99, -50, I64)
-    used = (*kernel_sizes, 7) if kernel_sizes else sizes
-    expected = torch.full_like(mappings, -1)
-    for group in range(3):
-        for program in range(num_reqs):
-            row = int(rows[program])
-            for i in range(int(starts[program]), int(starts[program + 1])):
-                position = int(positions[i])
-                if enabled[group] and row >= 0:
-                    at = row * tables[group].stride(0) + position // used[group]
-                    block = int(tables[group].view(-1)[at])
-                    expected[group, i] = block * used[group] + position % used[group]
-    twins.compute_slot_mappings(
-        capacity, rows, starts, positions, pointers(tables), torch.tensor([t.stride(0) for t in tables]),
-        torch.tensor(sizes, dtype=I32), torch.tensor(enabled), mappings, 1, -1,
-        torch.tensor(used, dtype=I32) if kernel_sizes else None,
-    )  # fmt: skip
-    assert torch.equal(mappings, expected)
-
-
-def test_context_parallelism_is_refused() -> None:
-    none = torch.zeros(1, dtype=I64)
-    with pytest.raises(NotImplementedError, match="context parallelism"):
-        twins.compute_slot_mappings(1, none, none, none, none, none, none, none, none, CP_SIZE=2, PAD_ID=-1)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 import vllm.config.vllm as config_module
@@ -18,7 +19,7 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON, dispatcher
 
 from vllm_d2cache.compat import cpu_runner
-from vllm_d2cache.compat.cpu_kernels import IGNORED, TWINS
+from vllm_d2cache.compat.cpu_kernels import IGNORED, TWINS, any_logits_rows, unread
 
 OURS = frozenset({"OurModel"})
 STOCK_VALIDATION = inspect.unwrap(VllmConfig._validate_v2_model_runner)
@@ -167,6 +168,20 @@ def test_an_unknown_kernel_parameter_is_refused() -> None:
         cpu_runner.bind(changed, TWINS["vllm.v1.worker.gpu.input_batch._post_update_num_computed_tokens_kernel"])
 
 
+def test_a_kernel_of_which_nothing_is_read_may_have_any_parameters() -> None:
+    def changed(x: Any, logits_indices_ptr: Any, more: Any) -> None: ...
+
+    rows = torch.ones(3, dtype=torch.int64)
+    cpu_runner.bind(changed, any_logits_rows)(1, rows, more=2)
+    assert not rows.any()
+    cpu_runner.bind(changed, unread)(1, rows, more=2)
+
+    def without(x: Any) -> None: ...
+
+    with pytest.raises(RuntimeError, match=r"missing parameters \['logits_indices_ptr'\]"):
+        cpu_runner.bind(without, any_logits_rows)
+
+
 WORKER = """
 import json, types, torch
 from vllm.config import VllmConfig
@@ -198,7 +213,7 @@ print(json.dumps({
     "missing": sorted(set(TWINS) - set(dispatcher._registry)),
     "next_power_of_2": [triton.next_power_of_2(n) for n in (1, 3, 8)],
     "gate": getattr(gpu_worker, "HAS_TRITON", True),
-    "tokens": tokens.gpu.tolist(), "pos": pos.tolist(), "seq_lens": seq_lens.tolist(),
+    "tokens": tokens.gpu.tolist(), "seq_lens": seq_lens.tolist(),
     "expanded": [x.tolist() for x in expanded],
 }))
 """
@@ -216,7 +231,7 @@ def test_a_prepared_worker_runs_vllms_launchers() -> None:
     assert seen["next_power_of_2"] == [1, 4, 8]
     assert seen["gate"] is True
     assert seen["tokens"] == [[0] * 8, [0] * 8, [0, 7, 8, 9, 0, 0, 0, 0]]
-    assert seen["pos"] == [1, 2, 4, 5, 6, 0] and seen["seq_lens"] == [3, 7, 0]
+    assert seen["seq_lens"] == [3, 7, 0]
     assert seen["expanded"] == [[2, 2, 0, 0, 0], [0, 1, 0, 1, 2]]
 
 

@@ -32,6 +32,7 @@ class BatchTexts(NamedTuple):
     used: frozenset[str]  # see CanvasView
     ordered: bool  # whether some text is written from left to right
     one_window: bool  # see CanvasView
+    one_commit: bool  # likewise
 
 
 class CanvasStates:
@@ -145,6 +146,7 @@ class CanvasStates:
             frozenset().union(*(r.options.used for r in requests)),
             any(r.options.ordered for r in requests),
             all(not r.options.block and r.options.window_length(r.canvas_len) == r.canvas_len for r in requests),
+            all(r.options.tokens_per_step == 1 and not r.options.steps for r in requests),
         )
 
     def see(self, slots: Sequence[int]) -> None:
@@ -172,7 +174,7 @@ class CanvasStates:
         batch = self.batch(slots_host)
         tables = (*self._flags(batch.width), self.counts, self.numbers)
         texts = read_texts(slots, *tables, batch.width, self.traits.block_length)
-        view = CanvasView(slots, texts, max(batch.lengths), batch.used, batch.one_window)
+        view = CanvasView(slots, texts, max(batch.lengths), batch.used, batch.one_window, batch.one_commit)
         self._latest = (list(slots_host), view)
         return view
 

@@ -45,6 +45,7 @@ class CanvasView(Lines):
     # computed, and the host knows it.
     used: frozenset[str] = frozenset(SWITCHES)
     one_window: bool = False  # the window of each of these texts is its whole canvas
+    one_commit: bool = False  # each of these requests asks for a single commit a step, but for what its rule adds
 
     @property
     def masked(self) -> torch.Tensor:
@@ -95,7 +96,7 @@ class CanvasView(Lines):
 
     def after(self, texts: Texts) -> CanvasView:
         """The same requests behind a step; what no step changes is not derived again."""
-        view = replace(self, texts=texts)
+        view = CanvasView(self.slots, texts, self.num_positions, self.used, self.one_window, self.one_commit)
         view.__dict__.update((name, value) for name, value in self.__dict__.items() if name in _LASTING)
         return view
 

@@ -1,14 +1,16 @@
 """PyTorch/NumPy twins of the bookkeeping Triton kernels of vLLM's Model Runner V2, for CPUs without Triton.
 
-A twin does what all programs of one launch of the Triton kernel do together. It names its parameters as the
-kernel does and takes only those it needs, so that one body serves every vLLM release of the supported range
-(`cpu_runner.bind` matches the launch arguments by name). All tensors live in host memory, where a NumPy call
-on a small array costs a fraction of a torch operator: the twins work on NumPy views of what they are handed.
+A twin does what all programs of one launch of the Triton kernel do together, but for what our models replace (see
+`unread`). It names its parameters as the kernel does and takes only those it needs, so that one body serves every
+vLLM release of the supported range (`cpu_runner.bind` matches the launch arguments by name). All tensors live in host
+memory, where a NumPy call on a small array costs a fraction of a torch operator: the twins work on NumPy views of
+what they are handed.
 
 `cpu_runner` registers them; vLLM itself is not imported here.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,148 +105,42 @@ def gather_block_tables(
         np.copyto(target, blocks, where=columns < used[:, None])
 
 
-def compute_slot_mappings(
-    max_num_tokens: int,
-    idx_mapping: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    pos: torch.Tensor,
-    block_table_ptrs: torch.Tensor,
-    block_table_strides: torch.Tensor,
-    block_sizes: torch.Tensor,
-    slot_mapping_enabled: torch.Tensor,
-    slot_mappings_ptr: torch.Tensor,
-    CP_SIZE: int,
-    PAD_ID: int,
-    kernel_block_sizes: torch.Tensor | None = None,  # vLLM 0.31
-) -> None:
-    """Slot (block * block size + offset) of every token's position; PAD_ID for the rest of the buffer."""
-    if CP_SIZE != 1:
-        raise NotImplementedError("context parallelism is not supported on CPU")
-    rows = view(idx_mapping)
-    num_reqs = len(rows)
-    bounds = view(query_start_loc)[: num_reqs + 1]
-    begin, end = int(bounds[0]), int(bounds[-1])
-    positions = view(pos)[begin:end]
-    sizes = view(block_sizes if kernel_block_sizes is None else kernel_block_sizes).tolist()
-    addresses, strides = view(block_table_ptrs).tolist(), view(block_table_strides).tolist()
-    enabled = view(slot_mapping_enabled).tolist()
-    mappings = view(slot_mappings_ptr)
-    lengths = bounds[1:] - bounds[:-1]
-    top = int(rows.max()) + 1 if num_reqs else 0
-    all_real = bool(num_reqs == 0 or rows.min() >= 0)
-    token_rows = np.repeat(rows, lengths)
-    for group, size in enumerate(sizes):
-        slots = mappings[group]
-        slots[end:max_num_tokens] = PAD_ID
-        if not enabled[group] or top == 0:
-            slots[begin:end] = PAD_ID
-            continue
-        # A row of -1 is a dummy request that owns no blocks; it reads row 0 here and is overwritten below.
-        rows_read = token_rows if all_real else np.maximum(token_rows, 0)
-        columns = positions // size
-        blocks = int32_at(addresses[group], top * strides[group]).take(rows_read * strides[group] + columns)
-        slots[begin:end] = positions + (blocks - columns) * size
-        if not all_real:
-            slots[begin:end][token_rows < 0] = PAD_ID
-
-
 # --- input_batch --------------------------------------------------------------------------------------------
 
 
-def prepare_prefill_inputs(
-    input_ids_ptr: torch.Tensor,
-    next_prefill_tokens_ptr: torch.Tensor,
-    num_lookahead: int,
-    idx_mapping_ptr: torch.Tensor,
-    query_start_loc_ptr: torch.Tensor,
-    all_token_ids_ptr: torch.Tensor,
-    prefill_lens_ptr: torch.Tensor,
-    num_computed_tokens_ptr: torch.Tensor,
-) -> None:
-    """Copy each prefilling request's next tokens into the batch, and those after them into the look-ahead."""
-    rows = view(idx_mapping_ptr)
-    prefill, computed = view(prefill_lens_ptr)[rows], view(num_computed_tokens_ptr)[rows]
-    chosen = np.flatnonzero(computed < prefill)
-    if len(chosen) == 0:
-        return
-    bounds = view(query_start_loc_ptr)
-    ids, tokens, ahead = view(input_ids_ptr), view(all_token_ids_ptr), view(next_prefill_tokens_ptr)
-    for i in chosen.tolist():  # one plain copy per request beats index arrays as long as its prompt
-        row, done, limit = int(rows[i]), int(computed[i]), int(prefill[i])
-        start, end = int(bounds[i]), int(bounds[i + 1])
-        after = done + end - start
-        ids[start:end] = tokens[row, done:after]
-        known = max(0, min(num_lookahead, limit - after))
-        ahead[:known, row] = tokens[row, after : after + known]
-        ahead[known:num_lookahead, row] = 0
-
-
-def prepare_pos_seq_lens(
-    pos_ptr: torch.Tensor,
+def seq_lens_of_batch(
     seq_lens_ptr: torch.Tensor,
     idx_mapping_ptr: torch.Tensor,
     query_start_loc_ptr: torch.Tensor,
     num_computed_tokens_ptr: torch.Tensor,
     max_num_reqs: int,
+    **_: Any,
 ) -> None:
-    """Contiguous positions from the number of computed tokens on, and the sequence lengths after the step."""
+    """The sequence lengths after the step. The kernel has the positions of a step as well (see `unread`)."""
     rows = view(idx_mapping_ptr)
     num_reqs = len(rows)
     seq_lens = view(seq_lens_ptr)
     seq_lens[num_reqs:max_num_reqs] = 0
-    if num_reqs == 0:
-        return
-    bounds = view(query_start_loc_ptr)[: num_reqs + 1]
-    computed = view(num_computed_tokens_ptr)[rows]
-    lengths = bounds[1:] - bounds[:-1]
-    np.add(computed, lengths, out=seq_lens[:num_reqs])
-    begin, end = int(bounds[0]), int(bounds[-1])
-    view(pos_ptr)[begin:end] = _ragged(computed, lengths, end - begin)
+    if num_reqs:
+        bounds = view(query_start_loc_ptr)
+        lengths = bounds[1 : num_reqs + 1] - bounds[:num_reqs]
+        np.add(view(num_computed_tokens_ptr)[rows], lengths, out=seq_lens[:num_reqs])
 
 
-def combine_sampled_and_draft_tokens(
-    input_ids_ptr: torch.Tensor,
-    idx_mapping_ptr: torch.Tensor,
-    last_sampled_tokens_ptr: torch.Tensor,
-    query_start_loc_ptr: torch.Tensor,
-    seq_lens_ptr: torch.Tensor,
-    prefill_len_ptr: torch.Tensor,
-    draft_tokens_ptr: torch.Tensor,
-    cu_num_logits_ptr: torch.Tensor,
-    logits_indices_ptr: torch.Tensor,
-    NUM_NEW_SAMPLED_TOKENS: int = 1,
-) -> None:
-    """Rows of the batch to compute logits for, and the sampled and draft tokens among this step's inputs."""
-    rows = view(idx_mapping_ptr)
-    num_reqs = len(rows)
-    if num_reqs == 0:
-        return
-    query_ends = view(query_start_loc_ptr)[1 : num_reqs + 1]
-    bounds = view(cu_num_logits_ptr)[: num_reqs + 1]
-    num_logits = bounds[1:] - bounds[:-1]
-    begin, end = int(bounds[0]), int(bounds[-1])
-    first_logits = query_ends - num_logits
-    if end > begin:
-        view(logits_indices_ptr)[begin:end] = _ragged(first_logits, num_logits, end - begin)
+def any_logits_rows(logits_indices_ptr: torch.Tensor, **_: Any) -> None:
+    """Rows of the batch to compute logits for: the first one for all, which exists (see `unread`).
 
-    seq_lens = view(seq_lens_ptr)[:num_reqs]
-    prefill = view(prefill_len_ptr)[rows]
-    decoding = seq_lens > prefill
-    if not decoding.any():
-        return
-    ids = view(input_ids_ptr)
-    if NUM_NEW_SAMPLED_TOKENS > 0:
-        # Slots of the prompt's tail stay; only those of generated tokens are rewritten.
-        chosen = decoding & (seq_lens - num_logits >= prefill)
-        ids[first_logits[chosen]] = flat(last_sampled_tokens_ptr)[rows[chosen]]
-    num_drafts = num_logits - NUM_NEW_SAMPLED_TOKENS
-    chosen = decoding & (num_drafts > 0)
-    if chosen.any():
-        counts = num_drafts[chosen]
-        total = int(counts.sum())
-        targets = _ragged(query_ends[chosen] - counts, counts, total)
-        columns = _ragged(np.zeros_like(counts), counts, total)
-        ids[targets] = view(draft_tokens_ptr)[np.repeat(rows[chosen], counts), columns]
+    A warm-up batch of vLLM's reads them. The kernel has the sampled and draft tokens among the inputs as well.
+    """
+    logits_indices_ptr.zero_()
+
+
+def unread(**_: Any) -> None:
+    """Nothing: the kernel works out what every model of ours replaces in each step by its own.
+
+    These are token ids and positions (D2CacheModelState.prepare_inputs), where K and V go (prepare_attn), and which
+    rows lead to logits (preprocess_state). All of it lies in buffers that vLLM makes with zeros.
+    """
 
 
 def get_num_sampled_and_rejected(
@@ -351,10 +247,10 @@ _PACKAGE = "vllm.v1.worker.gpu"
 TWINS: dict[str, Twin] = {
     f"{_PACKAGE}.buffer_utils._apply_write_kernel": apply_write,
     f"{_PACKAGE}.block_table._gather_block_tables_kernel": gather_block_tables,
-    f"{_PACKAGE}.block_table._compute_slot_mappings_kernel": compute_slot_mappings,
-    f"{_PACKAGE}.input_batch._prepare_prefill_inputs_kernel": prepare_prefill_inputs,
-    f"{_PACKAGE}.input_batch._prepare_pos_seq_lens_kernel": prepare_pos_seq_lens,
-    f"{_PACKAGE}.input_batch._combine_sampled_and_draft_tokens_kernel": combine_sampled_and_draft_tokens,
+    f"{_PACKAGE}.block_table._compute_slot_mappings_kernel": unread,
+    f"{_PACKAGE}.input_batch._prepare_prefill_inputs_kernel": unread,
+    f"{_PACKAGE}.input_batch._prepare_pos_seq_lens_kernel": seq_lens_of_batch,
+    f"{_PACKAGE}.input_batch._combine_sampled_and_draft_tokens_kernel": any_logits_rows,
     f"{_PACKAGE}.input_batch._get_num_sampled_and_rejected_kernel": get_num_sampled_and_rejected,
     f"{_PACKAGE}.input_batch._post_update_kernel": post_update,
     f"{_PACKAGE}.input_batch._post_update_num_computed_tokens_kernel": post_update_num_computed_tokens,
@@ -365,18 +261,10 @@ TWINS: dict[str, Twin] = {
 IGNORED = frozenset(
     {
         "BLOCK_SIZE",
-        "LOOKAHEAD_BLOCK",
-        "TRITON_BLOCK_SIZE",
         "all_token_ids_stride",
         "draft_tokens_stride",
-        "next_prefill_tokens_stride",
         "num_blocks_stride",
         "output_bin_counts_stride",
         "sampled_tokens_stride",
-        "slot_mappings_stride",
-        # Context parallelism only (CP_SIZE != 1 is refused).
-        "CP_INTERLEAVE",
-        "cp_rank",
-        "dcp_sharded",
     }
 )

@@ -214,8 +214,11 @@ def bind(kernel: Callable[..., Any], twin: "Twin") -> Callable[..., None]:
 
     signature = inspect.signature(kernel)
     names = tuple(signature.parameters)
-    wanted = inspect.signature(twin).parameters
-    unknown = [n for n in names if n not in wanted and n not in IGNORED]
+    parameters = inspect.signature(twin).parameters
+    # One that minds no other parameters has `**_` for them.
+    wanted = {n: p for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    minds = len(wanted) == len(parameters)
+    unknown = [n for n in names if minds and n not in wanted and n not in IGNORED]
     absent = [n for n, p in wanted.items() if n not in names and p.default is p.empty]
     if unknown or absent:
         raise RuntimeError(

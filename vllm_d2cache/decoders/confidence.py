@@ -20,4 +20,5 @@ class ConfidenceDecoder(Decoder):
 
     def choose(self, step: DecoderStep) -> Commits:
         """See :func:`ops.ranking.choose_commits`."""
-        return Commits(choose_commits(step.score, step.candidates, step.least, *step.view.rules))
+        view = step.view
+        return Commits(choose_commits(step.score, step.candidates, step.least, *view.rules, view.one_commit))

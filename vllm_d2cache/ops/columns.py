@@ -85,8 +85,9 @@ class FirstColumns:
         if table.device.type != "cpu" or chosen(table.device) != "torch":
             return table
         key = (id(table), width)  # the table is kept beside its view, so that no other gets its id
-        if key not in self._views:
+        found = self._views.get(key)
+        if found is None:
             if len(self._views) == self._MOST:
                 self._views.clear()
-            self._views[key] = (table, first_columns(table, width))
-        return self._views[key][1]
+            found = self._views[key] = (table, first_columns(table, width))
+        return found[1]

@@ -19,7 +19,7 @@ BACKENDS = ("triton", "xformers", "torch")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-# Backend by device type. A process serves one model; like torch.backends, the switch is the process's.
+# Backend by device type, but for PyTorch. A process serves one model; like torch.backends, the switch is the process's.
 _chosen: dict[str, str] = {}
 
 
@@ -32,7 +32,10 @@ def choose(backend: str, device: torch.device) -> None:
     """Use ``backend`` on devices of that type from now on; nothing is checked (see ops/backends.py)."""
     if backend not in BACKENDS:
         raise ValueError(f"attention_backend: must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    _chosen[device.type] = backend
+    if backend == "torch":
+        _chosen.pop(device.type, None)
+    else:
+        _chosen[device.type] = backend
 
 
 def dispatched(triton: str, xformers: str | None = None) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
@@ -49,6 +52,8 @@ def dispatched(triton: str, xformers: str | None = None) -> Callable[[Callable[_
 
         @functools.wraps(twin)
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            if not _chosen:
+                return twin(*args, **kwargs)
             first: Any = args[0]
             backend = _chosen.get(first.device.type, "torch")
             if backend == "torch":

@@ -35,6 +35,7 @@ def choose_commits(
     least: torch.Tensor,
     threshold: torch.Tensor | None,
     factor: torch.Tensor | None,
+    single: bool = False,
 ) -> torch.Tensor:
     """Slots to commit: the best-scored candidates, as many as the rules say. Ties go to the lower slot.
 
@@ -46,11 +47,15 @@ def choose_commits(
         least: [R] int64, how many at least.
         threshold: [R] float32, also all with at least that score, 0 = off; None = off everywhere.
         factor: [R] float32, also as many as Fast-dLLM's factor rule allows, 0 = off; None = off everywhere.
+        single: ``least`` is 1 everywhere. A kernel asks each one's anyway.
 
     Returns:
         [R, G] bool, a subset of ``candidates``; not empty where there are candidates.
     """
     if threshold is None and factor is None:
+        if single:  # no ranking: of equals, the maximum is the leftmost
+            best = torch.where(candidates, score, -torch.inf).max(1, keepdim=True).indices
+            return torch.zeros_like(candidates).scatter_(1, best, True).logical_and_(candidates)
         return take_best(_ranked(score, candidates)[1], candidates, least)
     ordered, index, valid = rank_candidates(score, candidates)
     return take_best(index, candidates, allowed_count(ordered, valid, least, threshold, factor))

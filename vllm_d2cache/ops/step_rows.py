@@ -103,7 +103,7 @@ def choose_rows(
         predicted = predictable & wanted
     if revises is not None:
         predicted = predicted | (computed & inside & revises.unsqueeze(1))
-    return Choice(chosen, candidates, predicted, torch.stack([chosen.sum(1), predicted.sum(1)]))
+    return Choice(chosen, candidates, predicted, torch.cat([chosen.sum(1), predicted.sum(1)]).view(2, -1))
 
 
 @dispatched(_TRITON)

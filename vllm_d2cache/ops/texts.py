@@ -184,7 +184,7 @@ def commit_texts(
     write_lines(masked, slots, left)
     write_lines(terminal, slots, ends)
     counts[2:4].index_copy_(1, slots, after[3:5])
-    return Committed(after, torch.stack(changes), left, live)
+    return Committed(after, torch.cat(changes).view(2, -1), left, live)
 
 
 def _stops(token: torch.Tensor, stop_ids: torch.Tensor) -> torch.Tensor:

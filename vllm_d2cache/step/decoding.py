@@ -51,6 +51,7 @@ class Asks(NamedTuple):
     filters: bool  # by top-p or top-k
     density: bool  # some score reads the probability's share of the vocabulary
     entropy: bool  # some score or decoder reads it
+    tiles: bool  # some decoder may read tiles of logits
 
 
 class Choice(NamedTuple):
@@ -118,6 +119,7 @@ class Decoding:
             ),
             SCORES[1] in scores,
             SCORES[2] in scores or any(d.reads_entropy for d in decoders),
+            any(type(d).tile_reader is not Decoder.tile_reader for d in decoders),
         )
 
     def _flags(self, flags: list[bool]) -> torch.Tensor | None:
@@ -150,7 +152,7 @@ class Decoding:
         asks = self.asks(rows.slots)
         mask = self.canvas.traits.mask_token_id
         readers = []
-        for decoder, slots, chosen, mine in parts:
+        for decoder, slots, chosen, mine in parts if asks.tiles else ():
             seen = PredictedRows(view, rows.predicted, who, slot, mine, chosen, hidden, lm_head, params, mask, slots)
             if (reader := decoder.tile_reader(seen)) is not None:
                 readers.append(reader)

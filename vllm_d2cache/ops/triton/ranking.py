@@ -88,6 +88,7 @@ def choose_commits(
     least: torch.Tensor,
     threshold: torch.Tensor | None,
     factor: torch.Tensor | None,
+    single: bool = False,
 ) -> torch.Tensor:
     """See ops.ranking."""
     rows, width = score.shape
