@@ -29,6 +29,7 @@ class BatchTexts(NamedTuple):
     lengths: list[int]  # T of each
     row_budgets: list[int]
     width: int  # G, the widest
+    most_emitted: int  # tokens that a step hands out of one of them
     used: frozenset[str]  # see CanvasView
     ordered: bool  # whether some text is written from left to right
     one_window: bool  # see CanvasView
@@ -143,6 +144,7 @@ class CanvasStates:
             [r.length for r in requests],
             [r.row_budget for r in requests],
             max(r.canvas_len for r in requests),
+            max(r.most_emitted for r in requests),
             frozenset().union(*(r.options.used for r in requests)),
             any(r.options.ordered for r in requests),
             all(not r.options.block and r.options.window_length(r.canvas_len) == r.canvas_len for r in requests),

@@ -92,8 +92,7 @@ class D2CacheSampler:
             commits = commits - revoked
         report = _report(step, [counts, commits], state)
         # vLLM copies all columns to the host, and turns them into Python's numbers.
-        most = max(canvas.requests[slot].most_emitted for slot in rows.slots)
-        tokens = result.tokens[:, :most].contiguous()
+        tokens = result.tokens[:, : canvas.batch(rows.slots).most_emitted].contiguous()
         state.finish_step()
         of_all = (step.of_batch(values) for values in (result.num_tokens, rejected))
         return SamplerOutput(step.of_batch(tokens), logprobs, report, *of_all)
