@@ -84,10 +84,7 @@ def choose_rows(
     if told:
         may_go = inside & lines_of(eligible, slots, width)
     if ordered:
-        slot, run = columns(width, device), integers[9].unsqueeze(1)
-        lead = open_slots.max(1, keepdim=True).indices  # the leftmost of equals
-        at_lead = (slot == lead) & (run > 0)
-        may_go = (may_go & ((slot < lead + run) | (run == 0))) | at_lead
+        may_go, at_lead = _near_lead(open_slots, may_go, integers[9].unsqueeze(1))
         leads = position_map(first, width, canvas_len, num_positions, device)
         chosen = chosen | at_positions(at_lead, leads, num_positions)
     computed = at_slots(chosen, slot_map(first, width, canvas_len, num_positions, device))
@@ -104,6 +101,14 @@ def choose_rows(
     if revises is not None:
         predicted = predicted | (computed & inside & revises.unsqueeze(1))
     return Choice(chosen, candidates, predicted, torch.cat([chosen.sum(1), predicted.sum(1)]).view(2, -1))
+
+
+def _near_lead(open_slots: torch.Tensor, may_go: torch.Tensor, run: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R, G] bool each: what may go of texts written from left to right (``run`` [R, 1] int64 > 0), and their leads."""
+    slot = columns(open_slots.shape[1], open_slots.device)
+    lead = open_slots.max(1, keepdim=True).indices  # the leftmost of equals
+    at_lead = (slot == lead) & (run > 0)
+    return (may_go & ((slot < lead + run) | (run == 0))) | at_lead, at_lead
 
 
 @dispatched(_TRITON)

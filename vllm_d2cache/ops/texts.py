@@ -173,18 +173,36 @@ def commit_texts(
     if one_window and held is None:  # it begins at slot 0, before and after
         live = live_slots(ends)
     else:
-        prompt_len, _, window_start, _, window_step, window, *_ = after.unbind()
-        live, start = _windows(left, ends, prompt_len, window, block_length)
-        if held is not None:
-            start = torch.where(held, window_start, start)
-            counts[5, slots], counts[6, slots] = held.long(), start
-        window_step.mul_(start == window_start)  # from 0 where a window begins
-        window_start.copy_(start)
+        live = _go_on(slots, after, left, ends, held, counts, block_length)
     tokens.put_(where, text)
     write_lines(masked, slots, left)
     write_lines(terminal, slots, ends)
     counts[2:4].index_copy_(1, slots, after[3:5])
     return Committed(after, torch.cat(changes).view(2, -1), left, live)
+
+
+def _go_on(
+    slots: torch.Tensor,
+    after: torch.Tensor,
+    left: torch.Tensor,
+    ends: torch.Tensor,
+    held: torch.Tensor | None,
+    counts: torch.Tensor,
+    block_length: int | None,
+) -> torch.Tensor:
+    """[R, G] bool, live slots; the window and its step are written into ``after`` [10, R] int64, Texts.integers.
+
+    Args:
+        left, ends: [R, G] bool, masks and stop tokens after the commits.
+    """
+    prompt_len, _, window_start, _, window_step, window, *_ = after.unbind()
+    live, start = _windows(left, ends, prompt_len, window, block_length)
+    if held is not None:
+        start = torch.where(held, window_start, start)
+        counts[5, slots], counts[6, slots] = held.long(), start
+    window_step.mul_(start == window_start)  # from 0 where a window begins
+    window_start.copy_(start)
+    return live
 
 
 def _stops(token: torch.Tensor, stop_ids: torch.Tensor) -> torch.Tensor:
