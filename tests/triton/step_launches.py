@@ -39,6 +39,7 @@ def step_kernels(rows: int = 3, prompt: int = 700, canvas: int = 256, target: GP
             tables = (tokens, *plans[:2], counts, stop_ids, 7, total)
             texts.commit_texts(*text, edits, *tables, None if some is None else 32)
             texts.emit_texts(slots, now.integers, whole, flags, flags, (some, some), tokens, counts)
+        step_rows.store_plan(slots, plans[0][:rows, :total], None, None, tuple(plans))
         packed = step_rows.pack_rows(
             slots, plans[0][:rows, :total], flags, torch.zeros(2, rows, dtype=torch.int64), tokens, first, 40, 20
         )

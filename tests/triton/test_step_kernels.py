@@ -181,13 +181,14 @@ def test_rows_are_chosen_and_packed(
 
 
 @cases
-@pytest.mark.parametrize("chosen", [False, True])
-def test_plans_are_kept(places: list[tuple[int, int, int]], chosen: bool, device: torch.device) -> None:
+@pytest.mark.parametrize(("observes", "chosen"), [(False, False), (True, False), (True, True)])
+def test_plans_are_kept(places: list[tuple[int, int, int]], observes: bool, chosen: bool, device: torch.device) -> None:
     results = []
     for store in (step_rows.store_plan.__wrapped__, rows_kernels.store_plan):
         b = batch(places, device, 0)
         tables = tuple(torch.zeros(NUM_SLOTS, LONGEST, dtype=torch.bool, device=device) for _ in range(3))
-        store(b.slots, b.flags(b.total), b.flags(b.width), b.flags(b.width) if chosen else None, tables)
+        refresh, observe, candidates = b.flags(b.total), b.flags(b.width), b.flags(b.width)
+        store(b.slots, refresh, observe if observes else None, candidates if chosen else None, tables)
         results.append(tables)
     assert_same(results[1], results[0])
 
