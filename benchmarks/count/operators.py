@@ -6,9 +6,9 @@ Two engines of this process, in turn, four times, with the same number of runnin
 repository, and a small Llama of vLLM's with weights of chance. Counted are PyTorch's operators (views included) that a
 step dispatches between its start and its end, but for those of the model's forward pass; then, in other steps, the time
 on the clock, less that of the forward pass and, in a column of its own, of the LM head, which is the network as well: a
-step predicts every mask of a window, a stock one a row a request. Steps are those in which every request decodes. Of their
-operators the median counts; of their times the lower quartile, as other work on the machine can only add to them, and
-does so for seconds on end.
+step predicts every mask of a window, a stock one a row a request. Steps are those in which every request decodes. Of
+their operators the median counts; of their times the lower quartile, as other work on the machine can only add to
+them, and does so for seconds on end.
 `d2cache` pushes its weights through the attention maps behind the forward pass; `prefix` needs no maps. A pass of many
 rows leaves time for others to empty the processor's caches, and the host's code behind it takes longer, whatever it
 does: so a line of the stock model has its network run as often in each step as makes the pass as long as d2cache's.
@@ -72,7 +72,7 @@ class Watched:
 
         self.llm = LLM(
             model, dtype="float32", max_num_seqs=batch, load_format=load_format, max_model_len=256, seed=0,
-            enforce_eager=True,
+            enforce_eager=True, num_gpu_blocks_override=4 * batch + 16,  # not all of it is freed with the engine
         )  # fmt: skip
         self.batch, self.found, self.passes = batch, Counter[str](), 1
         self.seconds = {"forward": 0.0, "head": 0.0}
