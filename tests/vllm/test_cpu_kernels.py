@@ -107,66 +107,21 @@ def test_get_num_sampled_and_rejected(num_reqs: int, seed: int) -> None:
     assert_same(sampled_reference, twins.get_num_sampled_and_rejected, args)
 
 
-def update_reference(a: SimpleNamespace) -> None:
-    for program in range(len(a.idx_mapping_ptr)):
-        row = int(a.idx_mapping_ptr[program])
-        if row < 0:
-            continue
-        if getattr(a, "draft_tokens_ptr", None) is not None:
-            for i in range(a.num_draft_tokens):
-                draft = a.draft_tokens_ptr.view(-1)[program * a.num_draft_tokens + i]
-                a.draft_tokens_out_ptr.view(-1)[row * a.num_draft_tokens + i] = draft
-        total, sampled = int(a.total_len_ptr[row]), int(a.num_sampled_ptr[program])
-        line = a.sampled_tokens_ptr[program]
-        if sampled > 0:
-            a.last_sampled_tokens_ptr.view(-1)[row] = line[sampled - 1]
-            a.total_len_ptr[row] = total + sampled
-        for i in range(sampled):
-            a.all_token_ids_ptr.view(-1)[row * a.all_token_ids_ptr.stride(0) + total + i] = line[i]
-            if a.output_bin_counts_ptr is not None:
-                a.output_bin_counts_ptr.view(-1)[row * a.output_bin_counts_ptr.stride(0) + int(line[i])] += 1
-        length = 0
-        if a.query_start_loc_ptr is not None:
-            length = int(a.query_start_loc_ptr[program + 1] - a.query_start_loc_ptr[program])
-        a.num_computed_tokens_ptr[row] += length - int(a.num_rejected_ptr[program])
-
-
 @pytest.mark.parametrize("lengths", BATCHES)
-@pytest.mark.parametrize("variant", ["plain", "bins", "no query", "skipped rows", "0.33 drafts", "none sampled"])
-def test_post_update(lengths: list[int], variant: str) -> None:
+@pytest.mark.parametrize("variant", ["plain", "no query", "skipped rows"])
+def test_advance(lengths: list[int], variant: str) -> None:
     rng = np.random.default_rng(len(lengths))
-    num_reqs, width = len(lengths), 6
-    rows = rows_of(rng, num_reqs)
+    rows, starts = rows_of(rng, len(lengths)), starts_of(lengths)
+    computed, rejected = ints(rng, MAX_REQS, 0, 99), ints(rng, len(lengths) + 2, 0, 3)
     if variant == "skipped rows":
         rows[::2] = -1
-    args = {
-        "idx_mapping_ptr": rows,
-        "num_computed_tokens_ptr": ints(rng, MAX_REQS, 0, 99),
-        "last_sampled_tokens_ptr": ints(rng, (MAX_REQS, 1), 0, 9, I64),
-        "output_bin_counts_ptr": ints(rng, (MAX_REQS, 7), 0, 9) if variant == "bins" else None,
-        "sampled_tokens_ptr": ints(rng, (num_reqs, width), 0, 7, I64),
-        "num_sampled_ptr": ints(rng, num_reqs, 0, 1 if variant == "none sampled" else width + 1),
-        "num_rejected_ptr": ints(rng, num_reqs, 0, 3),
-        "query_start_loc_ptr": None if variant == "no query" else starts_of(lengths),
-        "all_token_ids_ptr": ints(rng, (MAX_REQS, 60), 100, 999),
-        "total_len_ptr": ints(rng, MAX_REQS, 0, 54),
-    }
-    if variant == "0.33 drafts":
-        args["draft_tokens_ptr"] = ints(rng, (num_reqs, 4), 0, 9, I64)
-        args["draft_tokens_out_ptr"] = ints(rng, (MAX_REQS, 4), 10, 19, I64)
-        args["num_draft_tokens"] = 4
-    assert_same(update_reference, twins.post_update, args)
-
-
-def test_post_update_refuses_to_write_past_a_request() -> None:
-    # The Triton kernel would write into the next request's tokens, or past the buffer.
-    def one() -> torch.Tensor:
-        return torch.ones(1, dtype=I32)
-
-    row, tokens = torch.zeros(1, dtype=I64), torch.zeros(2, 8, dtype=I32)
-    full = torch.tensor([8, 0], dtype=I32)
-    with pytest.raises(IndexError):
-        twins.post_update(row, one(), one(), None, one().view(1, 1), one(), one(), None, tokens, full)
+    expected = computed.clone()
+    for program, length in enumerate(lengths):
+        if rows[program] >= 0:
+            expected[rows[program]] += (0 if variant == "no query" else length) - int(rejected[program])
+    given = {"num_rejected_ptr": rejected, "query_start_loc_ptr": None if variant == "no query" else starts}
+    twins.advance(rows, computed, **given, sampled_tokens_ptr=None)
+    assert torch.equal(computed, expected)
 
 
 @pytest.mark.parametrize("lengths", BATCHES)

@@ -136,10 +136,11 @@ def any_logits_rows(logits_indices_ptr: torch.Tensor, **_: Any) -> None:
 
 
 def unread(**_: Any) -> None:
-    """Nothing: the kernel works out what every model of ours replaces in each step by its own.
+    """Nothing: the kernel works out what every model of ours has of its own, in each step.
 
-    These are token ids and positions (D2CacheModelState.prepare_inputs), where K and V go (prepare_attn), and which
-    rows lead to logits (preprocess_state). All of it lies in buffers that vLLM makes with zeros.
+    These are token ids and positions (D2CacheModelState.prepare_inputs), where K and V go (prepare_attn), which rows
+    lead to logits (preprocess_state), and the text so far (canvas/states.py), which vLLM's sampler would read, in whose
+    place ours stands. All of it lies in buffers that vLLM makes with zeros.
     """
 
 
@@ -161,58 +162,25 @@ def get_num_sampled_and_rejected(
     view(num_rejected_ptr)[:num_reqs] = (bounds[1:] - bounds[:-1] - sampled) * finished
 
 
-def post_update(
+def advance(
     idx_mapping_ptr: torch.Tensor,
     num_computed_tokens_ptr: torch.Tensor,
-    last_sampled_tokens_ptr: torch.Tensor,
-    output_bin_counts_ptr: torch.Tensor | None,
-    sampled_tokens_ptr: torch.Tensor,
-    num_sampled_ptr: torch.Tensor,
     num_rejected_ptr: torch.Tensor,
     query_start_loc_ptr: torch.Tensor | None,
-    all_token_ids_ptr: torch.Tensor,
-    total_len_ptr: torch.Tensor,
-    draft_tokens_ptr: torch.Tensor | None = None,  # the last three: vLLM 0.33
-    draft_tokens_out_ptr: torch.Tensor | None = None,
-    num_draft_tokens: int = 0,
+    **_: Any,
 ) -> None:
-    """Append the sampled tokens to their requests and advance the numbers of computed tokens.
-
-    Where the Triton kernel would write past a request's row of token ids, this raises IndexError.
-    """
+    """Advance the numbers of computed tokens. The kernel keeps the sampled tokens as well (see `unread`)."""
     rows = view(idx_mapping_ptr)
     num_reqs = len(rows)
     if num_reqs == 0:
         return
-    batch: Array | slice = slice(num_reqs)
-    if rows.min() < 0:  # a negative row is skipped
-        batch = (rows >= 0).nonzero()[0]
-        rows = rows[batch]
-    if draft_tokens_ptr is not None:
-        assert draft_tokens_out_ptr is not None
-        drafts = view(draft_tokens_ptr)[batch, :num_draft_tokens]
-        view(draft_tokens_out_ptr)[rows, :num_draft_tokens] = drafts
-
-    delta = -view(num_rejected_ptr)[batch]
+    delta = -view(num_rejected_ptr)[:num_reqs]
     if query_start_loc_ptr is not None:
         bounds = view(query_start_loc_ptr)
-        delta += (bounds[1 : num_reqs + 1] - bounds[:num_reqs])[batch]
+        delta += bounds[1 : num_reqs + 1] - bounds[:num_reqs]
+    if rows.min() < 0:  # a negative row is skipped
+        rows, delta = rows[rows >= 0], delta[rows >= 0]
     view(num_computed_tokens_ptr)[rows] += delta
-
-    counts = view(num_sampled_ptr)[batch]
-    if not counts.any():
-        return
-    # Where a token was sampled, which in the order of memory is request by request.
-    request, column = (np.arange(counts.max()) < counts[:, None]).nonzero()
-    tokens, total_len = view(sampled_tokens_ptr)[batch], view(total_len_ptr)
-    emitted, token_rows = tokens[request, column], rows[request]
-    view(all_token_ids_ptr)[token_rows, total_len[token_rows] + column] = emitted
-    # Of a request's tokens the last one stays: a later assignment to the same place wins.
-    flat(last_sampled_tokens_ptr)[token_rows] = emitted
-    total_len[rows] += counts
-    if output_bin_counts_ptr is not None:
-        # Not +=, which would count a repeated token once.
-        np.add.at(view(output_bin_counts_ptr), (token_rows, emitted), 1)
 
 
 def post_update_num_computed_tokens(
@@ -252,19 +220,10 @@ TWINS: dict[str, Twin] = {
     f"{_PACKAGE}.input_batch._prepare_pos_seq_lens_kernel": seq_lens_of_batch,
     f"{_PACKAGE}.input_batch._combine_sampled_and_draft_tokens_kernel": any_logits_rows,
     f"{_PACKAGE}.input_batch._get_num_sampled_and_rejected_kernel": get_num_sampled_and_rejected,
-    f"{_PACKAGE}.input_batch._post_update_kernel": post_update,
+    f"{_PACKAGE}.input_batch._post_update_kernel": advance,
     f"{_PACKAGE}.input_batch._post_update_num_computed_tokens_kernel": post_update_num_computed_tokens,
     f"{_PACKAGE}.input_batch._expand_idx_mapping_kernel": expand_idx_mapping,
 }
 # Kernel parameters without a say in the result: tile sizes, and strides that a tensor carries itself. A
 # parameter in neither this list nor the twin's signature is news from an unknown vLLM release, and refused.
-IGNORED = frozenset(
-    {
-        "BLOCK_SIZE",
-        "all_token_ids_stride",
-        "draft_tokens_stride",
-        "num_blocks_stride",
-        "output_bin_counts_stride",
-        "sampled_tokens_stride",
-    }
-)
+IGNORED = frozenset({"BLOCK_SIZE", "num_blocks_stride"})

@@ -29,6 +29,12 @@ def zeros(count: int, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
+def everybody(count: int, device: torch.device) -> torch.Tensor:
+    """[count] bool: True. Shared: it is never written."""
+    return torch.ones(count, dtype=torch.bool, device=device)
+
+
+@lru_cache(maxsize=64)
 def nobody(count: int, device: torch.device) -> torch.Tensor:
     """[count] bool: False. Shared: it is never written."""
     return torch.zeros(count, dtype=torch.bool, device=device)

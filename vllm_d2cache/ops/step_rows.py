@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_d2cache.ops.canvas_columns import at_positions, at_slots
-from vllm_d2cache.ops.columns import cells_of, columns, first_columns, lines_of, numbers_of, write_lines
+from vllm_d2cache.ops.columns import cells_of, columns, everybody, first_columns, lines_of, numbers_of, write_lines
 from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.packing import pack_columns
 from vllm_d2cache.ops.text_columns import position_map, slot_map, text_columns, window_columns
@@ -161,7 +161,7 @@ def _pack_all(
     request, positions = chosen.nonzero().unbind(1)
     who, slot = predicted.nonzero().unbind(1)
     row_of, place = (marked.flatten().cumsum(0).sub_(1).view(marked.shape) for marked in (chosen, predicted))
-    live = torch.ones_like(request, dtype=torch.bool)
+    live = everybody(len(request), slots.device)
     input_ids = tokens.take(cells_of(slots.take(request), positions, tokens))
     read = row_of.take(cells_of(who, first.take(who).add_(slot), row_of))
     return PackedRows(request, positions, live, input_ids, row_of, who, slot, read, place)
