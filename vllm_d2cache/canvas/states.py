@@ -49,7 +49,8 @@ class CanvasStates:
         self.device = device
         self.requests: dict[int, Request] = {}
         self.unseen: set[int] = set()  # slots with positions that no step has computed yet
-        # Slots whose plan says more than what to refresh. Of all others the tables hold what goes without saying.
+        # Slots whose plan says more than what to refresh. Of all others the tables of plans hold what goes without
+        # saying: nothing is observed, and all may be committed.
         self.told: set[int] = set()
         self._standing = Standing(self._batch)
         # The texts read or written last, and whose they are: read again only when other requests have a step.

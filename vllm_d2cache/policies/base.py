@@ -40,7 +40,8 @@ class StepPlan:
     """What a cache policy wants of the next step."""
 
     refresh: torch.Tensor  # [R, T] bool, positions whose K and V are recomputed
-    observe: torch.Tensor | None = None  # [R, G] bool, slots whose statistics it wants besides the window's
+    # [R, G] bool, slots whose statistics the policy wants besides the window's; None = of no others.
+    observe: torch.Tensor | None = None
     candidates: torch.Tensor | None = None  # [R, G] bool, slots that may be committed; None = all of the window
     wishes: tuple[Wish, ...] = ()  # one for each mechanism of the policy that takes any
 
