@@ -114,6 +114,7 @@ class CanvasStates:
         """Forget the request in ``slot``."""
         del self.requests[slot]
         self.unseen.discard(slot)
+        self.told.discard(slot)
         self._latest = None
         self._standing.forget()
 

@@ -11,15 +11,15 @@ from vllm_d2cache.ops.dispatch import chosen
 
 
 @lru_cache(maxsize=64)
-def columns(width: int, device: torch.device) -> torch.Tensor:
-    """[1, width] int64: 0, 1, 2 and so on. Shared: it is never written."""
-    return torch.arange(width, device=device).unsqueeze(0)
-
-
-@lru_cache(maxsize=64)
 def line_numbers(count: int, device: torch.device) -> torch.Tensor:
     """[count] int64: 0, 1, 2 and so on. Shared: it is never written."""
     return torch.arange(count, device=device)
+
+
+@lru_cache(maxsize=64)
+def columns(width: int, device: torch.device) -> torch.Tensor:
+    """[1, width] int64: 0, 1, 2 and so on. Shared: it is never written."""
+    return line_numbers(width, device).unsqueeze(0)
 
 
 @lru_cache(maxsize=64)

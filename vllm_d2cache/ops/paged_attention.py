@@ -84,12 +84,12 @@ class PagedLayout:
     def row_starts(self) -> torch.Tensor:
         """[R + 1] int32: first row of each request, and the end of the last."""
         self.numbers.expect(self.lengths, torch.int32)
-        return self.numbers.on(self.slots.device, _starts(self.counts), torch.int32)
+        return self.numbers.on(self.slots.device, starts_of(self.counts), torch.int32)
 
     @cached_property
     def text_lengths(self) -> torch.Tensor:
         """[R] int32: ``lengths``."""
-        self.numbers.expect(_starts(self.counts), torch.int32)
+        self.numbers.expect(starts_of(self.counts), torch.int32)
         return self.numbers.on(self.slots.device, self.lengths, torch.int32)
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class PagedLayout:
 
     def expect_rows(self, counts: list[int]) -> None:
         """Some layer will have these rows of each request."""
-        self.numbers.expect(_starts(counts), torch.int32)
+        self.numbers.expect(starts_of(counts), torch.int32)
 
 
 def spans(positions: torch.Tensor, block_length: int | None) -> torch.Tensor | None:
@@ -126,7 +126,8 @@ def spans(positions: torch.Tensor, block_length: int | None) -> torch.Tensor | N
     return None if block_length is None else (positions + block_length - positions % block_length).int()
 
 
-def _starts(counts: list[int]) -> list[int]:
+def starts_of(counts: list[int]) -> list[int]:
+    """[R + 1]: where the rows of each begin, and the end of the last."""
     return list(accumulate(counts, initial=0))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import chain
 
 import numpy as np
 import torch
@@ -18,7 +18,14 @@ import torch
 from vllm_d2cache.ops.columns import line_numbers
 from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.host import upload
-from vllm_d2cache.ops.paged_attention import AttentionMaps, MapGroup, PagedLayout, attention_map_product, read_kv
+from vllm_d2cache.ops.paged_attention import (
+    AttentionMaps,
+    MapGroup,
+    PagedLayout,
+    attention_map_product,
+    read_kv,
+    starts_of,
+)
 
 _SUM = 0  # of torch.embedding_bag's modes
 
@@ -105,15 +112,15 @@ def _rollout_of_group(
     device, pitch = positions.device, group.pitch
     counts = [layout.counts[r] for r in group.requests]
     own, all_shares = _shares(tuple(layout.lengths[r] for r in group.requests), pitch, device)
-    starts, slots, each = _starts(counts), layout.slots, line_numbers(sum(counts), device)
+    slots, each = layout.slots, line_numbers(sum(counts), device)
     if len(each) < len(positions):
-        begin = _starts(layout.counts)
+        begin = starts_of(layout.counts)
         rows = [range(begin[r], begin[r] + layout.counts[r]) for r in group.requests]
         row = upload(list(chain.from_iterable(rows)), torch.int64, device)
         positions, slots, owners = positions[row], slots[row], None
     if owners is None:
         owners = upload(np.arange(len(counts)).repeat(counts), torch.int64, device)
-    bags = upload(starts, torch.int64, device)
+    bags = upload(starts_of(counts)[:-1], torch.int64, device)
     column = positions if layout.exact else torch.where(slots >= 0, positions, pitch)
     at = torch.add(column, owners, alpha=pitch + 1)
     lines = all_shares.clone()
@@ -127,11 +134,6 @@ def _rollout_of_group(
             product = tensor_parallel.all_reduce(product) / tensor_parallel.size
         text.add_(product)
     return torch.where(own, text, 0.0)
-
-
-def _starts(counts: list[int]) -> list[int]:
-    """Where the rows of each begin."""
-    return list(accumulate(counts, initial=0))[:-1]
 
 
 @lru_cache(maxsize=8)
