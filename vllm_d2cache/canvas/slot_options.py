@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from vllm_d2cache.ops.columns import forget_numbers
 from vllm_d2cache.options.request import RequestOptions
 from vllm_d2cache.options.types import Choice, Number
 
@@ -28,6 +29,7 @@ class SlotOptions:
             value = options.value(name)
             number = spec.values.index(value) if isinstance(spec, Choice) else min(value, _LARGEST)
             self.columns[name][slot] = number
+            forget_numbers(self.columns[name])
 
 
 def _column_type(spec: Number | Choice) -> torch.dtype:

@@ -161,15 +161,14 @@ class CanvasStates:
 
     def _flags(self, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The tables of masks and of committed stop tokens, as wide as ops need them."""
-        return self._first_columns.of(self.masked, num_slots), self._first_columns.of(self.terminal, num_slots)
+        masked, terminal = self._first_columns.of(num_slots, self.masked, self.terminal)
+        return masked, terminal
 
     def plans(self, num_positions: int, num_slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The tables of plans, as wide as ops need them: what to refresh, to observe, and what may be committed."""
-        return (
-            self._first_columns.of(self.refresh, num_positions),
-            self._first_columns.of(self.observe, num_slots),
-            self._first_columns.of(self.eligible, num_slots),
-        )
+        (refresh,) = self._first_columns.of(num_positions, self.refresh)
+        observe, eligible = self._first_columns.of(num_slots, self.observe, self.eligible)
+        return refresh, observe, eligible
 
     def view(self, slots: torch.Tensor, slots_host: Sequence[int]) -> CanvasView:
         """The texts of ``slots`` [R] as they are now, padded to the widest."""

@@ -78,7 +78,7 @@ class StepCounters:
         else:
             self.keys += sum(rows.lengths)
         self._extra += sum(rows.extra)
-        self._verified += len(rows.logits_rows) - len(rows.predicted_index[0])
+        self._verified += rows.logits_rows.shape[0] - rows.predicted_index[0].shape[0]
         self._steps.append((rows.refreshed, rows.num_predicted, changes))
         if len(self._steps) == _AT_MOST:
             self._add_up()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_d2cache.ops.dispatch import dispatched
-from vllm_d2cache.ops.text_columns import SlotMap, position_map, slot_map
+from vllm_d2cache.ops.text_columns import PositionMap, SlotMap, position_map, slot_map
 
 _TRITON = "vllm_d2cache.ops.triton.canvas_columns"
 
@@ -19,7 +19,8 @@ def to_positions(values: torch.Tensor, first: torch.Tensor, length: torch.Tensor
         length: [R] int64, slots of each row; columns behind them are ignored.
     """
     where, slots = (tuple(first.tolist()), tuple(length.tolist())), values.shape[1]
-    return at_positions(values, position_map(where[0], slots, where[1], width, values.device), width)
+    found = position_map(where[0], width, where[1], slots, values.device)
+    return at_positions(values, found) if values.dtype == torch.bool else _numbers_at(values, found)
 
 
 @dispatched(_TRITON)
@@ -29,10 +30,14 @@ def to_slots(values: torch.Tensor, first: torch.Tensor, length: torch.Tensor, wi
     return at_slots(values, slot_map(where[0], width, where[1], positions, values.device))
 
 
-def at_positions(values: torch.Tensor, positions: torch.Tensor, width: int) -> torch.Tensor:
-    """[R, width]: each of ``values`` [R, G] at its position [R, G] int64, 0 elsewhere; it has none at ``width``."""
-    # Slots past a row's canvas land in a column that is cut off.
-    return values.new_zeros(values.shape[0], width + 1).scatter_(1, positions, values)[:, :width]
+def at_positions(values: torch.Tensor, found: PositionMap) -> torch.Tensor:
+    """[R, T] bool: each position has what ``values`` [R, G] has at its slot, False without one."""
+    return values.gather(1, found.at).logical_and_(found.inside)
+
+
+def _numbers_at(values: torch.Tensor, found: PositionMap) -> torch.Tensor:
+    """[R, T]: as :func:`at_positions`, of any numbers; 0 without a slot."""
+    return values.gather(1, found.at).masked_fill_(~found.inside, 0)
 
 
 def at_slots(values: torch.Tensor, found: SlotMap) -> torch.Tensor:

@@ -41,7 +41,7 @@ def nobody(count: int, device: torch.device) -> torch.Tensor:
 
 
 def numbers_of(table: torch.Tensor) -> tuple[Any, ...]:
-    """What ``table`` holds, as tuples of numbers, which are kept with it: it is not written any more.
+    """What ``table`` holds, as tuples of numbers, which are kept with it: whoever writes it calls `forget_numbers`.
 
     For twins of PyTorch: where kernels run, the host would wait.
     """
@@ -50,6 +50,16 @@ def numbers_of(table: torch.Tensor) -> tuple[Any, ...]:
         numbers = table.tolist()
         found = table.__dict__["_d2cache_numbers"] = tuple(map(tuple, numbers) if table.dim() > 1 else numbers)
     return found
+
+
+def forget_numbers(table: torch.Tensor) -> None:
+    """``table`` is written."""
+    table.__dict__.pop("_d2cache_numbers", None)
+
+
+def numbers_at(table: torch.Tensor, slots: torch.Tensor) -> tuple[Any, ...]:
+    """What ``table`` [S] holds for each of ``slots`` [R], as :func:`numbers_of`."""
+    return tuple(map(numbers_of(table).__getitem__, numbers_of(slots)))
 
 
 def first_columns(table: torch.Tensor, width: int) -> torch.Tensor:
@@ -84,16 +94,17 @@ class FirstColumns:
     _MOST = 64
 
     def __init__(self) -> None:
-        self._views: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._views: dict[tuple[int, ...], tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]] = {}
 
-    def of(self, table: torch.Tensor, width: int) -> torch.Tensor:
-        """[S, width] of ``table`` [S, L] where PyTorch reads it on a CPU; elsewhere all of it, as kernels expect."""
-        if table.device.type != "cpu" or chosen(table.device) != "torch":
-            return table
-        key = (id(table), width)  # the table is kept beside its view, so that no other gets its id
+    def of(self, width: int, *tables: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[S, width] of each table [S, L] where PyTorch reads it on a CPU; elsewhere all of it, as kernels expect."""
+        device = tables[0].device
+        if device.type != "cpu" or chosen(device) != "torch":
+            return tables
+        key = (width, *map(id, tables))  # the tables are kept beside their views, so that no others get their ids
         found = self._views.get(key)
         if found is None:
             if len(self._views) == self._MOST:
                 self._views.clear()
-            found = self._views[key] = (table, first_columns(table, width))
+            found = self._views[key] = (tables, tuple(first_columns(table, width) for table in tables))
         return found[1]

@@ -64,23 +64,23 @@ class _Terms(NamedTuple):
 
 def _weighted(extended: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """[R, slots] float64: weighted sums of ``extended`` [R, E], a product of stretches and weights."""
-    around, slots = weights.shape[1:]
+    sigmas, around, slots = weights.shape
+    if sigmas == 1 and extended.shape[1] == around:  # a single stretch of each
+        return extended @ weights[0]
     stretches = extended.unfold(1, around, slots)  # [R, stretches, around]: a view, which a product copies
     rows, each, _ = stretches.shape
     at_once = max(1, _TILE_ELEMENTS // around)
     if rows * each <= at_once:
         return _product(stretches, weights).view(rows, -1)
     step = max(1, at_once // each)
-    parts = [
-        (stretches[i : i + step], weights[i : i + step] if len(weights) > 1 else weights) for i in range(0, rows, step)
-    ]
+    parts = [(stretches[i : i + step], weights[i : i + step] if sigmas > 1 else weights) for i in range(0, rows, step)]
     sums = ([_product(x, own) for x in part.split(at_once, 1)] for part, own in parts)
     return torch.cat([torch.cat(of_part, 1).flatten(1) for of_part in sums])
 
 
 def _product(stretches: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """[R, n, s]: of [R, n, s + 2 * reach] and [1 or R, s + 2 * reach, s]."""
-    if len(weights) > 1:
+    if weights.shape[0] > 1:
         return torch.bmm(stretches, weights)
     return (stretches.reshape(-1, weights.shape[1]) @ weights[0]).view(*stretches.shape[:2], -1)
 

@@ -55,7 +55,7 @@ def choose_commits(
     if threshold is None and factor is None:
         if single:  # no ranking: of equals, the maximum is the leftmost
             best = torch.where(candidates, score, -torch.inf).max(1, keepdim=True).indices
-            return torch.zeros_like(candidates).scatter_(1, best, True).logical_and_(candidates)
+            return (columns(candidates.shape[1], candidates.device) == best).logical_and_(candidates)
         return take_best(_ranked(score, candidates)[1], candidates, least)
     ordered, index, valid = rank_candidates(score, candidates)
     return take_best(index, candidates, allowed_count(ordered, valid, least, threshold, factor))

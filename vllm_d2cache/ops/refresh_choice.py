@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_d2cache.ops.canvas_columns import at_positions, at_slots
-from vllm_d2cache.ops.columns import columns, lines_of, numbers_of, write_lines
+from vllm_d2cache.ops.columns import columns, lines_of, numbers_at, numbers_of, write_lines
 from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.text_columns import TextColumns, position_map, slot_map, text_columns, window_columns
 
@@ -60,20 +60,20 @@ def select_masked(
         one_window: the window of each of these texts is its whole canvas. A kernel asks each one's window anyway.
     """
     _, canvas_len, _, _, _, length, *_ = numbers_of(integers)
-    width, line = masked.shape[1], slots.unsqueeze(1)
+    width = masked.shape[1]
     start = (0,) * len(length) if one_window else tuple(outcome.window_start.tolist())
     window = window_columns(start, width, length, canvas_len, slots.device)
     kept = lines_of(memory, slots, width)
     if follows or fresh:
         first = outcome.first.unsqueeze(1)
-        update = outcome.predicted & (first | (latest.take(line) == 1) if follows else first)
+        update = outcome.predicted & (first | (latest.take(slots).unsqueeze(1) == 1) if follows else first)
         kept = torch.where(update, outcome.score, kept.masked_fill_(first, 0.0))
         write_lines(memory, slots, kept)
     score = kept * density  # 0 behind a canvas, as the density is
     # A bonus of the best score puts the current window's slots before all others.
     score = torch.addcmul(score, window.ones, score.amax(1, keepdim=True))
 
-    eligible, k = masked & live, current_k.take(line)
+    eligible, k = masked & live, _counts(numbers_at(current_k, slots), slots.device)
     if not one_window:
         # The search window ends with the window that holds the k-th remaining slot: before a slot's own window there
         # are fewer of them than k.
@@ -82,6 +82,12 @@ def select_masked(
     index = torch.where(eligible, score, -torch.inf).argsort(dim=1, descending=True, stable=True)
     best = columns(width, slots.device) < k
     return best.scatter(1, index, best).logical_and_(eligible)  # all of it is written over
+
+
+@lru_cache(maxsize=8)
+def _counts(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """[R, 1] int64. Shared: it is never written."""
+    return torch.tensor(numbers, dtype=torch.int64, device=device).unsqueeze(1)
 
 
 class Context(NamedTuple):
@@ -110,7 +116,7 @@ def select_context(
     """
     prompt_len, canvas_len, *_ = numbers_of(integers)
     text = text_columns(prompt_len, importance.shape[1], canvas_len, importance.device)
-    return _context(importance, certain, selected, text, rollout_p, shift)
+    return _context(importance, certain, selected, text, numbers_of(rollout_p), shift)
 
 
 def _context(
@@ -118,7 +124,7 @@ def _context(
     certain: torch.Tensor,
     selected: torch.Tensor,
     text: TextColumns,
-    rollout_p: torch.Tensor,
+    rollout_p: tuple[float, ...],
     shift: int,
 ) -> Context:
     """As :func:`select_context` says."""
@@ -163,14 +169,12 @@ def choose_refresh(
     """
     prompt_len, canvas_len, *_ = numbers_of(integers)
     device, total, width = slots.device, importance.shape[1], masked.shape[1]
-    first, where = tuple(p - shift for p in prompt_len), (width, canvas_len, total, device)
+    first, read = tuple(p - shift for p in prompt_len), selected if shift else selected | committed
+    certain = at_positions(read, position_map(first, total, canvas_len, width, device))
     if shift:
-        certain = at_positions(selected, position_map(first, *where), total)
-        certain = certain | at_positions(committed, position_map(prompt_len, *where), total)
-    else:
-        certain = at_positions(selected | committed, position_map(first, *where), total)
+        certain = certain | at_positions(committed, position_map(prompt_len, total, canvas_len, width, device))
     text = text_columns(prompt_len, total, canvas_len, device)
-    refresh = _context(importance, certain, selected, text, rollout_p.index_select(0, slots), shift).chosen
+    refresh = _context(importance, certain, selected, text, numbers_at(rollout_p, slots), shift).chosen
     if inflates and int((gaps := inflate_w.index_select(0, slots)).max()) > 1:  # neighbours have no gap
         refresh = inflate(refresh, gaps)
     if not follows:
@@ -187,10 +191,10 @@ def _rollout_share(importance: torch.Tensor, candidates: torch.Tensor) -> torch.
     return mass / (total.float() + 1e-9)
 
 
-def _head_of_mass(share: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+def _head_of_mass(share: torch.Tensor, p: tuple[float, ...]) -> torch.Tensor:
     """[R, T] bool: the longest head of the descending list with mass at most p, and at least one position."""
     ordered, index = share.sort(dim=1, descending=True, stable=True)
-    most = _bounds(tuple(p.tolist()), share.device)
+    most = _bounds(p, share.device)
     # Added in fp64 and then rounded: the sum must not depend on the order, and twelve times 1/48 is 1/4.
     head = ordered.cumsum(1, dtype=torch.float64).float() <= most
     head = head.logical_or_(_leftmost(share.shape[1], share.device)).logical_and_(ordered > 0)

@@ -113,14 +113,14 @@ def _rollout_of_group(
     counts = [layout.counts[r] for r in group.requests]
     own, all_shares = _shares(tuple(layout.lengths[r] for r in group.requests), pitch, device)
     slots, each = layout.slots, line_numbers(sum(counts), device)
-    if len(each) < len(positions):
+    if each.shape[0] < positions.shape[0]:
         begin = starts_of(layout.counts)
         rows = [range(begin[r], begin[r] + layout.counts[r]) for r in group.requests]
         row = upload(list(chain.from_iterable(rows)), torch.int64, device)
         positions, slots, owners = positions[row], slots[row], None
     if owners is None:
         owners = upload(np.arange(len(counts)).repeat(counts), torch.int64, device)
-    bags = upload(starts_of(counts)[:-1], torch.int64, device)
+    bags = _bags(tuple(starts_of(counts)[:-1]), device)
     column = positions if layout.exact else torch.where(slots >= 0, positions, pitch)
     at = torch.add(column, owners, alpha=pitch + 1)
     lines = all_shares.clone()
@@ -134,6 +134,12 @@ def _rollout_of_group(
             product = tensor_parallel.all_reduce(product) / tensor_parallel.size
         text.add_(product)
     return torch.where(own, text, 0.0)
+
+
+@lru_cache(maxsize=8)
+def _bags(starts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """[R] int64: the first row of each bag. Shared: it is never written."""
+    return upload(starts, torch.int64, device)
 
 
 @lru_cache(maxsize=8)

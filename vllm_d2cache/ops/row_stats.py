@@ -51,8 +51,8 @@ class RowParams:
 
     def _part(self, rows: slice | torch.Tensor) -> RowParams:
         edits = None if self.edits is None else self.edits.rows(rows)
-        if not (self.samples or self.filters):
-            return replace(self, edits=edits)  # of the others nothing is read
+        if not (self.samples or self.filters):  # of the others nothing is read
+            return self if edits is None else replace(self, edits=edits)
         return RowParams(
             self.temperature[rows],
             self.top_p[rows],

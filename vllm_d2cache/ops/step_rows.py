@@ -85,8 +85,7 @@ def choose_rows(
         may_go = inside & lines_of(eligible, slots, width)
     if ordered:
         may_go, at_lead = _near_lead(open_slots, may_go, integers[9].unsqueeze(1))
-        leads = position_map(first, width, canvas_len, num_positions, device)
-        chosen = chosen | at_positions(at_lead, leads, num_positions)
+        chosen = chosen | at_positions(at_lead, position_map(first, num_positions, canvas_len, width, device))
     computed = at_slots(chosen, slot_map(first, width, canvas_len, num_positions, device))
     predictable = computed & open_slots
     if one_window and not told and not ordered:
@@ -161,7 +160,7 @@ def _pack_all(
     request, positions = chosen.nonzero().unbind(1)
     who, slot = predicted.nonzero().unbind(1)
     row_of, place = (marked.flatten().cumsum(0).sub_(1).view(marked.shape) for marked in (chosen, predicted))
-    live = everybody(len(request), slots.device)
+    live = everybody(request.shape[0], slots.device)
     input_ids = tokens.take(cells_of(slots.take(request), positions, tokens))
     read = row_of.take(cells_of(who, first.take(who).add_(slot), row_of))
     return PackedRows(request, positions, live, input_ids, row_of, who, slot, read, place)
@@ -205,18 +204,17 @@ def spread(
 
     Args:
         predicted: [R, G] bool.
-        place: [R, G] int64, where each predicted slot stands in the others.
+        place: [R, G] int64, where each predicted slot stands in the others; -1 or any such place for another slot.
         score: [n] float32.
         token: [n] int64; they come out as int32.
         entropy: [n] float32, or None.
     """
-    count = score.shape[0]
-    if not count:
+    if not score.shape[0]:
         nothing = score.new_zeros(predicted.shape)
         return nothing, nothing.int(), None if entropy is None else nothing
-    at = place.clamp(0, count - 1)
-    scores, tokens = torch.where(predicted, score.take(at), 0.0), torch.where(predicted, token.take(at).int(), 0)
-    return scores, tokens, None if entropy is None else torch.where(predicted, entropy.take(at), 0.0)
+    # A slot that is not predicted has the place in front of its own or, at the left, -1, which is the last one.
+    scores, tokens = torch.where(predicted, score.take(place), 0.0), torch.where(predicted, token.take(place).int(), 0)
+    return scores, tokens, None if entropy is None else torch.where(predicted, entropy.take(place), 0.0)
 
 
 @dispatched(_TRITON)

@@ -58,11 +58,19 @@ def slot_map(first: Ints, width: int, length: Ints, num_positions: int, device: 
     return SlotMap(index.clamp(max=num_positions - 1), inside)
 
 
+class PositionMap(NamedTuple):
+    """Where positions are among canvas slots."""
+
+    at: torch.Tensor  # [R, T] int64, a slot; any for a position that has none
+    inside: torch.Tensor  # [R, T] bool, whether the position is that of one of the row's slots
+
+
 @_kept
-def position_map(first: Ints, width: int, length: Ints, none: int, device: torch.device) -> torch.Tensor:
-    """[R, G] int64: positions of ``width`` = G slots, of rows as of :func:`slot_map`; ``none`` for one behind them."""
-    slot = columns(width, device)
-    return torch.where(slot < _column(length, device), _column(first, device) + slot, none)
+def position_map(first: Ints, width: int, length: Ints, num_slots: int, device: torch.device) -> PositionMap:
+    """The ``width`` = T positions of rows as of :func:`slot_map`, whose columns are ``num_slots`` = G."""
+    index = columns(width, device) - _column(first, device)
+    inside = (index >= 0) & (index < _column(length, device)) & (index < num_slots)
+    return PositionMap(index.clamp(0, num_slots - 1), inside)
 
 
 class TextColumns(NamedTuple):
@@ -81,25 +89,28 @@ def text_columns(prompt_len: Ints, width: int, canvas_len: Ints, device: torch.d
     return TextColumns(inside, position >= prompt, prompt - 1)
 
 
-class CanvasColumns(NamedTuple):
-    """The slots of canvases."""
+class CanvasCells(NamedTuple):
+    """The slots of canvases in a table of texts, whose cells are counted as :func:`ops.columns.cells_of` does."""
 
     inside: torch.Tensor  # [R, G] bool, one of the row's own
-    position: torch.Tensor  # [R, G] int64, in the text; behind a canvas it goes on as far as there are columns
-    last: torch.Tensor  # [R, 1] int64, position of the last slot
+    at: torch.Tensor  # [R, G] int64, cell; behind a canvas it goes on as far as the line does
+    last: torch.Tensor  # [R, 1] int64, cell of the last slot
 
 
 @_kept
-def canvas_columns(
-    prompt_len: Ints, width: int, canvas_len: Ints, num_columns: int, device: torch.device
-) -> CanvasColumns:
+def canvas_cells(
+    prompt_len: Ints, width: int, canvas_len: Ints, lines: Ints, num_columns: int, device: torch.device
+) -> CanvasCells:
     """The ``width`` = G slots of canvases of ``canvas_len`` slots behind prompts of ``prompt_len`` positions.
 
     Args:
-        num_columns: of the table of texts.
+        lines: of the table, that each text is in.
+        num_columns: of the table.
     """
     slot, prompt, length = columns(width, device), _column(prompt_len, device), _column(canvas_len, device)
-    return CanvasColumns(slot < length, (prompt + slot).clamp(max=num_columns - 1), prompt + length - 1)
+    begin = _column(lines, device) * num_columns
+    position = (prompt + slot).clamp(max=num_columns - 1)
+    return CanvasCells(slot < length, begin + position, begin + prompt + length - 1)
 
 
 class WindowColumns(NamedTuple):

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_d2cache.ops.columns import cells_of, columns, lines_of, numbers_of, write_lines, zeros
+from vllm_d2cache.ops.columns import columns, lines_of, numbers_of, write_lines, zeros
 from vllm_d2cache.ops.dispatch import dispatched
-from vllm_d2cache.ops.text_columns import canvas_columns
+from vllm_d2cache.ops.text_columns import canvas_cells
 
 _TRITON = "vllm_d2cache.ops.triton.texts"
 # Columns of the tables, in order. Kernels know them by number.
@@ -154,14 +154,13 @@ def commit_texts(
     prompt_lens, canvas_lens, *_ = numbers_of(integers)
     committed, token, revoked, revised, held = edits
     lengths = (prompt_lens, committed.shape[1], canvas_lens)
-    cells = canvas_columns(*lengths, tokens.shape[1], slots.device)
+    cells = canvas_cells(*lengths, numbers_of(slots), tokens.shape[1], slots.device)
     changes = [committed.sum(1), zeros(slots.shape[0], slots.device)]
     terminal_before = lines_of(terminal, slots, committed.shape[1])
     if revised is not None:
         committed, terminal_before = committed | revised, terminal_before & ~revised
     # Columns behind a canvas keep what stands there. Some end in the last column, which is no position of a text.
-    where = cells_of(slots.unsqueeze(1), cells.position, tokens)
-    text = torch.where(committed & cells.inside, token, tokens.take(where))
+    text = torch.where(committed & cells.inside, token, tokens.take(cells.at))
     left = before > committed  # of two flags the one is greater where it alone is True
     ends = terminal_before | (_stops(token, stop_ids.index_select(0, slots)) & committed)
     if revoked is not None:
@@ -174,7 +173,7 @@ def commit_texts(
         live = live_slots(ends)
     else:
         live = _go_on(slots, after, left, ends, held, counts, block_length)
-    tokens.put_(where, text)
+    tokens.put_(cells.at, text)
     write_lines(masked, slots, left)
     write_lines(terminal, slots, ends)
     counts[2:4].index_copy_(1, slots, after[3:5])
@@ -243,7 +242,7 @@ def emit_texts(
     """
     prompt_len, canvas_len, *_ = numbers_of(integers)
     lengths = (prompt_len, masked.shape[1], canvas_len)
-    cells = canvas_columns(*lengths, tokens.shape[1], masked.device)
+    cells = canvas_cells(*lengths, numbers_of(slots), tokens.shape[1], masked.device)
     # Slots of the canvas with no mask up to there: the number of masks is less than True there alone.
     done = (masked.cumsum(1) < cells.inside).sum(1)
     provisional, held = keeps
@@ -255,7 +254,6 @@ def emit_texts(
     emitted = emitted_of.index_select(0, slots)
     fresh = (done - emitted).clamp_(min=0)
     # Whatever stands behind the fresh ones: nobody reads it.
-    position = torch.minimum(cells.position + emitted.unsqueeze(1), cells.last)
-    handed = tokens.take(cells_of(slots.unsqueeze(1), position, tokens))
+    handed = tokens.take(torch.minimum(cells.at + emitted.unsqueeze(1), cells.last))
     emitted_of.index_copy_(0, slots, emitted + fresh)
     return handed.long(), fresh.int()

@@ -87,7 +87,7 @@ class D2CachePolicy(CachePolicy):
         else:
             density = view.prior
         found = Outcome(outcome.predicted, outcome.score, outcome.first, outcome.window_start)
-        kept = self._first_columns.of(self.memory, masked.shape[1])
+        (kept,) = self._first_columns.of(masked.shape[1], self.memory)
         memory = (kept, column["confidence_memory"], column["current_k"])
         follows = bool(self._follows)
         known = (follows, outcome.fresh, view.one_window)

@@ -139,8 +139,8 @@ class StepRunner:
             hidden: [n + v, d] final hidden states of ``rows.logits_rows``.
         """
         rows, hidden = step.remaining(hidden)
-        behind, count = hidden, len(rows.predicted_index[0])
-        if len(hidden) > count:
+        behind, count = hidden, rows.predicted_index[0].shape[0]
+        if hidden.shape[0] > count:
             hidden, behind = hidden[:count], hidden[count:]
         ask = partial(self.decoding.probability, rows, lm_head)
         found = step.findings(behind, ask, rows.view.num_positions)

@@ -74,7 +74,7 @@ def kept(make: Callable[..., Any]) -> Any:
 
 
 RECORDS = (
-    text_columns.slot_map, text_columns.position_map, text_columns.text_columns, text_columns.canvas_columns,
+    text_columns.slot_map, text_columns.position_map, text_columns.text_columns, text_columns.canvas_cells,
     text_columns.window_columns,
 )  # fmt: skip
 
@@ -96,9 +96,9 @@ def test_nothing_that_is_remembered_is_written() -> None:
     prompt, canvas, window = BATCHES[0]
     asked: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
         (text_columns.slot_map, (prompt, WIDTH, canvas, TOTAL, CPU)),
-        (text_columns.position_map, (prompt, WIDTH, canvas, TOTAL, CPU)),
+        (text_columns.position_map, (prompt, TOTAL, canvas, WIDTH, CPU)),
         (text_columns.text_columns, (prompt, TOTAL, canvas, CPU)),
-        (text_columns.canvas_columns, (prompt, WIDTH, canvas, 21, CPU)),
+        (text_columns.canvas_cells, (prompt, WIDTH, canvas, (2, 0, 1), 21, CPU)),
         (text_columns.window_columns, ((0, 1, 0), WIDTH, window, canvas, CPU)),
     ]
     before = [[x.clone() for x in record(make(*arguments))] for make, arguments in asked]
@@ -153,17 +153,18 @@ def test_rows_packed_exactly_are_packed_rows(seed: int) -> None:
 
 def test_first_columns_are_part_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     first, table = FirstColumns(), torch.zeros(2, 6)
-    view = first.of(table, 4)
+    (view,) = first.of(4, table)
     view[1, 3] = 1
     assert table[1, 3] == 1
-    assert first.of(table, 4) is view
-    assert first.of(torch.ones(2, 6), 4)[0, 0] == 1
+    assert first.of(4, table)[0] is view
+    assert first.of(4, torch.ones(2, 6))[0][0, 0] == 1
+    assert [x.shape[1] for x in first.of(4, table, torch.ones(2, 6))] == [4, 4]
     for width in range(1, 7):
         for _ in range(20):
-            assert first.of(torch.full((2, 6), float(width)), width).sum() == 2 * width * width
+            assert first.of(width, torch.full((2, 6), float(width)))[0].sum() == 2 * width * width
     assert len(first._views) <= FirstColumns._MOST
     monkeypatch.setitem(dispatch._chosen, "cpu", "triton")
-    assert first.of(table, 4) is table  # kernels take lines as wide as they lie
+    assert first.of(4, table)[0] is table  # kernels take lines as wide as they lie
 
 
 def test_statistics_of_a_known_vocabulary_take_one_tile() -> None:
