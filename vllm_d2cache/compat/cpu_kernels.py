@@ -86,13 +86,12 @@ def gather_block_tables(
     if num_reqs == 0:
         return
     rows = view(batch_idx_to_req_idx)[:num_reqs]
-    top = int(rows.max()) + 1
+    top = max(rows.tolist()) + 1
     counts = view(num_blocks_ptr)
     sources, targets = view(src_block_table_ptrs).tolist(), view(dst_block_table_ptrs).tolist()
     for group, stride in enumerate(view(block_table_strides).tolist()):
         used = counts[group, rows]
-        width = int(used.max())
-        columns = np.arange(width)
+        width = max(used.tolist())
         blocks = int32_at(sources[group], top, stride)[rows, :width]
         if MASK_SLIDING_WINDOW:
             assert num_computed_tokens_ptr is not None
@@ -100,9 +99,9 @@ def gather_block_tables(
             reach = int(sliding_window_reach_ptr[group])
             if reach > 0:
                 below = np.maximum(view(num_computed_tokens_ptr)[rows] - reach, 0)
-                blocks[columns < (below // int(block_sizes_ptr[group]))[:, None]] = 0
+                blocks[np.arange(width) < (below // int(block_sizes_ptr[group]))[:, None]] = 0
         target = int32_at(targets[group], num_reqs, stride)[:, :width]
-        np.copyto(target, blocks, where=columns < used[:, None])
+        np.copyto(target, blocks, where=True if num_reqs == 1 else np.arange(width) < used[:, None])
 
 
 # --- input_batch --------------------------------------------------------------------------------------------
@@ -178,7 +177,7 @@ def advance(
     if query_start_loc_ptr is not None:
         bounds = view(query_start_loc_ptr)
         delta += bounds[1 : num_reqs + 1] - bounds[:num_reqs]
-    if rows.min() < 0:  # a negative row is skipped
+    if min(rows.tolist()) < 0:  # a negative row is skipped
         rows, delta = rows[rows >= 0], delta[rows >= 0]
     view(num_computed_tokens_ptr)[rows] += delta
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,15 @@ class _RawMemory:
         self.__array_interface__ = {"data": data, "shape": shape, "typestr": typestr, "version": 3}
 
 
+@lru_cache(maxsize=256)
+def _at(address: int, shape: tuple[int, ...], typestr: str) -> Array:
+    """A writable view, not a copy. It owns nothing: the same for whatever lies at that address later on."""
+    return np.asarray(_RawMemory(address, shape, typestr))
+
+
 def int32_at(address: int, *shape: int) -> Array:
     """A writable view, not a copy; the caller vouches for the memory as the Triton kernel's caller does."""
-    return np.asarray(_RawMemory(address, shape, "<i4"))
+    return _at(address, shape, "<i4")
 
 
 def view(tensor: torch.Tensor) -> Array:
@@ -33,7 +40,7 @@ def view(tensor: torch.Tensor) -> Array:
     if kept is None:
         if not (tensor.numel() and tensor.is_contiguous() and tensor.dtype in _TYPES):
             return tensor.numpy()
-        kept = np.asarray(_RawMemory(tensor.data_ptr(), tuple(tensor.shape), _TYPES[tensor.dtype]))
+        kept = _at(tensor.data_ptr(), tuple(tensor.shape), _TYPES[tensor.dtype])
         tensor.__dict__["_d2cache_view"] = kept
     return kept
 
