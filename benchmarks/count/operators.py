@@ -9,6 +9,9 @@ on the clock, less that of the forward pass and, in a column of its own, of the 
 step predicts every mask of a window, a stock one a row a request. Steps are those in which every request decodes. Of
 their operators the median counts; of their times the lower quartile, as other work on the machine can only add to
 them, and does so for seconds on end.
+What of that time passes in this plugin's own code is told apart: in what vLLM's runner calls of the model's state and in
+the sampler. The rest is vLLM's engine, scheduler and runner, which is another runner (V2) than that of a stock model
+on a CPU.
 `d2cache` pushes its weights through the attention maps behind the forward pass; `prefix` needs no maps. A pass of many
 rows leaves time for others to empty the processor's caches, and the host's code behind it takes longer, whatever it
 does: so a line of the stock model has its network run as often in each step as makes the pass as long as d2cache's.
@@ -47,18 +50,20 @@ STOCK, LONG = "stock Llama", "stock Llama, long pass"
 POLICIES = ("prefix", "d2cache")
 
 
-Times = list[tuple[float, float, float]]
-"""Milliseconds of steps outside the network, of their forward passes and of their LM heads."""
+Times = list[tuple[float, float, float, float]]
+"""Milliseconds of steps outside the network, those of them in the plugin, of forward passes and of LM heads."""
+HOOKS = ("preprocess_state", "prepare_attn", "prepare_inputs")  # of the model's state, that vLLM's runner calls
 
 
 @dataclass
 class Line:
-    """Of the steps of a batch: operators, and milliseconds outside the network, of the forward pass and the LM head."""
+    """Of the steps of a batch: operators, and milliseconds as in Times."""
 
     name: str  # STOCK, LONG or a policy
     batch: int
     operators: float
     outside: float
+    plugin: float
     forward: float
     head: float
 
@@ -75,7 +80,7 @@ class Watched:
             enforce_eager=True, num_gpu_blocks_override=4 * batch + 16,  # not all of it is freed with the engine
         )  # fmt: skip
         self.batch, self.found, self.passes = batch, Counter[str](), 1
-        self.seconds = {"forward": 0.0, "head": 0.0}
+        self.seconds = {"forward": 0.0, "head": 0.0, "plugin": 0.0}
         watched = self
 
         class Mode(TorchDispatchMode):
@@ -84,10 +89,17 @@ class Watched:
                 return func(*args, **(kwargs or {}))
 
         self.mode = Mode
-        model_of = in_process_runner(self.llm).model
+        runner = in_process_runner(self.llm)
+        model_of, state = runner.model, getattr(runner, "model_state", None)
         model_of.forward = self._timed("forward", model_of.forward, _disable_current_modes)
         head = model_of.logits_processor
         head.forward = self._timed("head", head.forward, nullcontext)
+        if state is not None:
+            for name in HOOKS:
+                setattr(state, name, self._timed("plugin", getattr(state, name), nullcontext))
+            sampler = type(runner.sampler)  # a call of an object looks its class up
+            call = {"__call__": self._timed("plugin", sampler.__call__, nullcontext)}
+            runner.sampler.__class__ = type(sampler.__name__, (sampler,), call)
 
     def _timed(
         self, part: str, work: Callable[..., Any], around: Callable[[], AbstractContextManager[Any]]
@@ -134,7 +146,8 @@ class Watched:
                 engine.step()
                 whole = time.perf_counter() - begin
                 forward, head = self.seconds["forward"], self.seconds["head"]
-                times.append((1000 * (whole - forward - head), 1000 * forward, 1000 * head))
+                plugin = max(0.0, self.seconds["plugin"] - head)  # which runs in the sampler
+                times.append((1000 * (whole - forward - head), 1000 * plugin, 1000 * forward, 1000 * head))
         return statistics.median(operators), times
 
 
@@ -170,7 +183,7 @@ def lines() -> list[Line]:
 
 def _forward(times: Times) -> float:
     """Milliseconds of a forward pass."""
-    return _lower_quartile([forward for _, forward, _ in times])
+    return _lower_quartile([forward for _, _, forward, _ in times])
 
 
 def _lower_quartile(numbers: Sequence[float]) -> float:
@@ -187,6 +200,7 @@ def table(found: list[Line]) -> str:
         "ms outside the network",
         "of stock",
         "of a long pass",
+        "ms of it in the plugin",
         "ms forward",
         "ms LM head",
     )
@@ -195,7 +209,8 @@ def table(found: list[Line]) -> str:
         stock, long = (next(y for y in found if y.batch == x.batch and y.name == name) for name in (STOCK, LONG))
         rows.append(
             f"| {x.batch} | {x.name} | {x.operators:.0f} | {x.operators / stock.operators:.1f} | {x.outside:.2f} | "
-            f"{x.outside / stock.outside:.1f} | {x.outside / long.outside:.1f} | {x.forward:.2f} | {x.head:.2f} |"
+            f"{x.outside / stock.outside:.1f} | {x.outside / long.outside:.1f} | {x.plugin:.2f} | {x.forward:.2f} | "
+            f"{x.head:.2f} |"
         )
     return "\n".join(["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *rows])
 
