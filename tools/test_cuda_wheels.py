@@ -4,12 +4,14 @@
     python3 tools/test_cuda_wheels.py 0.33.0 --suites contract
 
 These are the builds that users with a GPU have. Without a GPU vLLM finds no platform in them, and makes no
-configuration of an engine. So there are two suites:
+configuration of an engine. So there are three suites:
 
 * `contract`: as that is, the files of CONTRACT. They ask what vLLM has and what its classes do, not for a device.
 * `vllm`: all of tests/vllm, with VLLM_TARGET_DEVICE=cpu. That is vLLM's own switch: its Python code for CPUs is in
   every build. Configuration, front end, scheduler and loading run by it. Compiled operators for CPUs it has not: a test
   that comes to one is skipped, and says which (tests/vllm/conftest.py).
+* `kernels`: our own kernels, compiled for each architecture by the Triton that comes with that build. Each release of it is
+  another compiler: none of them may be short of registers.
 
 Nothing here runs on a GPU, and no engine starts. Prints a table at the end, as tools/test_matrix.py does. Standard
 library only.
@@ -40,6 +42,7 @@ CONTRACT = (
 SUITES = {
     "contract": [f"tests/vllm/{name}.py" for name in CONTRACT],
     "vllm": ON_CPU["vllm"],
+    "kernels": ["tests/triton/test_compiles_for_hopper.py", "tests/triton/test_warm_up.py"],
 }
 SETTINGS = {"vllm": {"VLLM_TARGET_DEVICE": "cpu"}}
 

@@ -3,6 +3,9 @@
 Programs of a refresh step at batch 1 in a CUDA graph: how many are started, and how many of them find rows of the
 request to work on. And what each kernel takes of a processor on six architectures, compiled for each of them in a
 process of its own: registers, shared memory, and bytes of local memory for what did not fit.
+
+Each release of Triton is another compiler. The environment for CPUs has the newest one; those that come with vLLM's CUDA
+builds are in the environments of `make test-cuda-wheels`, which asks each of them that nothing spills.
 """
 
 from __future__ import annotations
@@ -128,7 +131,7 @@ def main() -> None:
     for architecture in ARCHITECTURES:
         command = [sys.executable, "-m", "benchmarks.count.grid", "--architecture", str(architecture)]
         taken += json.loads(subprocess.check_output(command, text=True))
-    text = f"{grid_table(lines)}\n\n{resource_table(taken)}\n"
+    text = f"{grid_table(lines)}\n\nTriton {triton.__version__}:\n\n{resource_table(taken)}\n"
     print(text)
     args.out.with_suffix(".md").write_text(text)
     written = {"triton": triton.__version__, "grids": lines, "resources": taken}

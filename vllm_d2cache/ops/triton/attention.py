@@ -18,7 +18,7 @@ import triton.language as tl
 
 from vllm_d2cache.ops.paged_attention import AttentionMaps, PagedLayout
 from vllm_d2cache.ops.split import is_cut, most_stretches
-from vllm_d2cache.ops.triton.common import architecture, kernel, model_constants, tile_shape
+from vllm_d2cache.ops.triton.common import ALL_REGISTERS, architecture, kernel, model_constants, tile_shape
 from vllm_d2cache.ops.triton.maps import attention_maps
 from vllm_d2cache.ops.triton.work import find_piece, pieces, stretch_of
 
@@ -149,7 +149,6 @@ def _attention_kernel(
         # A request's last tiles may be padding: in parts the first ones come first, under all heads, so that every
         # program gets some of them. Whole, the tiles of a head come together, as they read the same keys.
         kv_head = piece % kv_heads if SPLIT else piece // pieces_of_head
-        kv_head = kv_head.to(tl.int64)  # its pages may lie 2^31 numbers behind the first's
         in_head_order = piece // kv_heads if SPLIT else piece % pieces_of_head
         request, number = find_piece(piece_starts, in_head_order, num_requests)
         row_start, row_end = tl.load(row_starts + request), tl.load(row_starts + request + 1)
@@ -164,7 +163,7 @@ def _attention_kernel(
         live = present & (tl.load(slots + row, mask=present, other=-1) >= 0)
         d = tl.arange(0, BLOCK_D)
         in_head = d < HEAD
-        row64 = row.to(tl.int64)
+        row64, kv_head64 = row.to(tl.int64), kv_head.to(tl.int64)  # pages may lie 2^31 numbers behind the first head's
         q_at = row64[:, None] * stride_qn + head[:, None] * stride_qh + d[None, :]
         q = tl.load(query + q_at, mask=live[:, None] & in_head[None, :], other=0.0).to(DOT)
 
@@ -183,14 +182,14 @@ def _attention_kernel(
             begin = (number % stretches) * stretch
             end = tl.minimum(end, begin + stretch)
             top, total, acc = _attend_to(
-                q, begin, end, request, kv_head, scale, limit,
+                q, begin, end, request, kv_head64, scale, limit,
                 kv_cache, block_table, key_positions, key_starts, stride_kb, stride_kh, stride_kn, stride_table,
                 HEAD, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, DOT, WRITE_OUTPUT, HAS_KEYS, HAS_LIMITS,
             )  # fmt: skip
         else:
             for first in range(begin, end, stretch):
                 next_top, next_total, next_acc = _attend_to(
-                    q, first, tl.minimum(first + stretch, end), request, kv_head, scale, limit,
+                    q, first, tl.minimum(first + stretch, end), request, kv_head64, scale, limit,
                     kv_cache, block_table, key_positions, key_starts, stride_kb, stride_kh, stride_kn, stride_table,
                     HEAD, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, DOT, WRITE_OUTPUT, HAS_KEYS, HAS_LIMITS,
                 )  # fmt: skip
@@ -337,17 +336,20 @@ def attend(
         SPLIT=split,
         WRITE_OUTPUT=output is not None,
         # Tiles of K and V in flight; in fp32 three of them exceed the shared memory of many cards.
-        num_stages=2 if query.dtype == torch.float32 else 3,
+        num_stages=3 if split and query.dtype != torch.float32 else 2,
         **model_constants(query, kv_cache),
-        **_registers(split),
+        **_registers(split, group),
     )
     if split:
         _combine(layout, num_keys, out, lse, parts)
 
 
-def _registers(split: bool) -> dict[str, int]:
-    """For sm_80 the compiler would rather spill than let one block less share a multiprocessor."""
-    return {} if split or architecture() != 80 else {"maxnreg": 255}
+def _registers(split: bool, group: int) -> dict[str, int]:
+    """Two blocks share a multiprocessor, for which a thread of each may use all registers that it can have.
+
+    Where query heads share kv heads the compiler takes what it needs of itself, but on sm_80.
+    """
+    return ALL_REGISTERS if not split and (group == 1 or architecture() == 80) else {}
 
 
 def _combine(

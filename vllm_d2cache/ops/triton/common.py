@@ -21,6 +21,13 @@ STRETCH = 1024
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
+ALL_REGISTERS = {"maxnreg": 255}
+"""Launch option of kernels that have a block a request, or of others of which no third one is to share a processor.
+
+Left alone, the compiler would rather keep a few bytes in memory than let fewer blocks share a multiprocessor.
+"""
+
+
 def architecture() -> int:
     """Of the card that kernels are compiled for, 90 for an H100; 0 in the interpreter."""
     return 0 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)

@@ -50,7 +50,7 @@ def _add_heads(
     in_head = d < HEAD
     acc = tl.zeros([ROWS, KEYS], tl.float32)
     for kv_head in range(first_kv_head, end_kv_head):
-        k_at = kv_cache + kv_head * stride_kh.to(tl.int64) + (at[None, :] + d[:, None])
+        k_at = kv_cache + kv_head * stride_kh.to(tl.int64) + at[None, :] + d[:, None]
         k = tl.load(k_at, mask=in_text[None, :] & in_head[:, None], other=0.0).to(DOT)
         for g in range(0, GROUP):
             head = kv_head * GROUP + g
@@ -119,18 +119,21 @@ def _map_kernel(
         at = block * stride_kb + (j % BLOCK_SIZE) * stride_kn
         # A tile of padding rows alone reads no key.
         some = tl.max(live.to(tl.int32), 0)
-        target = tl.load(map_starts + request) + (row64 - row_start)[:, None] * length + j[None, :]
-        own = memory + target
-        mask = present[:, None] & in_text[None, :]
-        if SPLIT:
-            own += group * elements.to(tl.int64)
+        if not SPLIT:
+            own = memory + tl.load(map_starts + request) + (row64 - row_start)[:, None] * length + j[None, :]
+            mask = present[:, None] & in_text[None, :]
         for i in range(group, group + 1 if SPLIT else groups):
             acc = _add_heads(
                 i * AT_ONCE, some * tl.minimum((i + 1) * AT_ONCE, kv_heads), row64, live, at, in_text, scale,
                 query, lse, kv_cache, stride_qn, stride_qh, stride_kh, HEADS, GROUP, HEAD, ROWS, KEYS, BLOCK_D, DOT,
             )  # fmt: skip
-            if not SPLIT:
-                # The sum so far stands in memory: registers are what the kernel is short of.
+            if SPLIT:
+                # Worked out behind the products: registers are what the kernel is short of.
+                own = memory + tl.load(map_starts + request) + (row64 - row_start)[:, None] * length + j[None, :]
+                own += group * elements.to(tl.int64)
+                mask = present[:, None] & in_text[None, :]
+            else:
+                # For the same reason the sum so far stands in memory.
                 if i > 0:
                     acc += tl.load(own, mask=mask, other=0.0)
                 if i == groups - 1:
@@ -224,6 +227,7 @@ def attention_maps(
         KEYS=keys,
         AT_ONCE=at_once,
         SPLIT=split,
+        num_stages=2 if split else 3,
         num_warps=4 if query.dtype == torch.float32 else 8,  # with four, 16 bits run out of registers
         **model_constants(query, kv_cache),
     )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_d2cache.ops.triton.bisection import NO_KEY, count_above, ordered, score_of, take_best
-from vllm_d2cache.ops.triton.common import STRETCH, as_bytes, kernel
+from vllm_d2cache.ops.triton.common import ALL_REGISTERS, STRETCH, as_bytes, kernel
 
 _FAR = tl.constexpr(1 << 30)  # behind any text
 
@@ -106,6 +106,7 @@ def choose_commits(
         THRESHOLD=threshold is not None,
         FACTOR=factor is not None,
         BLOCK=STRETCH,
+        **ALL_REGISTERS,
     )
     return out
 
@@ -191,5 +192,6 @@ def choose_by_entropy(
         gamma.contiguous(),
         width,
         BLOCK=STRETCH,
+        **ALL_REGISTERS,
     )
     return out

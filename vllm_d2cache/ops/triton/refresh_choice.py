@@ -8,7 +8,7 @@ import triton.language as tl
 
 from vllm_d2cache.ops.refresh_choice import Outcome
 from vllm_d2cache.ops.triton.bisection import NO_KEY, ordered, score_of, take_best
-from vllm_d2cache.ops.triton.common import STRETCH, as_bytes, kernel
+from vllm_d2cache.ops.triton.common import ALL_REGISTERS, STRETCH, as_bytes, kernel
 
 _FAR = tl.constexpr(1 << 29)  # behind any text, and twice that is a number of 32 bits
 _WIDEST_GAP = tl.constexpr(1 << 20)
@@ -119,6 +119,7 @@ def select_masked(
         memory.shape[1],
         width,
         BLOCK=STRETCH,
+        **ALL_REGISTERS,
     )
     return out
 
@@ -294,5 +295,6 @@ def choose_refresh(
         width,
         shift,
         BLOCK=STRETCH,
+        **ALL_REGISTERS,
     )
     return refresh, observe

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_d2cache.ops.step_rows import Choice, PackedRows
-from vllm_d2cache.ops.triton.common import STRETCH, as_bytes, kernel
+from vllm_d2cache.ops.triton.common import ALL_REGISTERS, STRETCH, as_bytes, kernel
 from vllm_d2cache.ops.triton.packing import pack_line, sum_before
 
 _FAR = tl.constexpr(1 << 30)  # behind any text
@@ -139,6 +139,7 @@ def choose_rows(
         REVISES=revises is not None,
         ORDERED=ordered,
         BLOCK=STRETCH,
+        **ALL_REGISTERS,
     )
     return Choice(chosen, candidates, predicted, sums)
 
