@@ -10,8 +10,8 @@ configuration of an engine. So there are three suites:
 * `vllm`: all of tests/vllm, with VLLM_TARGET_DEVICE=cpu. That is vLLM's own switch: its Python code for CPUs is in
   every build. Configuration, front end, scheduler and loading run by it. Compiled operators for CPUs it has not: a test
   that comes to one is skipped, and says which (tests/vllm/conftest.py).
-* `kernels`: our own kernels, compiled for each architecture by the Triton that comes with that build. Each release of it is
-  another compiler: none of them may be short of registers.
+* `kernels`: our own kernels, compiled for each architecture by the Triton that comes with that build. Each release of
+  it is another compiler: none of them may be short of registers.
 
 Nothing here runs on a GPU, and no engine starts. Prints a table at the end, as tools/test_matrix.py does. Standard
 library only.

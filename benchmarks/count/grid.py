@@ -4,8 +4,8 @@ Programs of a refresh step at batch 1 in a CUDA graph: how many are started, and
 request to work on. And what each kernel takes of a processor on six architectures, compiled for each of them in a
 process of its own: registers, shared memory, and bytes of local memory for what did not fit.
 
-Each release of Triton is another compiler. The environment for CPUs has the newest one; those that come with vLLM's CUDA
-builds are in the environments of `make test-cuda-wheels`, which asks each of them that nothing spills.
+Each release of Triton is another compiler. The environment for CPUs has the newest one; those that come with vLLM's
+CUDA builds are in the environments of `make test-cuda-wheels`, which asks each of them that nothing spills.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ on the clock, less that of the forward pass and, in a column of its own, of the 
 step predicts every mask of a window, a stock one a row a request. Steps are those in which every request decodes. Of
 their operators the median counts; of their times the lower quartile, as other work on the machine can only add to
 them, and does so for seconds on end.
-What of that time passes in this plugin's own code is told apart: in what vLLM's runner calls of the model's state and in
-the sampler. The rest is vLLM's engine, scheduler and runner, which is another runner (V2) than that of a stock model
+What of that time passes in this plugin's own code is told apart: in what vLLM's runner calls of the model's state and
+in the sampler. The rest is vLLM's engine, scheduler and runner, which is another runner (V2) than that of a stock model
 on a CPU.
 `d2cache` pushes its weights through the attention maps behind the forward pass; `prefix` needs no maps. A pass of many
 rows leaves time for others to empty the processor's caches, and the host's code behind it takes longer, whatever it

@@ -70,21 +70,13 @@ def test_rows_of_a_step_and_of_a_layer(checkpoint: Path) -> None:
 
 
 def test_layers_that_compute_all_rows_at_a_time(checkpoint: Path) -> None:
-    """Where rows have adapters, or ranks agree on every call of the experts."""
+    """Where rows have adapters."""
     config = configured(checkpoint, enable_lora=True, max_num_batched_tokens=300)
     assert part_rows(config) == config.scheduler_config.max_num_batched_tokens == DEFAULT_MAX_MODEL_LEN
     with pytest.raises(ValueError, match=r"part_rows.*: leave it out; --enable-lora: adapters are laid out for"):
         configured(checkpoint, enable_lora=True, additional_config={"d2cache": {"part_rows": 300}})
-    mixed = SimpleNamespace(mixture=object())
-    ranks = SimpleNamespace(data_parallel_size=2)
-    model = SimpleNamespace(hf_config=SimpleNamespace(shape=lambda: mixed))
-    scheduler = SimpleNamespace(max_num_batched_tokens=500)
-    of_ranks: Any = SimpleNamespace(
-        lora_config=None, model_config=model, parallel_config=ranks, scheduler_config=scheduler
-    )
-    assert configure_parts(of_ranks, ServerOptions({}), 100) == {}
-    ranks.data_parallel_size = 1
-    assert configure_parts(of_ranks, ServerOptions({}), 100) == {"part_rows": 100}
+    scheduler: Any = SimpleNamespace(lora_config=None, scheduler_config=SimpleNamespace(max_num_batched_tokens=500))
+    assert configure_parts(scheduler, ServerOptions({}), 100) == {"part_rows": 100}
 
 
 def test_longest_request_is_the_operators_choice(checkpoint: Path) -> None:
@@ -191,6 +183,13 @@ def test_an_engine_has_one_grammar_backend(checkpoint: Path) -> None:
 def test_what_cannot_work_is_refused_by_name(checkpoint: Path, settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         configured(checkpoint, **settings)
+
+
+def test_experts_are_not_shared_among_engines(checkpoint: Path) -> None:
+    """Data parallelism is vLLM's own, but its experts count on rows that are known before a step."""
+    assert configured(checkpoint, data_parallel_size=2).parallel_config.data_parallel_size == 2
+    with pytest.raises(ValueError, match="data-parallel-size > 1 with a mixture of experts"):
+        configured(BLOCK_ORACLE / "llada2", data_parallel_size=2)
 
 
 @pytest.fixture

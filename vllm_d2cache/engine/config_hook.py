@@ -170,6 +170,10 @@ def _refusals(config: VllmConfig) -> list[str]:
             parallel.prefill_context_parallel_size > 1
         ),
         "--enable-dbo (a step is not split)": parallel.enable_dbo,
+        "--data-parallel-size > 1 with a mixture of experts (its ranks agree beforehand on how many rows each has, and "
+        "what a step refreshes is known in the step; --tensor-parallel-size N, or N servers)": (
+            parallel.data_parallel_size > 1 and config.model_config.hf_config.shape().mixture is not None
+        ),
         "--kv-transfer-config (keys depend on the whole canvas, they cannot be handed over)": (
             config.kv_transfer_config is not None
         ),

@@ -47,6 +47,15 @@ from vllm_d2cache.step.step import Step
 logger = init_logger(f"vllm.{__name__}")
 
 
+def sum_of_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks of tensor parallelism, of the shape of ``values``.
+
+    In one row: on cards with NVLink vLLM hands what has two dimensions to FlashInfer, which takes hidden states and
+    raises where a line of fp32 is no multiple of four numbers, as texts and rows of ours are not.
+    """
+    return tensor_model_parallel_all_reduce(values.reshape(-1)).view(values.shape)
+
+
 class D2CacheModelState(ModelState):
     """State of all running requests of one worker."""
 
@@ -58,7 +67,7 @@ class D2CacheModelState(ModelState):
         backend = select_backend(self.options.attention_backend, device, attention_shape(vllm_config))
         logger.info("Attention, maps and statistics are computed on %s with %s.", device, backend)
         size = vllm_config.parallel_config.tensor_parallel_size
-        ranks = TensorParallel(size, tensor_model_parallel_all_reduce) if size > 1 else None
+        ranks = TensorParallel(size, sum_of_ranks) if size > 1 else None
         traits: Any = model.traits
         vocab_size = vllm_config.model_config.get_vocab_size()
         worker = Worker(self.max_num_reqs, self.max_model_len, device, traits, self.options, ranks, vocab_size)

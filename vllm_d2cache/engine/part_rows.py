@@ -52,7 +52,4 @@ def _at_once(config: VllmConfig) -> str | None:
     """Why layers must compute all rows of a step at a time; None = they need not."""
     if config.lora_config is not None:
         return "--enable-lora: adapters are laid out for all rows of a step"
-    shape = config.model_config.hf_config.shape()
-    if config.parallel_config.data_parallel_size > 1 and shape.mixture is not None:
-        return "--data-parallel-size > 1 with a mixture of experts: the ranks agree on every call of the experts"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,10 @@ from vllm_d2cache.observe.trace import TraceRecorder
 from vllm_d2cache.ops.host import upload
 from vllm_d2cache.step.runner import StepRunner
 from vllm_d2cache.step.step import Step
+
+# Columns of the tokens handed out are a multiple: vLLM's kernel that reads them is one where their number is 1, one for
+# multiples of 16 and one for others. As it is, the one that vLLM's own warm-up compiles serves all steps.
+_WIDTH = 16
 
 
 class StepHolder(Protocol):
@@ -49,7 +54,8 @@ class D2CacheSampler:
     compute_nans = False
 
     def __init__(self, state: StepHolder, base: Any) -> None:
-        self.state = state
+        # vLLM lets go of a state when it shuts down, and not of its sampler.
+        self._state = weakref.ref(state)
         self.sampling_states = base.sampling_states
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
@@ -64,7 +70,8 @@ class D2CacheSampler:
         Args:
             logits: [n, d] hidden states of the predicted slots; in a dummy run [R, vocab] logits.
         """
-        state = self.state
+        state = self._state()
+        assert state is not None
         if state.step is None:
             state.rehearsal.sample()
             return _nothing(input_batch.num_reqs, logits.device)
@@ -92,7 +99,7 @@ class D2CacheSampler:
             commits = commits - revoked
         report = _report(step, [counts, commits], state)
         # vLLM copies all columns to the host, and turns them into Python's numbers.
-        tokens = result.tokens[:, : canvas.batch(rows.slots).most_emitted].contiguous()
+        tokens = _in_width(result.tokens, canvas.batch(rows.slots).most_emitted)
         state.finish_step()
         of_all = (step.of_batch(values) for values in (result.num_tokens, rejected))
         return SamplerOutput(step.of_batch(tokens), logprobs, report, *of_all)
@@ -118,7 +125,15 @@ def _report(step: Step, columns: list[torch.Tensor], state: StepHolder) -> torch
     return append_snapshots(report, state.steps.canvas, slots, watched) if watched else report
 
 
+def _in_width(tokens: torch.Tensor, most: int) -> torch.Tensor:
+    """[R, w] int64: the first ``most`` columns of [R, G], and what else there is up to a multiple of _WIDTH."""
+    width = -(-most // _WIDTH) * _WIDTH
+    if tokens.shape[1] < width:
+        return torch.nn.functional.pad(tokens, (0, width - tokens.shape[1]))
+    return tokens[:, :width].contiguous()
+
+
 def _nothing(num_reqs: int, device: torch.device) -> SamplerOutput:
     """No tokens for any request."""
     zero = torch.zeros(num_reqs, dtype=torch.int32, device=device)
-    return SamplerOutput(torch.zeros(num_reqs, 1, dtype=torch.int64, device=device), None, None, zero, zero)
+    return SamplerOutput(torch.zeros(num_reqs, _WIDTH, dtype=torch.int64, device=device), None, None, zero, zero)
