@@ -44,7 +44,10 @@ def test_padded_steps_wait_for_nothing_and_exact_ones_once() -> None:
 
 @pytest.mark.parametrize(
     ("result", "begin"),
-    [("count", "## Kernels outside the layers"), ("grid", "`make count` prints, without a GPU, how")],
+    [
+        ("count", "## Kernels outside the layers"),
+        ("grid-triton-3.8", "`make count` prints, without a GPU, how"),
+    ],
 )
 def test_the_document_shows_the_figures_of_the_command(result: str, begin: str) -> None:
     printed = set((ROOT / "benchmarks" / "results" / f"{result}.md").read_text().splitlines())
@@ -54,15 +57,15 @@ def test_the_document_shows_the_figures_of_the_command(result: str, begin: str) 
     assert set(shown) <= printed
 
 
-def test_a_lone_request_fills_a_card() -> None:
-    """Programs with work, LLaDA-8B at 1,024 positions: what documents promise. In bf16 one kernel spills, on sm_80."""
-    grid = json.loads((ROOT / "benchmarks" / "results" / "grid.json").read_text())
+@pytest.mark.parametrize("result", ["grid", "grid-triton-3.7", "grid-triton-3.8"])
+def test_a_lone_request_fills_a_card(result: str) -> None:
+    """Programs with work, LLaDA-8B at 1,024 positions, and no kernel spills: what documents promise."""
+    grid = json.loads((ROOT / "benchmarks" / "results" / f"{result}.json").read_text())
     (line,) = (x for x in grid["grids"] if x["model"] == "LLaDA-8B" and x["length"] == 1024)
     assert line["attention"][0] >= 120
     assert line["map"][0] >= 240
     assert len({x["architecture"] for x in grid["resources"]}) == 6
-    spilled = {(x["kernel"], x["architecture"], x["local"]) for x in grid["resources"] if x["local"]}
-    assert spilled <= {("attention", 80, 24)}
+    assert not [x for x in grid["resources"] if x["local"]]
 
 
 def test_tables_have_the_columns_that_kernels_read_by_number() -> None:

@@ -29,9 +29,16 @@ def _ordered(x):
 
 
 @triton.jit
+def _at_temperature(x, temperature):
+    """x / temperature, rounded as PyTorch does it where edits come first; None = 1."""
+    return x if temperature is None else tl.div_rn(x, temperature)
+
+
+@triton.jit
 def _load(line, j, vocab, temperature):
     """Logits of one tile in fp32, at their temperature; -inf past the vocabulary."""
-    return tl.load(line + j, mask=j < vocab, other=float("-inf")).to(tl.float32) / temperature
+    x = tl.load(line + j, mask=j < vocab, other=float("-inf")).to(tl.float32)
+    return _at_temperature(x, temperature)
 
 
 @triton.jit
@@ -107,7 +114,7 @@ def _stats_kernel(
     line = logits + row * stride
     lane = tl.arange(0, BLOCK)
     sampled = False
-    temperature = 1.0
+    temperature = None
     if SAMPLES:
         given = tl.load(temperature_in + row)
         sampled = given > 0
@@ -134,7 +141,8 @@ def _stats_kernel(
         best = tl.where(better, x, best)
         best_at = tl.where(better, j, best_at)
     top = tl.max(lane_top, 0)
-    total = tl.sum(lane_sum * tl.exp(lane_top - top), 0)
+    # In fp64, as which lanes add up first goes by the width of the logits' type, which mates decide.
+    total = tl.sum((lane_sum * tl.exp(lane_top - top)).to(tl.float64), 0).to(tl.float32)
     best_value = tl.max(best, 0)
     token = tl.min(tl.where(best == best_value, best_at, _NONE), 0)
 
@@ -147,7 +155,7 @@ def _stats_kernel(
         top_k = tl.load(top_k_in + row).to(tl.int32)
         if (top_p < 1.0) | (top_k > 0):
             threshold, cutoff = _threshold(line, vocab, temperature, top, total, top_p, top_k, BLOCK)
-            of_mask = tl.load(line + mask_token).to(tl.float32) / temperature
+            of_mask = _at_temperature(tl.load(line + mask_token).to(tl.float32), temperature)
             mask_leads = (of_mask > best_value) | ((of_mask == best_value) & (mask_token < token))
             spared = tl.where(mask_leads, token, -1)
             total = tl.zeros((), tl.float32)
@@ -167,15 +175,15 @@ def _stats_kernel(
         runner_up = tl.where(kept_count > 1, tl.exp(top_2 - top), 0.0)
         tl.store(margin_out + row, (tl.exp(top_1 - top) - runner_up) / total)
     if ENTROPY:
-        entropy = tl.zeros((), tl.float32)
+        lane_entropy = tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocab, BLOCK):
             j = start + lane
             x = _load(line, j, vocab, temperature)
             key = _ordered(x)
             kept = (key > threshold) | ((key == threshold) & (j <= cutoff)) | (j == spared)
             p = tl.where(kept & (j < vocab), tl.exp(x - top) / total, 0.0)
-            entropy -= tl.sum(p * tl.log(p + 1e-10), 0)
-        tl.store(entropy_out + row, entropy)
+            lane_entropy -= p * tl.log(p + 1e-10)
+        tl.store(entropy_out + row, tl.sum(lane_entropy.to(tl.float64), 0).to(tl.float32))
     if SAMPLES:  # noqa: SIM102  (one is known when the kernel is compiled, the other on the device)
         if sampled:
             token = _sample(
@@ -191,7 +199,7 @@ def _stats_kernel(
                 token,
                 BLOCK,
             )
-    confidence = tl.exp(tl.load(line + token).to(tl.float32) / temperature - top) / total
+    confidence = tl.exp(_at_temperature(tl.load(line + token).to(tl.float32), temperature) - top) / total
     tl.store(token_out + row, token.to(tl.int64))
     tl.store(confidence_out + row, confidence)
 

@@ -307,6 +307,7 @@ def _emit_kernel(
         done = tl.where(kept, tl.minimum(done, tl.load(window_start + row)), done)
     emitted = tl.load(counts + 4 * num_slots + slot)
     fresh = tl.maximum(done - emitted, 0)
+    tl.debug_barrier()  # every thread reads what one of them writes
     tl.store(counts + 4 * num_slots + slot, emitted + fresh)
     tl.store(fresh_out + row, fresh.to(tl.int32))
     for start in range(0, width, BLOCK):
