@@ -10,7 +10,7 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
-COMPILES = {HERE / "test_compiles_for_hopper.py", HERE / "test_warm_up.py"}
+COMPILES = {HERE / f"test_{name}.py" for name in ("compiles_for_hopper", "warm_up", "warps")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

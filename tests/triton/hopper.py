@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,14 +80,17 @@ class Launch:
 
 
 @contextmanager
-def launches(target: GPUTarget = HOPPER) -> Iterator[list[Launch]]:
-    """Kernels started in this context are compiled for ``target`` and listed; none runs."""
-    found: list[Launch] = []
+def each_launch(see: Callable[..., None], target: GPUTarget = HOPPER) -> Iterator[None]:
+    """Kernels started in this context are compiled for ``target`` and handed over; none runs.
+
+    Args:
+        see: takes the function, the compiled kernel, the grid, and the arguments by the names of parameters.
+    """
     stock_run, stock_driver = JITFunction.run, driver._active
 
     def run(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = stock_run(self, *args, grid=grid, warmup=True, **kwargs)
-        found.append(Launch(self.__name__, tuple(grid), kernel))
+        see(self, kernel, tuple(grid), {**dict(zip(self.arg_names, args, strict=False)), **kwargs})
         return kernel
 
     device = SimpleNamespace(
@@ -99,7 +102,19 @@ def launches(target: GPUTarget = HOPPER) -> Iterator[list[Launch]]:
     JITFunction.run = run
     driver.set_active(device)
     try:
-        yield found
+        yield
     finally:
         JITFunction.run = stock_run
         driver._active = stock_driver
+
+
+@contextmanager
+def launches(target: GPUTarget = HOPPER) -> Iterator[list[Launch]]:
+    """Kernels started in this context are compiled for ``target`` and listed; none runs."""
+    found: list[Launch] = []
+
+    def see(function: JITFunction[Any], kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        found.append(Launch(function.__name__, grid, kernel))
+
+    with each_launch(see, target):
+        yield found

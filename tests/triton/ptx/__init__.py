@@ -1,0 +1,11 @@
+"""What the compiler made of a kernel, run on CPU tensors thread by thread.
+
+Triton's interpreter runs a program as one thread that does one thing after the other. On a GPU a program is a block of
+warps, each of which goes its own way to the next barrier: a number that some warps still have to read may have been
+overwritten by another. Here a block's PTX is run, each warp alone to its next barrier, first to last and then last to
+first. Of any two warps between two barriers either has been the earlier one, so what depends on it differs.
+
+Not here: the instructions that matrix products alone need (mma, ldmatrix, stmatrix, cp.async), atomics, and more than
+one barrier. Sums and functions are rounded as NumPy does, not to the bit as a card does: denormal numbers stay, and a
+fused product is rounded twice.
+"""
