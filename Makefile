@@ -58,10 +58,11 @@ engine: env  ## tests inside vLLM, and end to end in an engine and a server (man
 long: env  ## end to end tests of more than a minute, which make test leaves out: two engines behind one server
 	$(pytest) tests/e2e -m long
 
-kernels: env  ## Triton kernels against their PyTorch twins in the interpreter, and compiled for sm_80 to sm_120 (minutes)
+kernels: env  ## Triton kernels against their PyTorch twins in the interpreter, compiled for sm_80 to sm_120, and by warps (minutes)
 	TRITON_INTERPRET=1 $(pytest) -n auto tests/triton --ignore tests/triton/test_compiles_for_hopper.py \
-	  --ignore tests/triton/test_warm_up.py
-	$(pytest) -n auto tests/triton/test_compiles_for_hopper.py tests/triton/test_warm_up.py
+	  --ignore tests/triton/test_warm_up.py --ignore tests/triton/test_ptx.py --ignore tests/triton/test_warps.py
+	$(pytest) -n auto tests/triton/test_compiles_for_hopper.py tests/triton/test_warm_up.py tests/triton/test_ptx.py \
+	  tests/triton/test_warps.py
 
 test-gpu: env  ## kernels and engine on a GPU, real shapes included (fails if there is one and nothing ran on it)
 	$(test_env) $(bin)/python tools/test_gpu.py

@@ -44,8 +44,7 @@ SUITES = {
     "vllm": ON_CPU["vllm"],
     # But for the one that starts an engine, which finds no device.
     "kernels": [
-        "tests/triton/test_compiles_for_hopper.py",
-        "tests/triton/test_warm_up.py",
+        *(f"tests/triton/test_{name}.py" for name in ("compiles_for_hopper", "warm_up", "ptx", "warps")),
         "--deselect=tests/triton/test_warm_up.py::test_an_engine_launches_nothing_that_its_start_has_not",
     ],
 }

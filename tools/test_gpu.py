@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = {"kernels": ["tests/triton", "--ignore=tests/triton/test_compiles_for_hopper.py"]}
+KERNELS = {
+    "kernels": [
+        "tests/triton",
+        "--ignore=tests/triton/test_compiles_for_hopper.py",
+        "--ignore=tests/triton/test_ptx.py",
+        "--ignore=tests/triton/test_warps.py",
+    ]
+}
 # The tests that run on CPU elsewhere: vLLM puts their engines on the GPU. A process for each engine.
 ENGINE = {
     "engine": [

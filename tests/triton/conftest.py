@@ -1,4 +1,7 @@
-"""Triton kernels: on a GPU, or on CPU tensors by Triton's interpreter; compiled anywhere (``make kernels``)."""
+"""Triton kernels: on a GPU, or on CPU tensors by Triton's interpreter; compiled anywhere (``make kernels``).
+
+What is compiled can also be run on CPU tensors, a warp after the other (tests/triton/ptx).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
-COMPILES = {HERE / f"test_{name}.py" for name in ("compiles_for_hopper", "warm_up", "warps")}
+COMPILES = {HERE / f"test_{name}.py" for name in ("compiles_for_hopper", "ptx", "warm_up", "warps")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

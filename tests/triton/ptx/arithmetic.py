@@ -109,8 +109,6 @@ ELEMENTWISE: dict[str, Callable[..., Array]] = {
     "xor": np.bitwise_xor,
     "not": np.invert,
     "ex2": np.exp2,
-    "lg2": np.log2,
-    "sqrt": np.sqrt,
     "prmt": permuted,
     "popc": bits_set,
 }
