@@ -97,6 +97,7 @@ class Warp:
             lanes = self._at.pop(pc)
             instruction = self.program.instructions[pc]
             if instruction.name == "bar":
+                assert instruction.guard is None, instruction.text
                 self._go(pc + 1, lanes)
                 return True
             taken = lanes if instruction.guard is None else self._guarded(instruction, lanes)
