@@ -10,11 +10,14 @@ import triton.language as tl
 from tests.triton import test_canvas_columns as canvas_columns
 from tests.triton import test_density as density
 from tests.triton import test_packing as packing
+from tests.triton import test_rotary as rotary
 from tests.triton import test_row_stats as row_stats
 from tests.triton import test_step_kernels as step
+from tests.triton.paged import Shape, make_batch
 from tests.triton.ptx.run import Race, warps
 from vllm_d2cache.ops.paged_attention import write_kv
 from vllm_d2cache.ops.triton import pages
+from vllm_d2cache.ops.triton.work import pieces
 
 CPU = torch.device("cpu")
 # Slot, prompt and canvas of each request, as in test_step_kernels: more columns than a warp has lanes, and than a
@@ -138,6 +141,24 @@ def test_pages(dtype: torch.dtype) -> None:
     write_kv.__wrapped__(caches[1], *fresh, slots)
     assert ran == {"_write_kernel"}
     assert torch.equal(caches[0], caches[1])
+
+
+@pytest.mark.parametrize(("shape", "dim"), rotary.SHAPES, ids=str)
+def test_rotation(shape: Shape, dim: int) -> None:
+    with warps() as ran:
+        rotary.test_rotation_and_pages(shape, dim, True, CPU)
+        rotary.test_rotation_and_pages(shape, dim, False, CPU)
+    assert ran == {"_rotate_kernel"}
+
+
+def test_pieces_of_more_requests_than_a_stretch() -> None:
+    counts = [1 + 7 * i % 40 for i in range(150)]
+    layout = make_batch(counts, [n + 5 for n in counts], Shape(1, 1, 16), CPU).layout
+    with warps() as ran:
+        starts = pieces(layout, 16, 32).starts
+    assert ran == {"_count_kernel"}
+    want = [-(-n // 16) * -(-(n + 5) // 32) for n in counts]
+    assert starts.tolist() == [sum(want[:i]) for i in range(151)]
 
 
 def test_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
