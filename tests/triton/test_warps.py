@@ -14,6 +14,7 @@ from tests.triton import test_rotary as rotary
 from tests.triton import test_row_stats as row_stats
 from tests.triton import test_step_kernels as step
 from tests.triton.paged import Shape, make_batch
+from tests.triton.ptx.machine import Order
 from tests.triton.ptx.run import Race, warps
 from vllm_d2cache.ops.paged_attention import write_kv
 from vllm_d2cache.ops.triton import pages
@@ -170,3 +171,18 @@ def test_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
             row_stats.test_sampling_and_filters(temperature, top_p, top_k, CPU)
         row_stats.test_ties_go_to_the_lower_token(CPU)
     assert ran == {"_stats_kernel"}
+
+
+def test_statistics_do_not_go_by_the_type_of_logits() -> None:
+    """It is fp32 beside a mate whose logits are edited: threads then hold other lanes, and add up in another order."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(6, 3 * 4096 + 512, generator=generator)).bfloat16()
+    logits[:, 5] += torch.tensor([0.0, 4.0, 8.0, 12.0, 16.0, 20.0])
+    params = row_stats.make_params(6, CPU)
+    with warps(Order.FORWARDS):
+        found = [
+            row_stats.kernels.tile_stats(given, params, 7, True, True, scaled)
+            for given, scaled in ((logits, False), (logits.float(), True))
+        ]
+    for name in ("token", "confidence", "margin", "entropy"):
+        assert torch.equal(*(getattr(stats, name) for stats in found)), name
