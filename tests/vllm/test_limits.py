@@ -93,6 +93,7 @@ def test_sleep_mode_is_refused_at_start_up() -> None:
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             enable_dbo=False,
+            data_parallel_size=1,
         ),
         kv_transfer_config=None,
         speculative_config=None,
