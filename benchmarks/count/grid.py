@@ -5,7 +5,9 @@ request to work on. And what each kernel takes of a processor on six architectur
 process of its own: registers, shared memory, and bytes of local memory for what did not fit.
 
 Each release of Triton is another compiler. The environment for CPUs has the newest one; those that come with vLLM's
-CUDA builds are in the environments of `make test-cuda-wheels`, which asks each of them that nothing spills.
+CUDA builds are in the environments of `make test-cuda-wheels`, which asks each of them that nothing spills. There:
+
+    .venv-cuda-0.33.0/bin/python -m benchmarks.count.grid --out benchmarks/results/grid-triton-3.8
 """
 
 from __future__ import annotations
@@ -133,9 +135,9 @@ def main() -> None:
         taken += json.loads(subprocess.check_output(command, text=True))
     text = f"{grid_table(lines)}\n\nTriton {triton.__version__}:\n\n{resource_table(taken)}\n"
     print(text)
-    args.out.with_suffix(".md").write_text(text)
+    args.out.with_name(f"{args.out.name}.md").write_text(text)
     written = {"triton": triton.__version__, "grids": lines, "resources": taken}
-    args.out.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n")
+    args.out.with_name(f"{args.out.name}.json").write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

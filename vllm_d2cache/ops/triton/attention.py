@@ -335,7 +335,8 @@ def attend(
         HAS_LIMITS=limits is not None,
         SPLIT=split,
         WRITE_OUTPUT=output is not None,
-        # Tiles of K and V in flight; in fp32 three of them exceed the shared memory of many cards.
+        # Tiles of K and V in flight. In fp32 three of them exceed the shared memory of many cards; whole, where the
+        # stretches before are kept as well, the registers of a thread.
         num_stages=3 if split and query.dtype != torch.float32 else 2,
         **model_constants(query, kv_cache),
         **_registers(split, group),

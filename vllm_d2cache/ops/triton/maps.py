@@ -227,7 +227,7 @@ def attention_maps(
         KEYS=keys,
         AT_ONCE=at_once,
         SPLIT=split,
-        num_stages=2 if split else 3,
+        num_stages=2 if split else 3,  # with three in parts, some compilers are short of registers
         num_warps=4 if query.dtype == torch.float32 else 8,  # with four, 16 bits run out of registers
         **model_constants(query, kv_cache),
     )
