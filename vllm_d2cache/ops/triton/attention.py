@@ -335,14 +335,21 @@ def attend(
         HAS_LIMITS=limits is not None,
         SPLIT=split,
         WRITE_OUTPUT=output is not None,
-        # Tiles of K and V in flight. In fp32 three of them exceed the shared memory of many cards; whole, where the
-        # stretches before are kept as well, the registers of a thread.
-        num_stages=3 if split and query.dtype != torch.float32 else 2,
+        num_stages=_stages(split, query.dtype),
         **model_constants(query, kv_cache),
         **_registers(split, group),
     )
     if split:
         _combine(layout, num_keys, out, lse, parts)
+
+
+def _stages(split: bool, dtype: torch.dtype) -> int:
+    """Tiles of K and V in flight.
+
+    In fp32 three of them exceed the shared memory of many cards; whole, where the stretches before are kept as well,
+    the registers of a thread.
+    """
+    return 3 if split and dtype != torch.float32 else 2
 
 
 def _registers(split: bool, group: int) -> dict[str, int]:
