@@ -14,7 +14,17 @@ from vllm_d2cache.graphs.step_graphs import StepBuffers, graph_sizes
 from vllm_d2cache.ops.paged_attention import AttentionMaps, MapPlan, PagedLayout
 from vllm_d2cache.ops.rollout import LayerRecord
 from vllm_d2cache.ops.row_stats import RowParams
-from vllm_d2cache.ops.triton import attention, canvas_columns, density, packing, pages, rollout, rotary, row_stats
+from vllm_d2cache.ops.triton import (
+    attention,
+    canvas_columns,
+    density,
+    packing,
+    pages,
+    rollout,
+    rotary,
+    row_filter,
+    row_stats,
+)
 
 CPU = torch.device("cpu")
 # Positions that a graph has room for.
@@ -119,6 +129,7 @@ def statistics(model: Model, target: GPUTarget = HOPPER) -> list[Launch]:
     with launches(target) as found:
         row_stats.tile_stats(logits, row_params(2, False, False), 7, False, False)
         row_stats.tile_stats(logits, row_params(2, True, True), 7, True, True)
+        row_filter.filter_logits(logits.float(), torch.ones(2), torch.zeros(2, dtype=torch.int64), 7)
         density.certainty_density(torch.zeros(3, 256, dtype=torch.bool), torch.full((3,), 256), torch.full((3,), 10.0))
     return found
 

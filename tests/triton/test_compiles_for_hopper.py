@@ -22,7 +22,7 @@ from tests.triton.paged import Shape, make_batch
 from tests.triton.step_launches import KERNELS, step_kernels
 from vllm_d2cache.ops.rollout import LayerRecord
 from vllm_d2cache.ops.row_stats import RowParams
-from vllm_d2cache.ops.triton import attention, density, packing, pages, rollout, row_stats
+from vllm_d2cache.ops.triton import attention, density, packing, pages, rollout, row_filter, row_stats
 
 CPU = torch.device("cpu")
 WRITTEN = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "grid.json").read_text())["grids"]
@@ -108,6 +108,14 @@ def test_attention_maps_and_rollout(shape: Shape, parts: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_row_statistics(dtype: torch.dtype, filters: bool, samples: bool, vocab: int) -> None:
     (launch,) = statistics(dtype, row_params(2, samples, filters), vocab)
+    check_resources(launch)
+
+
+def test_filters() -> None:
+    whole = torch.zeros(2, dtype=torch.int64)
+    with launches() as found:
+        row_filter.filter_logits(torch.empty(2, 152_064), torch.ones(2), whole, 7)
+    (launch,) = found
     check_resources(launch)
 
 

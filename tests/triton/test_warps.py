@@ -11,6 +11,7 @@ from tests.triton import test_canvas_columns as canvas_columns
 from tests.triton import test_density as density
 from tests.triton import test_packing as packing
 from tests.triton import test_rotary as rotary
+from tests.triton import test_row_filter as row_filter
 from tests.triton import test_row_stats as row_stats
 from tests.triton import test_step_kernels as step
 from tests.triton.paged import Shape, make_batch
@@ -173,16 +174,35 @@ def test_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran == {"_stats_kernel"}
 
 
-def test_statistics_do_not_go_by_the_type_of_logits() -> None:
-    """It is fp32 beside a mate whose logits are edited: threads then hold other lanes, and add up in another order."""
+def test_filters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_filter.kernels, "BLOCK", 128)
+    with warps() as ran:
+        for top_p, top_k in row_filter.SETTINGS:
+            row_filter.test_what_is_kept(top_p, top_k, CPU)
+        row_filter.test_rows_without_a_filter_stay_as_they_are(CPU)
+        row_filter.test_the_second_is_kept_where_the_mask_leads(CPU)
+        row_filter.test_ties_go_to_the_lower_token(CPU)
+    assert ran == {"_filter_kernel"}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.9, 0), (0.7, 40)])
+def test_statistics_do_not_go_by_what_mates_ask_for(top_p: float, top_k: int, temperature: float) -> None:
+    """Beside a mate whose logits are edited they are fp32, at their temperature and filtered, before they are read.
+
+    Threads then hold other lanes, and would add up in another order.
+    """
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(6, 3 * 4096 + 512, generator=generator)).bfloat16()
     logits[:, 5] += torch.tensor([0.0, 4.0, 8.0, 12.0, 16.0, 20.0])
-    params = row_stats.make_params(6, CPU)
+    params = row_stats.make_params(6, CPU, temperature, top_p, top_k)
+    scaled = logits.float() / (temperature or 1.0)
     with warps(Order.FORWARDS):
+        if params.filters:
+            row_filter.kernels.filter_logits(scaled, params.top_p, params.top_k, 7)
         found = [
-            row_stats.kernels.tile_stats(given, params, 7, True, True, scaled)
-            for given, scaled in ((logits, False), (logits.float(), True))
+            row_stats.kernels.tile_stats(given, params, 7, True, True, ready)
+            for given, ready in ((logits, False), (scaled, True))
         ]
     for name in ("token", "confidence", "margin", "entropy"):
         assert torch.equal(*(getattr(stats, name) for stats in found)), name

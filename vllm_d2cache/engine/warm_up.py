@@ -22,6 +22,7 @@ from vllm_d2cache.decoders.registry import DECODER_CLASSES
 from vllm_d2cache.mechanisms.base import Worker
 from vllm_d2cache.ops import split
 from vllm_d2cache.ops.dispatch import chosen
+from vllm_d2cache.ops.row_filter import filter_logits
 from vllm_d2cache.ops.row_stats import RowParams, tile_stats
 from vllm_d2cache.ops.step_rows import choose_rows
 from vllm_d2cache.options.request import SCORES, RequestOptions
@@ -150,3 +151,4 @@ def _mixtures(batch: _Batch, lm_head: LMHead, hidden: torch.Tensor) -> None:
         params = RowParams(one, one * 0.9, k, draw if samples else None, samples, filters)
         tile_stats(logits, params, mask, margin, entropy)
         tile_stats(logits.float(), params, mask, margin, entropy, True)
+    filter_logits(logits.float(), one, k, mask)

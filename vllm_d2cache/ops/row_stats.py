@@ -13,6 +13,7 @@ import torch
 
 from vllm_d2cache.ops.dispatch import chosen, dispatched
 from vllm_d2cache.ops.logit_edits import RowEdits
+from vllm_d2cache.ops.row_filter import filter_logits
 
 # Rows whose logits exist at one time: bounds the transient to ROWS_PER_TILE x vocabulary, whatever the batch.
 ROWS_PER_TILE = 64
@@ -160,7 +161,7 @@ def scaled_logits(logits: torch.Tensor, params: RowParams, mask_token_id: int) -
     if params.samples:
         logits /= torch.where(params.temperature > 0, params.temperature, 1.0).unsqueeze(1)
     if params.filters:
-        logits = _filter(logits, params.top_p, params.top_k, mask_token_id)
+        filter_logits(logits, params.top_p, params.top_k, mask_token_id)
     return logits
 
 
@@ -204,19 +205,3 @@ def tile_stats(
 def _column(number: int, device: torch.device) -> torch.Tensor:
     """[1] int64: the number. Shared: it is never written."""
     return torch.tensor([number], device=device)
-
-
-def _filter(logits: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """Nucleus, then top-k: the smallest head of the sorted vocabulary whose mass first exceeds top_p is kept.
-
-    A token that may be chosen is kept in any case: the second one if the first is the mask.
-    """
-    ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-    before = torch.softmax(ordered, dim=-1).cumsum(-1).roll(1, dims=-1)
-    before[:, 0] = 0.0
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    keep = (before <= top_p.unsqueeze(1)) | (top_p.unsqueeze(1) >= 1.0)
-    keep &= (rank < top_k.unsqueeze(1)) | (top_k.unsqueeze(1) <= 0)
-    keep[:, 0] = True
-    keep[:, 1] |= index[:, 0] == mask_token_id
-    return logits.masked_fill(~torch.empty_like(keep).scatter_(1, index, keep), torch.finfo(logits.dtype).min)
