@@ -225,13 +225,14 @@ def bind(kernel: Callable[..., Any], twin: "Twin") -> Callable[..., None]:
             f"this vLLM's Triton kernel {kernel.__name__} is not the one its CPU twin in vllm-d2cache was "
             f"written for: unknown parameters {unknown}, missing parameters {absent}"
         )
-    passed = frozenset(wanted).intersection(names)
+    places = [(place, name) for place, name in enumerate(names) if name in wanted]
+    passed = frozenset(name for _, name in places)
 
     def launch(*args: Any, **kwargs: Any) -> None:
-        named = {name: value for name, value in zip(names, args, strict=False) if name in passed}
-        for name, value in kwargs.items():  # also launch options (num_warps), which are no parameters
-            if name in passed:
-                named[name] = value
+        count = len(args)
+        named = {name: args[place] for place, name in places if place < count}
+        if not passed.isdisjoint(kwargs):  # which has launch options as well (num_warps), no parameters
+            named |= {name: value for name, value in kwargs.items() if name in passed}
         twin(**named)
 
     launch.__name__ = twin.__name__

@@ -111,7 +111,7 @@ def _rollout_of_group(
     """
     device, pitch = positions.device, group.pitch
     counts = [layout.counts[r] for r in group.requests]
-    own, all_shares = _shares(tuple(layout.lengths[r] for r in group.requests), pitch, device)
+    own, all_shares = _shares(tuple(layout.lengths[r] for r in group.requests), pitch, len(layers), device)
     slots, each = layout.slots, line_numbers(sum(counts), device)
     if each.shape[0] < positions.shape[0]:
         begin = starts_of(layout.counts)
@@ -124,15 +124,18 @@ def _rollout_of_group(
     column = positions if layout.exact else torch.where(slots >= 0, positions, pitch)
     at = torch.add(column, owners, alpha=pitch + 1)
     lines = all_shares.clone()
-    share, text = lines.view(-1), lines[:, :pitch]
-    kept = torch.ones_like(share).index_fill_(0, at, 0.5)
+    text = lines[:, :pitch]
+    # Rows of a map sum to one, so normalising it with the identity halves both. Here everything else is doubled in
+    # their place, from shares that begin as much smaller: powers of two, so that no bit differs.
+    kept = torch.full_like(lines, 2.0)
+    kept.view(-1).index_fill_(0, at, 1.0)
+    kept = kept[:, :pitch]
     for layer in reversed(layers):
-        # Rows of a map sum to one, so normalising it with the identity halves both.
-        weights = share.mul_(kept).take(at)
-        product = torch.embedding_bag(layer.maps.of_group(group), each, bags, False, _SUM, False, weights)[0]
+        maps, weights = layer.maps.of_group(group), lines.take(at)
+        product = torch.embedding_bag(maps, each, bags, False, _SUM, False, weights)[0]
         if tensor_parallel is not None:
             product = tensor_parallel.all_reduce(product) / tensor_parallel.size
-        text.add_(product)
+        torch.addcmul(product, text, kept, out=text)
     return torch.where(own, text, 0.0)
 
 
@@ -143,14 +146,17 @@ def _bags(starts: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=8)
-def _shares(lengths: tuple[int, ...], pitch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _shares(
+    lengths: tuple[int, ...], pitch: int, doublings: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Which columns are positions of texts [R, pitch] bool; the shares [R, pitch + 1] float32 that these begin with.
 
+    They are one after so many ``doublings``.
     The column more than any text has is that of padding rows, which have no share of anything. Both are shared, and
     never written.
     """
     inside = torch.arange(pitch + 1, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
-    return inside[:, :pitch], inside.float()
+    return inside[:, :pitch], inside.float() * 0.5**doublings
 
 
 def _layer_product(
