@@ -11,7 +11,6 @@ computed in pieces (canvas/extent.py). What is stored of it never changes and is
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import islice
 from typing import Any
 
@@ -37,7 +36,7 @@ from vllm_d2cache.compat.internals import (
 )
 from vllm_d2cache.engine.memory_plan import Network, request_memory
 from vllm_d2cache.engine.startup_log import plan_lines
-from vllm_d2cache.observe.figures import RequestFigures
+from vllm_d2cache.observe.figures import RequestFigures, Totals
 from vllm_d2cache.observe.snapshots import read_snapshots
 from vllm_d2cache.options.request import SECTION
 from vllm_d2cache.policies.budget import extra_rows, row_budget
@@ -68,7 +67,7 @@ class D2CacheScheduler(AsyncScheduler):
         self._figures: dict[str, RequestFigures] = {}
         self._reporting: set[str] = set()  # requests that want their figures
         self._intervals: dict[str, int] = {}  # steps between snapshots, of requests that want any
-        self._totals: Counter[tuple[str, str]] = Counter()  # by policy and name, since they were last sent
+        self._totals = Totals()  # since they were last sent
         if self.options.prefill_piece:
             # vLLM asks ``_mamba_block_aligned_split`` how much of a text a step computes.
             self.need_mamba_block_aligned_split = True
@@ -213,7 +212,7 @@ class D2CacheScheduler(AsyncScheduler):
         """vLLM's statistics, and the totals since the last ones."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            attach_totals(stats, self._totals)
+            attach_totals(stats, self._totals.by_name())
             self._totals.clear()
         return stats
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vllm_d2cache.observe.figures import TOTALS, RequestFigures
+from vllm_d2cache.observe.figures import TOTALS, RequestFigures, Totals
 from vllm_d2cache.options.types import OptionError
 from vllm_d2cache.requests.asked import Asked
 
 
 def test_a_request_by_hand() -> None:
-    totals: Counter[tuple[str, str]] = Counter()
+    totals = Totals()
     figures = RequestFigures("d2cache", total_len=30, canvas_len=10)
     # 30 rows of 30, then 8 of 12 reserved, then 12 of 12.
     for rows, commits, reserved in ((30, 4, 30), (8, 5, 12), (12, 1, 12)):
@@ -28,7 +28,7 @@ def test_a_request_by_hand() -> None:
         "rows_saved": 40,
         "saved_share": 0.4444,
     }
-    assert {name: totals["d2cache", name] for name in TOTALS} == {
+    assert asdict(totals["d2cache"]) == {
         "steps": 3,
         "rows_refreshed": 50,
         "rows_saved": 40,
@@ -43,21 +43,23 @@ def test_a_request_by_hand() -> None:
 
 def test_a_step_with_more_rows_than_positions_saves_none() -> None:
     """With shadows. A counter cannot shrink, so such a step does not take back what others saved."""
-    totals: Counter[tuple[str, str]] = Counter()
+    totals = Totals()
     figures = RequestFigures("full", total_len=30, canvas_len=10)
     for rows in (30, 38, 20):
         figures.observe(rows, 1, 38, totals)
-    assert figures.report(3)["rows_saved"] == totals["full", "rows_saved"] == 10
-    assert totals["full", "rows_refreshed"] == 88
+    assert figures.report(3)["rows_saved"] == totals["full"].rows_saved == 10
+    assert totals["full"].rows_refreshed == 88
 
 
 def test_policies_are_counted_apart() -> None:
-    totals: Counter[tuple[str, str]] = Counter()
+    totals = Totals()
     for policy in ("d2cache", "full", "full"):
         RequestFigures(policy, 5, 3).observe(5, 3, 5, totals)
-    assert totals["full", "steps"] == 2
-    assert totals["d2cache", "steps"] == 1
-    assert set(totals) == {(policy, name) for policy in ("d2cache", "full") for name in TOTALS}
+    assert totals["full"].steps == 2
+    assert totals["d2cache"].steps == 1
+    named = totals.by_name()
+    assert set(named) == {(policy, name) for policy in ("d2cache", "full") for name in TOTALS}
+    assert (named["full", "commits"], named["d2cache", "canvases"]) == (6, 1)
 
 
 def test_a_request_that_never_ran_has_figures() -> None:
@@ -66,12 +68,12 @@ def test_a_request_that_never_ran_has_figures() -> None:
 
 def test_the_arithmetic_of_vllms_benchmark() -> None:
     """benchmarks/serve.py: canvas length = positions / steps, canvases = tokens / length, the rest are steps."""
-    totals: Counter[tuple[str, str]] = Counter()
+    totals = Totals()
     for steps in (1, 4, 16):  # one of them is done in a single step
         figures = RequestFigures("d2cache", 40, 16)
         for n in range(steps):
             figures.observe(40 if n == 0 else 9, 16 // steps, 12, totals)
-    counted = {name: totals["d2cache", name] for name in TOTALS}
+    counted = asdict(totals["d2cache"])
     steps = counted["steps"] + counted["canvases"]
     length = (counted["canvas_slots"] + counted["first_canvas_slots"]) / steps
     canvases = counted["commits"] / length
