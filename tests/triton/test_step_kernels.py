@@ -287,6 +287,8 @@ def test_stage_two(
         importance = torch.ones(len(b.slots), b.total + 7, device=device)
     else:
         importance = torch.rand(len(b.slots), b.total + 7, generator=b.generator).to(device) ** 4
+    lengths = (now.integers[0] + now.integers[1]).unsqueeze(1)
+    importance *= torch.arange(importance.shape[1], device=device) < lengths
     selected, committed = b.flags(b.width, 0.2) & now.masked, b.flags(b.width, 0.1) & ~now.masked
     columns = (b.column(p, p), b.column(0, 4, 2, 1 << 40), b.column(0, 1), shift)
     arguments = (b.slots, importance[:, : b.total], selected, committed, now.masked, now.integers, *columns)

@@ -119,7 +119,7 @@ class StepResult:
     masked: torch.Tensor  # [R, G] bool, after the commits
     revoked: torch.Tensor | None  # [R, G] bool, committed earlier and masked again; None where nothing can be
     revised: torch.Tensor | None  # [R, G] bool, committed earlier and another token now; likewise
-    changes: torch.Tensor  # [2, R] int64, how many committed and how many revoked
+    changes: tuple[torch.Tensor, torch.Tensor]  # [R] int64 each: how many committed, and how many revoked
 
     @property
     def written(self) -> torch.Tensor:

@@ -189,7 +189,7 @@ class CanvasStates:
         revoked: torch.Tensor | None,
         revised: torch.Tensor | None = None,
         held: torch.Tensor | None = None,
-    ) -> tuple[CanvasView, torch.Tensor]:
+    ) -> tuple[CanvasView, tuple[torch.Tensor, torch.Tensor]]:
         """Write the committed tokens, mask the revoked ones, and count the step.
 
         Args:
@@ -199,7 +199,7 @@ class CanvasStates:
             held: [R] bool, whose window is not over even if it is full; None = nobody's.
 
         Returns:
-            The texts after it, and [2, R] int64: how many were committed and revoked.
+            The texts after it, and [R] int64 each: how many were committed and revoked.
         """
         integers, floats, masked, _ = view.texts
         edits = Edits(committed, token, revoked, revised, held)

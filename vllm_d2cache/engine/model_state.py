@@ -190,8 +190,10 @@ class D2CacheModelState(ModelState):
         reaches = None
         if self.steps.worker.traits.block_length is not None:
             reaches = (input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens).tolist()
-        # vLLM 0.31 has them in int32.
-        self.step = self.steps.open(input_batch.idx_mapping.long(), slots, reaches=reaches)
+        requests = input_batch.idx_mapping
+        if requests.dtype != torch.int64:  # vLLM 0.31 has them in int32
+            requests = requests.long()
+        self.step = self.steps.open(requests, slots, reaches=reaches)
         count = self.step.num_rows
         if count > input_batch.num_tokens:
             raise RuntimeError(f"the refresh sets have {count} rows, more than the {input_batch.num_tokens} reserved")

@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm_d2cache.engine.memory_plan import Rehearsal
 from vllm_d2cache.observe.snapshots import append_snapshots
 from vllm_d2cache.observe.trace import TraceRecorder
+from vllm_d2cache.ops.columns import first_columns
 from vllm_d2cache.ops.host import upload
 from vllm_d2cache.step.runner import StepRunner
 from vllm_d2cache.step.step import Step
@@ -130,7 +131,7 @@ def _in_width(tokens: torch.Tensor, most: int) -> torch.Tensor:
     width = -(-most // _WIDTH) * _WIDTH
     if tokens.shape[1] < width:
         return torch.nn.functional.pad(tokens, (0, width - tokens.shape[1]))
-    return tokens[:, :width].contiguous()
+    return first_columns(tokens, width).contiguous()
 
 
 def _nothing(num_reqs: int, device: torch.device) -> SamplerOutput:

@@ -27,7 +27,7 @@ class StepCounters:
     forwards: int = 0
     steps: int = 0
     keys: int = 0
-    # For each step since they were last added up: rows of the text [R] int64, predicted [R], and changes [2, R].
+    # For each step since they were last added up: rows of the text [R] int64, predicted [R], and commits [R].
     _steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _sums: torch.Tensor | None = None  # [3] int64, of those before
     _extra: int = 0  # rows behind the text
@@ -55,18 +55,16 @@ class StepCounters:
     def _add_up(self) -> None:
         """Once in many steps, so that a step has no work with it."""
         if self._steps:
-            rows, predicted, changes = zip(*self._steps, strict=True)
-            numbers = (rows, predicted, [both[0] for both in changes])
-            now = torch.stack([torch.cat(of_steps).sum() for of_steps in numbers])
+            now = torch.stack([torch.cat(of_steps).sum() for of_steps in zip(*self._steps, strict=True)])
             self._sums = now if self._sums is None else self._sums + now
             self._steps = []
 
-    def add(self, rows: StepRows, hooks: Sequence[Hook], changes: torch.Tensor) -> None:
+    def add(self, rows: StepRows, hooks: Sequence[Hook], commits: torch.Tensor) -> None:
         """Count one forward pass.
 
         Args:
             hooks: of the step, which know what its rows attended to.
-            changes: [2, R] int64, commits of each request, and what was taken back.
+            commits: [R] int64, of each request.
         """
         self.forwards += 1
         self.steps += len(rows.slots)
@@ -79,7 +77,7 @@ class StepCounters:
             self.keys += sum(rows.lengths)
         self._extra += sum(rows.extra)
         self._verified += rows.logits_rows.shape[0] - rows.predicted_index[0].shape[0]
-        self._steps.append((rows.refreshed, rows.num_predicted, changes))
+        self._steps.append((rows.refreshed, rows.num_predicted, commits))
         if len(self._steps) == _AT_MOST:
             self._add_up()
 

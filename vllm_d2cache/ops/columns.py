@@ -62,6 +62,21 @@ def numbers_at(table: torch.Tensor, slots: torch.Tensor) -> tuple[Any, ...]:
     return tuple(map(numbers_of(table).__getitem__, numbers_of(slots)))
 
 
+def part_of(table: torch.Tensor, lines: int | slice) -> torch.Tensor:
+    """``table[lines]``, a view that is kept with the table, which it does not keep in turn: they end together."""
+    kept: dict[str, torch.Tensor] = table.__dict__.setdefault("_d2cache_parts", {})
+    name = str(lines)
+    if (found := kept.get(name)) is None:
+        found = kept[name] = table.detach()[lines]
+    return found
+
+
+@lru_cache(maxsize=8)
+def no_cells(lines: int, width: int, device: torch.device) -> torch.Tensor:
+    """[lines, width] bool: False. Shared: it is never written."""
+    return torch.zeros(lines, width, dtype=torch.bool, device=device)
+
+
 def first_columns(table: torch.Tensor, width: int) -> torch.Tensor:
     """[S, width] of ``table`` [S, L]: itself where it is no wider."""
     return table if width == table.shape[1] else table[:, :width]

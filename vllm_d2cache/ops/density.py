@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_d2cache.ops.columns import numbers_of
+from vllm_d2cache.ops.columns import first_columns, numbers_of
 from vllm_d2cache.ops.dispatch import dispatched
 
 # exp(-d^2 / 2 sigma^2) is below fp32's smallest normal number beyond this many sigmas: farther terms are zero.
@@ -40,10 +40,9 @@ def certainty_density(
     # They change with the requests of a batch alone, and are worked out when these do.
     terms = _terms(numbers_of(canvas_len), numbers_of(sigma), known.shape[1], known.device)
     inside = known.gather(1, terms.source)
-    # A mask is unknown: of two flags the one is greater where it alone is True.
-    seen = terms.seen > inside if masks else terms.seen & inside
-    sums = _weighted((seen | terms.known).double(), terms.weights)
-    density = (sums[:, : known.shape[1]] / terms.norm).float()
+    extended = torch.where(inside, *((terms.if_masked, terms.if_known) if masks else (terms.if_known, terms.if_masked)))
+    sums = extended @ terms.whole if terms.whole is not None else _weighted(extended, terms.weights)
+    density = (first_columns(sums, known.shape[1]) / terms.norm).float()
     return density if terms.everywhere else torch.where(terms.applies, density, terms.otherwise)
 
 
@@ -51,11 +50,12 @@ class _Terms(NamedTuple):
     """What a density is made of beside the text; E columns of the extended canvas."""
 
     source: torch.Tensor  # [R, E] int64, slot whose flag counts
-    seen: torch.Tensor  # [R, E] bool, whether it does
-    known: torch.Tensor  # [R, E] bool, known whatever the text is
+    if_known: torch.Tensor  # [R, E] float64, 1 where the column is known if its slot is; 0 behind the extension
+    if_masked: torch.Tensor  # [R, E] float64, 1 where it is known whatever the text is
     # [1 or R, s + 2 * reach, s] float64: of a stretch of s slots and what lies around them, in the sum of each slot.
     # One for all where they have the same sigma.
     weights: torch.Tensor
+    whole: torch.Tensor | None  # [E, G] float64, these as a matrix where one of them makes all of a line
     norm: torch.Tensor  # [R, 1] float64
     applies: torch.Tensor  # [R, G] bool, where there is a density;
     otherwise: torch.Tensor  # [R, G] float32: elsewhere
@@ -65,8 +65,6 @@ class _Terms(NamedTuple):
 def _weighted(extended: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """[R, slots] float64: weighted sums of ``extended`` [R, E], a product of stretches and weights."""
     sigmas, around, slots = weights.shape
-    if sigmas == 1 and extended.shape[1] == around:  # a single stretch of each
-        return extended @ weights[0]
     stretches = extended.unfold(1, around, slots)  # [R, stretches, around]: a view, which a product copies
     rows, each, _ = stretches.shape
     at_once = max(1, _TILE_ELEMENTS // around)
@@ -98,7 +96,9 @@ def _terms(canvas_len: tuple[int, ...], sigma: tuple[float, ...], width: int, de
     weights = _weights(safe[:1] if len(set(sigma)) == 1 else safe, reach)
     norm = _normaliser(length, safe)
     applies = in_canvas & (wide > 0)
-    return _Terms(source, seen, known, weights, norm, applies, in_canvas.float(), bool(applies.all()))
+    whole = weights[0] if weights.shape[:2] == (1, slot.shape[1]) else None
+    flags = ((seen | known).double(), known.double())
+    return _Terms(source, *flags, weights, whole, norm, applies, in_canvas.float(), bool(applies.all()))
 
 
 def _weights(sigma: torch.Tensor, reach: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_d2cache.ops.canvas_columns import at_positions, at_slots
-from vllm_d2cache.ops.columns import columns, lines_of, numbers_at, numbers_of, write_lines
+from vllm_d2cache.ops.columns import columns, lines_of, no_cells, numbers_at, numbers_of, write_lines
 from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.text_columns import TextColumns, position_map, slot_map, text_columns, window_columns
 
@@ -73,14 +73,14 @@ def select_masked(
     # A bonus of the best score puts the current window's slots before all others.
     score = torch.addcmul(score, window.ones, score.amax(1, keepdim=True))
 
-    eligible, k = masked & live, _counts(numbers_at(current_k, slots), slots.device)
+    eligible, k = masked & live, numbers_at(current_k, slots)
     if not one_window:
         # The search window ends with the window that holds the k-th remaining slot: before a slot's own window there
         # are fewer of them than k.
         before = eligible.cumsum(1).add_(eligible, alpha=-1).gather(1, window.begin)
-        eligible = eligible & window.behind_start & (before < k)
+        eligible = eligible & window.behind_start & (before < _counts(k, slots.device))
     index = torch.where(eligible, score, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    best = columns(width, slots.device) < k
+    best = _first_k(k, width, slots.device)
     return best.scatter(1, index, best).logical_and_(eligible)  # all of it is written over
 
 
@@ -88,6 +88,12 @@ def select_masked(
 def _counts(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """[R, 1] int64. Shared: it is never written."""
     return torch.tensor(numbers, dtype=torch.int64, device=device).unsqueeze(1)
+
+
+@lru_cache(maxsize=8)
+def _first_k(numbers: tuple[int, ...], width: int, device: torch.device) -> torch.Tensor:
+    """[R, width] bool: the first ``numbers`` columns. Shared: it is never written."""
+    return columns(width, device) < _counts(numbers, device)
 
 
 class Context(NamedTuple):
@@ -108,7 +114,7 @@ def select_context(
     """Stage 2: the positions that hold the first ``rollout_p`` [R] of the rollout's mass (section 3.5).
 
     Args:
-        importance: [R, T] float32.
+        importance: [R, T] float32, 0 behind a text.
         certain: [R, T] bool, positions chosen already.
         selected: [R, G] bool, of stage 1.
         integers: [10, R] int64 (ops.texts.Texts).
@@ -128,9 +134,8 @@ def _context(
     shift: int,
 ) -> Context:
     """As :func:`select_context` says."""
-    # The last prompt position, which a shifted family may have in stage 1, is a candidate of stage 2 all the same. Of
-    # two flags the one is greater where it alone is True.
-    share = _rollout_share(importance, text.inside > (certain & text.behind_prompt if shift else certain))
+    # The last prompt position, which a shifted family may have in stage 1, is a candidate of stage 2 all the same.
+    share = _rollout_share(importance, certain & text.behind_prompt if shift else certain)
     chosen = _head_of_mass(share, rollout_p).logical_or_(certain)
     if shift:
         # The last prompt position serves slot 0 alone (section 3.5, point 3).
@@ -158,7 +163,7 @@ def choose_refresh(
 
     Args:
         slots: [R] int64.
-        importance: [R, T] float32, of the rollout.
+        importance: [R, T] float32, of the rollout; 0 behind a text.
         selected: [R, G] bool, of stage 1; ``committed`` [R, G] bool, of the step.
         masked: [R, G] bool, after the commits.
         integers: [10, R] int64 (ops.texts.Texts).
@@ -178,14 +183,14 @@ def choose_refresh(
     if inflates and int((gaps := inflate_w.index_select(0, slots)).max()) > 1:  # neighbours have no gap
         refresh = inflate(refresh, gaps)
     if not follows:
-        return refresh, torch.zeros_like(masked)
+        return refresh, no_cells(*masked.shape, device)
     computed = at_slots(refresh, slot_map(first, width, canvas_len, total, device))
     return refresh, computed & masked & (latest.take(slots.unsqueeze(1)) == 1)
 
 
-def _rollout_share(importance: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """[R, T] float32: importance as a share of the candidates' total, 0 elsewhere (section 3.5, point 2)."""
-    mass = torch.where(candidates, importance, 0.0)
+def _rollout_share(importance: torch.Tensor, certain: torch.Tensor) -> torch.Tensor:
+    """[R, T] float32: importance as a share of the total of what is not ``certain``, 0 there (section 3.5, point 2)."""
+    mass = importance.masked_fill(certain, 0.0)
     # A running sum adds in position order, so that padding does not change the rounding.
     total = mass.cumsum(1, dtype=torch.float64)[:, -1:]
     return mass / (total.float() + 1e-9)
@@ -194,24 +199,20 @@ def _rollout_share(importance: torch.Tensor, candidates: torch.Tensor) -> torch.
 def _head_of_mass(share: torch.Tensor, p: tuple[float, ...]) -> torch.Tensor:
     """[R, T] bool: the longest head of the descending list with mass at most p, and at least one position."""
     ordered, index = share.sort(dim=1, descending=True, stable=True)
-    most = _bounds(p, share.device)
+    most = _bounds(p, share.shape[1], share.device)
     # Added in fp64 and then rounded: the sum must not depend on the order, and twelve times 1/48 is 1/4.
-    head = ordered.cumsum(1, dtype=torch.float64).float() <= most
-    head = head.logical_or_(_leftmost(share.shape[1], share.device)).logical_and_(ordered > 0)
+    head = (ordered.cumsum(1, dtype=torch.float64).float() <= most).logical_and_(ordered > 0)
     return head.scatter(1, index, head)  # all of it is written over
 
 
 @lru_cache(maxsize=8)
-def _bounds(p: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """[R, 1] float32: ``p``, or infinity where that is all of the mass. Shared: it is never written."""
+def _bounds(p: tuple[float, ...], width: int, device: torch.device) -> torch.Tensor:
+    """[R, width] float32: ``p``, or infinity in the first column and where that is all of the mass.
+
+    Shared: it is never written.
+    """
     bound = torch.tensor(p, dtype=torch.float32, device=device).unsqueeze(1)
-    return bound.masked_fill(bound >= 1, torch.inf)
-
-
-@lru_cache(maxsize=8)
-def _leftmost(width: int, device: torch.device) -> torch.Tensor:
-    """[1, width] bool: the first column. Shared: it is never written."""
-    return columns(width, device) == 0
+    return bound.masked_fill((bound >= 1) | (columns(width, device) == 0), torch.inf)
 
 
 def inflate(chosen: torch.Tensor, width: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from vllm_d2cache.ops.columns import line_numbers
+from vllm_d2cache.ops.columns import first_columns, line_numbers
 from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.host import upload
 from vllm_d2cache.ops.paged_attention import (
@@ -111,7 +111,10 @@ def _rollout_of_group(
     """
     device, pitch = positions.device, group.pitch
     counts = [layout.counts[r] for r in group.requests]
-    own, all_shares = _shares(tuple(layout.lengths[r] for r in group.requests), pitch, len(layers), device)
+    # Padding rows stand for a column more than any text has, which has no share of anything.
+    width = pitch if layout.exact else pitch + 1
+    lengths = tuple(layout.lengths[r] for r in group.requests)
+    own, all_shares = _shares(lengths, pitch, width, len(layers), device)
     slots, each = layout.slots, line_numbers(sum(counts), device)
     if each.shape[0] < positions.shape[0]:
         begin = starts_of(layout.counts)
@@ -122,14 +125,14 @@ def _rollout_of_group(
         owners = upload(np.arange(len(counts)).repeat(counts), torch.int64, device)
     bags = _bags(tuple(starts_of(counts)[:-1]), device)
     column = positions if layout.exact else torch.where(slots >= 0, positions, pitch)
-    at = torch.add(column, owners, alpha=pitch + 1)
+    at = torch.add(column, owners, alpha=width)
     lines = all_shares.clone()
-    text = lines[:, :pitch]
+    text = first_columns(lines, pitch)
     # Rows of a map sum to one, so normalising it with the identity halves both. Here everything else is doubled in
     # their place, from shares that begin as much smaller: powers of two, so that no bit differs.
     kept = torch.full_like(lines, 2.0)
     kept.view(-1).index_fill_(0, at, 1.0)
-    kept = kept[:, :pitch]
+    kept = first_columns(kept, pitch)
     for layer in reversed(layers):
         maps, weights = layer.maps.of_group(group), lines.take(at)
         product = torch.embedding_bag(maps, each, bags, False, _SUM, False, weights)[0]
@@ -147,15 +150,13 @@ def _bags(starts: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 @lru_cache(maxsize=8)
 def _shares(
-    lengths: tuple[int, ...], pitch: int, doublings: int, device: torch.device
+    lengths: tuple[int, ...], pitch: int, width: int, doublings: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which columns are positions of texts [R, pitch] bool; the shares [R, pitch + 1] float32 that these begin with.
+    """Which columns are positions of texts [R, pitch] bool; the shares [R, width] float32 that these begin with.
 
-    They are one after so many ``doublings``.
-    The column more than any text has is that of padding rows, which have no share of anything. Both are shared, and
-    never written.
+    They are one after so many ``doublings``. Both are shared, and never written.
     """
-    inside = torch.arange(pitch + 1, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
+    inside = torch.arange(width, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
     return inside[:, :pitch], inside.float() * 0.5**doublings
 
 

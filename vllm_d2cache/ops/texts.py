@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_d2cache.ops.columns import columns, lines_of, numbers_of, write_lines, zeros
+from vllm_d2cache.ops.columns import columns, lines_of, numbers_of, part_of, write_lines, zeros
 from vllm_d2cache.ops.dispatch import dispatched
 from vllm_d2cache.ops.text_columns import canvas_cells
 
@@ -38,7 +38,7 @@ class Committed(NamedTuple):
     """The texts of R rows after their commits."""
 
     integers: torch.Tensor  # [10, R] int64
-    changes: torch.Tensor  # [2, R] int64: commits, and slots masked again
+    changes: tuple[torch.Tensor, torch.Tensor]  # [R] int64 each: commits, and slots masked again
     masked: torch.Tensor  # [R, G] bool
     live: torch.Tensor  # [R, G] bool
 
@@ -155,7 +155,7 @@ def commit_texts(
     committed, token, revoked, revised, held = edits
     lengths = (prompt_lens, committed.shape[1], canvas_lens)
     cells = canvas_cells(*lengths, numbers_of(slots), tokens.shape[1], slots.device)
-    changes = [committed.sum(1), zeros(slots.shape[0], slots.device)]
+    commits, undone = committed.sum(1), zeros(slots.shape[0], slots.device)
     terminal_before = lines_of(terminal, slots, committed.shape[1])
     if revised is not None:
         committed, terminal_before = committed | revised, terminal_before & ~revised
@@ -167,7 +167,7 @@ def commit_texts(
         text = text.masked_fill(revoked & cells.inside, mask_token_id)
         left |= revoked
         ends &= ~revoked
-        changes[1] = revoked.sum(1)
+        undone = revoked.sum(1)
     after = integers + _step_more(integers.device)
     if one_window and held is None:  # it begins at slot 0, before and after
         live = live_slots(ends)
@@ -176,8 +176,8 @@ def commit_texts(
     tokens.put_(cells.at, text)
     write_lines(masked, slots, left)
     write_lines(terminal, slots, ends)
-    counts[2:4].index_copy_(1, slots, after[3:5])
-    return Committed(after, torch.cat(changes).view(2, -1), left, live)
+    part_of(counts, slice(2, 4)).index_copy_(1, slots, after[3:5])
+    return Committed(after, (commits, undone), left, live)
 
 
 def _go_on(
@@ -250,10 +250,10 @@ def emit_texts(
         unfinished = (masked & live).any(1)
         unfinished = unfinished if held is None else unfinished | held
         done = torch.where(unfinished & provisional, torch.minimum(done, window_start), done)
-    emitted_of = counts[4]
+    emitted_of = part_of(counts, 4)
     emitted = emitted_of.index_select(0, slots)
-    fresh = (done - emitted).clamp_(min=0)
+    done = torch.maximum(done, emitted)
     # Whatever stands behind the fresh ones: nobody reads it.
     handed = tokens.take(torch.minimum(cells.at + emitted.unsqueeze(1), cells.last))
-    emitted_of.index_copy_(0, slots, emitted + fresh)
-    return handed.long(), fresh.int()
+    emitted_of.index_copy_(0, slots, done)
+    return handed.long(), (done - emitted).int()

@@ -166,5 +166,5 @@ class StepRunner:
         provisional = self.decoding.asks(rows.slots).provisional
         tokens, num_tokens = self.canvas.emit(view, provisional, commits.held)
         result = StepResult(tokens, num_tokens, commits.slots, view.masked, commits.revoked, commits.revised, changes)
-        self.counters.add(rows, step.hooks, changes)
+        self.counters.add(rows, step.hooks, changes[0])
         return Closed(rows, stats, result, self.logprobs.record(rows, result, hidden, lm_head))

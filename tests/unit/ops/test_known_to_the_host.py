@@ -42,7 +42,10 @@ class Texts:
 
 def same(got: Any, want: Any) -> None:
     for x, y in zip(got, want, strict=True):
-        assert x.dtype == y.dtype and torch.equal(x, y)
+        if isinstance(x, tuple):
+            same(x, y)
+        else:
+            assert x.dtype == y.dtype and torch.equal(x, y)
 
 
 @pytest.mark.parametrize("shift", [0, 1])

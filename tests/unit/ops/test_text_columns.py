@@ -10,7 +10,7 @@ import torch
 
 from vllm_d2cache.ops import dispatch, refresh_choice, rollout, row_stats, text_columns, texts
 from vllm_d2cache.ops.canvas_columns import to_positions, to_slots
-from vllm_d2cache.ops.columns import FirstColumns, columns, zeros
+from vllm_d2cache.ops.columns import FirstColumns, columns, no_cells, zeros
 from vllm_d2cache.ops.refresh_choice import Outcome, choose_refresh, select_masked
 from vllm_d2cache.ops.step_rows import choose_rows, pack_rows
 from vllm_d2cache.ops.texts import Edits, commit_texts, emit_texts
@@ -49,15 +49,17 @@ def step(batch: tuple[tuple[int, ...], ...], seed: int, shift: int = 0) -> list[
     found = Outcome(masked, score, torch.zeros(3, dtype=torch.bool), start)
     selected = select_masked(SLOTS, memory, latest, most, score, integers, committed.masked, live, found)
     importance, p = torch.rand(3, TOTAL, generator=torch.Generator().manual_seed(seed)), torch.full((LINES,), 0.4)
+    importance *= columns(TOTAL, CPU) < (integers[0] + integers[1]).unsqueeze(1)
     refresh = choose_refresh(
         SLOTS, importance, selected, edits.committed, committed.masked, integers, p.double(), most, latest, shift
     )
     emitted = emit_texts(SLOTS, integers, start, committed.masked, live, (None, None), tokens, counts)
-    return [*chosen, *committed, selected, *refresh, *emitted, tokens, memory, counts, *tables]
+    after, changes, *flags = committed
+    return [*chosen, after, *changes, *flags, selected, *refresh, *emitted, tokens, memory, counts, *tables]
 
 
 def forget() -> None:
-    for make in (*RECORDS, refresh_choice._bounds, refresh_choice._leftmost, rollout._shares, texts._step_more):
+    for make in (*RECORDS, refresh_choice._bounds, refresh_choice._first_k, rollout._shares, texts._step_more):
         kept(make).cache_clear()
 
 
@@ -110,8 +112,9 @@ def test_nothing_that_is_remembered_is_written() -> None:
             assert torch.equal(got, expected)
     assert zeros(3, CPU).tolist() == [0, 0, 0]
     assert texts._step_more(CPU).flatten().tolist() == [0, 0, 0, 1, 1, 0, 0, 0, 0, 0]
-    assert refresh_choice._leftmost(4, CPU).tolist() == [[True, False, False, False]]
-    assert refresh_choice._bounds((0.5, 1.0), CPU).flatten().tolist() == [0.5, torch.inf]
+    assert refresh_choice._first_k((1, 0, 5), 3, CPU).int().tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]]
+    assert refresh_choice._bounds((0.5, 1.0), 2, CPU).tolist() == [[torch.inf, 0.5], [torch.inf, torch.inf]]
+    assert not no_cells(2, 3, CPU).any()
 
 
 def test_large_records_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,7 +213,7 @@ def test_stage_two_takes_prompt_known_and_unselected_masked_positions() -> None:
 
 def test_positions_past_the_text_are_never_refreshed() -> None:
     view = view_of(["#.", "######"], [2, 9], rollout_p=1.0, inflate_w=50)
-    got = refreshed(view, outcome_of(view, importance=[[1.0] * 15] * 2))
+    got = refreshed(view, outcome_of(view, importance=[[1.0] * 4 + [0.0] * 11, [1.0] * 15]))
     assert got == [list(range(4)), list(range(15))]
 
 

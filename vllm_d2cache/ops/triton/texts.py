@@ -263,7 +263,7 @@ def commit_texts(
         BLOCKS=block_length is not None,
         BLOCK=STRETCH // 2,  # or registers spill on sm_120
     )
-    return Committed(after, changes, left, live)
+    return Committed(after, (changes[0], changes[1]), left, live)
 
 
 @kernel()
