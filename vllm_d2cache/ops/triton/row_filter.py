@@ -4,9 +4,9 @@ What is kept is a prefix of the descending order, ties by index, so it is everyt
 equal to it; the threshold is found by bisection of the 32 bits of a float.
 
 Sums over a row are added lane by lane in fp32, a lane being every BLOCK-th token, and the lanes in fp64 at the end.
-Which thread holds a lane goes by the width of the logits' type, which mates of a request decide; so nothing is added
-in an order that goes by threads, and the statistics of a row (ops/triton/row_stats.py) are the same to the last bit
-whether they filter as they read or are handed logits that were filtered here.
+Which thread holds a lane goes by the width of the logits' type, which mates of a request decide; so what is added in an
+order that goes by threads is added in fp64, which rounding to fp32 hides. The statistics of a row
+(ops/triton/row_stats.py) are the same whether they filter as they read or are handed logits that were filtered here.
 """
 
 from __future__ import annotations
